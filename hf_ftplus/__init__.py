@@ -1,0 +1,49 @@
+"""Fine-tune without forgetting, on the trainer you already use.
+
+    from hf_ftplus import SFTTrainer
+    trainer = SFTTrainer(model, args=args, train_dataset=learn, strategies=["ewc"], protect=protect)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .hookspecs import hookimpl
+from .strategy import Batch, Memory, Run, Strategy, setting
+
+if TYPE_CHECKING:
+    from .strategies.ewc import EWC
+    from .trainer import SFTTrainer, StrategyCallback, StrategyMixin, attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EWC",
+    "Batch",
+    "Memory",
+    "Run",
+    "SFTTrainer",
+    "Strategy",
+    "StrategyCallback",
+    "StrategyMixin",
+    "attach",
+    "hookimpl",
+    "setting",
+]
+
+# loaded on first touch: they import torch and trl, which `ftplus --help` must not wait for
+_LAZY = dict.fromkeys(("SFTTrainer", "StrategyCallback", "StrategyMixin", "attach"), ".trainer")
+_LAZY["EWC"] = ".strategies.ewc"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

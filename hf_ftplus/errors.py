@@ -1,0 +1,55 @@
+"""What can go wrong, each with the exit code that a script can act on.
+
+A message says what was found, what was expected, and what to type. The command line prints it without a
+traceback; `--debug` shows the traceback.
+"""
+
+
+class FTPlusError(Exception):
+    """Base of every error that a user can cause or cure."""
+
+    exit_code = 1
+
+
+class UsageError(FTPlusError):
+    """A flag, key, name or value that does not exist or is out of range."""
+
+    exit_code = 2
+
+
+class DataError(FTPlusError):
+    """Data that is missing, empty, malformed, or leaves nothing to learn from or to protect."""
+
+    exit_code = 3
+
+
+class IncompatibleError(FTPlusError):
+    """Parts that do not fit together: a strategy and a launcher, a state and a model, an adapter and a penalty."""
+
+    exit_code = 4
+
+
+class RetentionError(FTPlusError):
+    """The retention gate (`--fail-if-retention-below`) did not pass. The model was saved all the same."""
+
+    exit_code = 5
+
+
+class StorageError(FTPlusError):
+    """A directory or file that cannot be written, or that belongs to another run."""
+
+    exit_code = 6
+
+
+class PluginError(FTPlusError):
+    """A strategy raised inside a hook, or a plugin broke its contract."""
+
+    exit_code = 7
+
+
+def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
+    """` Did you mean 'ewc'?` for the known word closest to a misspelt one, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

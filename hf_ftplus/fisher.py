@@ -1,0 +1,242 @@
+"""How much each weight matters for what the model says now: the diagonal of the Fisher information, per token.
+
+    F_i = E_x E_{y ~ p(.|x)} [ (d log p(y|x) / d w_i)^2 ]        so that   KL(w || w + d) ~ 1/2 sum_i F_i d_i^2
+
+Three estimators; they differ in what is back-propagated at the logits of each supervised token (p = softmax):
+
+- `sign` (default): v = sqrt(p) * e - p * (sqrt(p) . e) with random signs e in {-1, +1}^V. Cov(v) = diag(p) - p p^T, the
+  exact logit Fisher, and v is independent between tokens, so the square of the gradient of a *summed* batch is unbiased
+  for any batch size, with padding or packing, and does not collapse on a confident model.
+- `sampled`: v = onehot(y) - p with y ~ p. Unbiased too, but a confident model almost never draws a y that tells anything.
+- `empirical`: v = onehot(label) - p, one example at a time. Not the Fisher (Kunstner 2019) but what many papers use.
+
+Everything is accumulated in fp32 and divided by the number of supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import DataError, IncompatibleError
+from .logits import hidden_states, lm_head
+from .weights import Adapter, local
+
+Batches = list[dict[str, Tensor]]
+
+
+@dataclass
+class Fisher:
+    """Fisher information per supervised token, in fp32: nats per squared unit of weight.
+
+    `diagonal[name]` has the shape, and the sharding, of the weight. Of a LoRA target's frozen weight W [d, k] only the
+    sums over rows [d] and over columns [k] are kept, which stand for F_ij = rows_i * columns_j / sum(rows) (the
+    rank-one form of Adafactor, Shazeer 2018). All of them add up over data and runs.
+    """
+
+    diagonal: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under a name of its own."""
+        for kind in ("diagonal", "rows", "columns"):
+            yield from ((f"{kind}.{name}", tensor) for name, tensor in getattr(self, kind).items())
+
+
+def fisher(
+    model: nn.Module,
+    batches: Batches,
+    weights: dict[str, nn.Parameter],
+    adapters: dict[str, Adapter] | None = None,
+    *,
+    estimator: str = "sign",
+    seed: int = 0,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Fisher:
+    """Fisher information of `weights`, and of the frozen weights below `adapters`, on the supervised tokens of `batches`.
+
+    Args:
+        model: a causal LM on its device, possibly sharded with FSDP2; its mode, gradients and RNG are left as found.
+        batches: micro-batches with `input_ids`, `labels` [B, T] and masks. Each rank takes its share of them.
+        weights, adapters: as `weights.split(model)` gives them.
+        estimator: "sign", "sampled" or "empirical".
+        seed: of the signs or samples; they come from a generator of their own.
+        autocast: mixed precision of training, so that the pass costs what a training step costs.
+
+    Raises:
+        DataError: no supervised token in `batches`.
+        IncompatibleError: the result is not finite; names the weight.
+    """
+    adapters = adapters or {}
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    # FSDP2 averages gradients over ranks while reducing; the Fisher wants their sum
+    sharded = any(hasattr(weight, "to_local") for weight in weights.values())
+    batches = _by_row(batches) if estimator == "empirical" else batches
+    result = Fisher(diagonal={name: torch.zeros_like(weight.detach(), dtype=torch.float32) for name, weight in weights.items()})
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed * 1_000_003 + rank)
+    tokens = torch.zeros((), dtype=torch.long, device=generator.device)
+
+    with _undisturbed(model), row_column_sums(adapters) as sums:
+        for batch in progress(_shares(batches, rank, world, sharded)):
+            tokens += backward_logits(model, batch, estimator, generator, autocast)
+            for name, weight in weights.items():
+                if weight.grad is not None:
+                    gradient = local(weight.grad).float()
+                    local(result.diagonal[name]).addcmul_(gradient, gradient, value=float(world**2 if sharded else 1))
+                weight.grad = None
+
+    for name, (rows, columns) in sums.items():
+        result.rows[name], result.columns[name] = rows, columns
+    if world > 1:
+        _reduce(result, tokens, sharded)
+    result.tokens = int(tokens)
+    _normalise(result)
+    return result
+
+
+def backward_logits(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    estimator: str,
+    generator: torch.Generator,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Tensor:
+    """Back-propagate the estimator's v through the summed batch into `.grad`; returns the number of supervised tokens."""
+    batch = {key: value.to(generator.device) for key, value in batch.items()}
+    with torch.enable_grad(), autocast():
+        hidden, labels = hidden_states(model, batch)
+        leaf = hidden.detach().requires_grad_()
+        head = lm_head(model)
+        for part in head.chunks(len(labels)):
+            logits = head(leaf[part])
+            logits.backward(logit_gradient(logits.detach(), labels[part], estimator, generator))
+    hidden.backward(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf))
+    return (batch["labels"][:, 1:] != -100).sum()
+
+
+def logit_gradient(logits: Tensor, labels: Tensor, estimator: str, generator: torch.Generator) -> Tensor:
+    """What an estimator back-propagates at logits [n, V]: a random (or, for `empirical`, given) v with mean square F."""
+    probs = logits.softmax(-1)
+    if estimator == "sign":
+        signed = probs.sqrt() * random_signs(probs.shape, generator)
+        return signed - probs * signed.sum(-1, keepdim=True)
+    target = labels if estimator == "empirical" else torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    return nn.functional.one_hot(target, probs.shape[-1]).to(probs.dtype) - probs
+
+
+def random_signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Independent -1 / +1 of the given shape [..., V], eight to a random byte."""
+    *lead, last = shape
+    packed = torch.randint(0, 256, (*lead, -(-last // 8)), dtype=torch.uint8, device=generator.device, generator=generator)
+    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten(-2)[..., :last].to(torch.float32) * 2 - 1
+
+
+@contextmanager
+def row_column_sums(adapters: dict[str, Adapter]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Collect, for each LoRA target, row and column sums of G*G with G = sum_t delta_t x_t^T, the gradient of W [d, k].
+
+    W is frozen and maybe quantised, so G is made from the layer's input x and the gradient delta of its output, and
+    never kept. For few tokens it is not even formed: row sums are diag(D^T (X X^T) D), at N^2 (d + k) instead of N d k.
+    """
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    hooks = []
+
+    def watch(name: str) -> Callable:
+        def forward_hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                inputs = args[0].detach()
+                output.register_hook(lambda gradient: add(name, inputs, gradient))
+
+        return forward_hook
+
+    def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
+        x, delta = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
+        n, d, k = len(x), delta.shape[-1], x.shape[-1]
+        if n * (d + k) < d * k:
+            rows, columns = (delta * (x @ x.T @ delta)).sum(0), (x * (delta @ delta.T @ x)).sum(0)
+        else:
+            squared = (delta.T @ x).square_()
+            rows, columns = squared.sum(1), squared.sum(0)
+        before = sums.get(name)
+        sums[name] = (rows, columns) if before is None else (before[0] + rows, before[1] + columns)
+
+    try:
+        for name, adapter in adapters.items():
+            hooks.append(adapter.layer.register_forward_hook(watch(name)))
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) for the block; mode and gradients come back as they were.
+
+    Layers that checkpoint their activations do so only in training mode, so they alone keep it: the pass then needs no
+    more memory than a training step.
+    """
+    modes = {module: module.training for module in model.modules()}
+    gradients = {weight: weight.grad for weight in model.parameters()}
+    model.eval()
+    dropout = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(model.config).items())
+    for module in modes:
+        if getattr(module, "gradient_checkpointing", False) and not dropout:
+            module.training = modes[module]
+    for weight in gradients:
+        weight.grad = None
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for weight, gradient in gradients.items():
+            weight.grad = gradient
+
+
+def _by_row(batches: Batches) -> Batches:
+    """The same rows, one to a batch."""
+    if any("position_ids" in batch for batch in batches):
+        raise IncompatibleError(
+            "fisher='empirical' squares the gradient of one example at a time, but these batches are padding-free "
+            "(several examples in one row). Use --set ewc.fisher=sign, which needs no examples apart."
+        )
+    return [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
+
+
+def _shares(batches: Batches, rank: int, world: int, sharded: bool) -> Batches:
+    """This rank's batches. Sharded models run every forward together, so short shares are filled up, unsupervised."""
+    mine = batches[rank::world]
+    if sharded and len(mine) < -(-len(batches) // world):
+        mine = [*mine, {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}]
+    return mine
+
+
+def _reduce(result: Fisher, tokens: Tensor, sharded: bool) -> None:
+    """Sum over ranks what each one gathered alone; shards already hold the sum."""
+    dist.all_reduce(tokens)
+    for name, tensor in result.named():
+        if not (sharded and name.startswith("diagonal.")):
+            dist.all_reduce(tensor)
+
+
+def _normalise(result: Fisher) -> None:
+    """Divide by tokens; refuse what is not finite."""
+    if not result.tokens:
+        raise DataError("No supervised token in the protect data; expected completions that survive truncation.")
+    for name, tensor in result.named():
+        local(tensor).div_(result.tokens)
+        if not torch.isfinite(local(tensor)).all():
+            raise IncompatibleError(
+                f"The Fisher information of {name} is not finite. The starting model, or its precision, is broken: "
+                "load it in float32 or bfloat16 and check that its loss on the protect data is finite."
+            )

@@ -1,0 +1,130 @@
+"""Next-token logits at supervised positions only, from one forward pass and in chunks.
+
+Training on today's TRL never builds logits, and a full [batch, length, vocabulary] tensor is what runs out of memory
+first. Here the forward pass stops at the last hidden states; the LM head is then applied to the positions that predict
+a supervised token, as many at a time as fit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import IncompatibleError
+
+CHUNK = 2**25
+"""Logits held at a time (elements): 128 MB in fp32."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head as a function: hidden states [n, d] -> logits [n, V] in fp32, scaled and soft-capped as the model does."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        weight, bias = _whole(self.weight), _whole(self.bias)
+        logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def chunks(self, positions: int) -> Iterator[slice]:
+        """Slices over `positions` rows, each small enough to hold its logits."""
+        size = max(1, CHUNK // self.weight.shape[0])
+        return (slice(start, start + size) for start in range(0, positions, size))
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The Hugging Face causal LM inside DDP, torch.compile and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def lm_head(model: nn.Module) -> Head:
+    """The LM head of `model` with the scaling rules of its config (Gemma soft-caps; Cohere and Granite scale).
+
+    Raises:
+        IncompatibleError: the model has no output embeddings to read.
+    """
+    inner = causal_lm(model)
+    layer = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if layer is None or not hasattr(layer, "weight"):
+        raise IncompatibleError(
+            f"{type(inner).__name__} has no LM head (get_output_embeddings() is None); expected a causal language model."
+        )
+    config = inner.config.get_text_config()
+    scale = next(
+        (
+            value
+            for value in (getattr(config, key, None) for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+            if value is not None
+        ),
+        None,
+    )
+    if scale is None and getattr(config, "logits_scaling", None) is not None:
+        # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by
+        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), 1.0 if scale is None else scale, softcap)
+
+
+def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Last hidden states that predict a supervised token, and those tokens: ([N, d], [N]).
+
+    `batch` holds `input_ids` [B, T], `labels` [B, T] (unshifted, -100 where unsupervised) and whatever else the
+    forward pass takes (`attention_mask`, or `position_ids` for padding-free rows). Keeps the graph unless the caller
+    turned gradients off.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs["use_cache"] = False
+    if "logits_to_keep" in inspect.signature(type(causal_lm(model)).forward).parameters:
+        inputs["logits_to_keep"] = 1  # the full logits would only be thrown away
+    with captured(model) as seen:
+        model(**inputs)
+    return supervised(seen[-1], batch["labels"])
+
+
+def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, T, d] and labels [B, T], shifted by one and cut to supervised positions: ([N, d], [N])."""
+    targets = labels[:, 1:]
+    mask = targets != -100
+    return hidden[:, :-1][mask], targets[mask]
+
+
+@contextmanager
+def captured(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the backbone's last hidden states of every forward pass inside the block."""
+    inner = causal_lm(model)
+    backbone = inner.base_model
+    if backbone is inner:
+        raise IncompatibleError(
+            f"{type(inner).__name__} has no backbone below its LM head; expected an AutoModelForCausalLM."
+        )
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: object, output: object) -> None:
+        seen.append(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])
+
+    hook = backbone.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        hook.remove()

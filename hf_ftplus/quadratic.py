@@ -1,0 +1,128 @@
+"""A quadratic well around the starting weights: 1/2 sum_i importance_i (w_i - start_i)^2, and its gradient, in place.
+
+Shared by every strategy that holds weights by importance. Weights that train themselves are held one by one. A LoRA
+target W [d, k] moves by scale * B A, so it is that change which is held, with importance_ij = rows_i * columns_j / sum
+of rows, through r x r products only:
+
+    1/2 sum_ij importance_ij (L R)_ij^2 = 1/2 tr[(L^T diag(rows) L) (R diag(columns / sum) R^T)]
+    L = [scale * B, -scale * B_start]  [d, 2r]        R = [A; A_start]  [2r, k]
+
+All arithmetic is in fp32 whatever the weights are in, on this rank's shards, without waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .weights import Adapter, local, place
+
+PIECE = 2**17
+"""Weights handled at a time on a CPU, so that temporaries stay in its cache."""
+
+
+@dataclass
+class Well:
+    """Holds one weight."""
+
+    weight: nn.Parameter
+    start: Tensor
+    importance: Tensor
+
+    def pulls(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(gradient to add to, importance * (w - start)), piece by piece; nothing for a weight without gradient."""
+        if self.weight.grad is not None:
+            gradient, weight, start, importance = map(
+                _pieces, (local(self.weight.grad), local(self.weight), local(self.start), local(self.importance))
+            )
+            for g, w, s, f in zip(gradient, weight, start, importance, strict=True):
+                yield g, torch.sub(w.float(), s.float()).mul_(f)
+
+    def penalty(self) -> Tensor:
+        """1/2 sum importance * (w - start)^2 of this rank's shard: a scalar in fp32."""
+        weight, start, importance = local(self.weight).float(), local(self.start).float(), local(self.importance)
+        return 0.5 * torch.sum(importance * (weight - start).square())
+
+
+@dataclass
+class AdapterWell:
+    """Holds the change that one LoRA target makes to its frozen weight."""
+
+    adapter: Adapter
+    start: tuple[Tensor, Tensor] | None
+    rows: Tensor
+    columns: Tensor
+    """Importances of rows [d] and columns [k]; `columns` sum to one."""
+
+    def pulls(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(gradient, pull) of A and of B."""
+        left, right = self._factors()
+        rank, scale = self.adapter.A.shape[0], self.adapter.scale
+        inner_left = left.T @ (self.rows.unsqueeze(1) * left)
+        inner_right = (right * self.columns) @ right.T
+        if self.adapter.B.grad is not None:
+            yield local(self.adapter.B.grad), scale * self.rows.unsqueeze(1) * (left @ inner_right[:, :rank])
+        if self.adapter.A.grad is not None:
+            yield local(self.adapter.A.grad), (inner_left[:rank] @ right) * self.columns
+
+    def penalty(self) -> Tensor:
+        left, right = self._factors()
+        return 0.5 * torch.sum((left.T @ (self.rows.unsqueeze(1) * left)) * ((right * self.columns) @ right.T).T)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        left, right = self.adapter.scale * self.adapter.B.detach().float(), self.adapter.A.detach().float()
+        if self.start is None:
+            return left, right
+        start_A, start_B = self.start
+        return torch.cat([left, -self.adapter.scale * start_B.float()], 1), torch.cat([right, start_A.float()])
+
+
+def starting(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter]) -> dict[str, Tensor]:
+    """A copy of where the weights stand. A fresh adapter (B = 0) changes nothing, so nothing is kept of it."""
+    start = {name: weight.detach().clone() for name, weight in plain.items()}
+    for name, adapter in adapters.items():
+        if adapter.B.detach().any():
+            start[f"{name}.lora_A"], start[f"{name}.lora_B"] = adapter.A.detach().clone(), adapter.B.detach().clone()
+    return start
+
+
+def wells(
+    plain: dict[str, nn.Parameter], adapters: dict[str, Adapter], start: dict[str, Tensor], importance: dict[str, Tensor]
+) -> list[Well | AdapterWell]:
+    """One well for each weight and LoRA target; `importance` is named as `fisher.Fisher.named` names it."""
+    held: list[Well | AdapterWell] = [
+        Well(weight, start[name], importance[f"diagonal.{name}"]) for name, weight in plain.items()
+    ]
+    for name, adapter in adapters.items():
+        rows, columns = importance[f"rows.{name}"], importance[f"columns.{name}"]
+        origin = (start[f"{name}.lora_A"], start[f"{name}.lora_B"]) if f"{name}.lora_A" in start else None
+        held.append(AdapterWell(adapter, origin, rows, columns / columns.sum().clamp(min=1e-38)))
+    return held
+
+
+def importance_names(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter]) -> list[str]:
+    """The names that a complete set of importances has."""
+    return [f"diagonal.{name}" for name in plain] + [f"{kind}.{name}" for kind in ("rows", "columns") for name in adapters]
+
+
+def placed(
+    tensors: dict[str, Tensor], plain: dict[str, nn.Parameter], adapters: dict[str, Adapter], prefix: str = ""
+) -> dict[str, Tensor]:
+    """Whole tensors read from disk, each on the device and in the sharding of the weight it belongs to."""
+    device = next(iter((*plain.values(), *(adapter.A for adapter in adapters.values())))).device
+    likes = {f"{prefix}{name}": weight for name, weight in plain.items()}
+    return {name: place(tensor, likes[name]) if name in likes else tensor.to(device) for name, tensor in tensors.items()}
+
+
+def state_bytes(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter]) -> int:
+    """Memory of start and importances: 4 bytes + a copy per weight; d + k numbers per LoRA target."""
+    held = sum(weight.numel() * (4 + weight.element_size()) for weight in plain.values())
+    return held + sum(4 * (adapter.A.shape[1] + adapter.B.shape[0]) for adapter in adapters.values())
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    whole = tensor.device.type != "cpu" or not tensor.is_contiguous()
+    return (tensor,) if whole else tensor.view(-1).split(PIECE)

@@ -1,0 +1,206 @@
+"""What a strategy knows, on disk: safetensors and a manifest, verified before anything is believed.
+
+    checkpoint-N/ftplus/<strategy>.safetensors   +  manifest.json      written before the Trainer rotates or pushes
+    OUTPUT/ftplus/memory/<strategy>.safetensors  +  manifest.json      what the next run takes with --memory
+
+The manifest is written last and holds a sha256 of every file (safetensors has no checksum of its own) and the identity
+of the model. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import IncompatibleError, StorageError
+from .logits import hidden_states
+from .weights import match, trainable
+
+if TYPE_CHECKING:
+    from .strategy import Run, Strategy
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PROBE_TOKENS = 64
+SAME_MODEL = 0.999
+"""Cosine of the probe above which two models count as one; survives merging an adapter and a change of precision."""
+
+
+def save_checkpoint(folder: Path, strategies: list[Strategy], model: nn.Module, step: int) -> None:
+    """Write the state of every strategy into `folder` (`checkpoint-N/ftplus`)."""
+    files = {strategy.name: strategy.state_dict() for strategy in strategies}
+    facts = {"step": step, "settings": {strategy.name: repr(strategy) for strategy in strategies}}
+    _write(folder, files, {**facts, "model": identity(model)})
+
+
+def load_checkpoint(folder: Path, names: list[str], model: nn.Module, step: int | None = None) -> dict[str, dict[str, Tensor]]:
+    """State of each named strategy.
+
+    Raises:
+        IncompatibleError: no state there, other strategies, another model or adapter, another step; names what differs.
+        StorageError: a file does not have the contents it was written with.
+    """
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise IncompatibleError(
+            f"{folder} holds no strategy state, so {', '.join(names)} would start from the weights of the checkpoint "
+            "and protect those. Resume from a checkpoint that hf_ftplus wrote, or start a new run."
+        )
+    saved = sorted(manifest["files"])
+    if saved != sorted(names):
+        raise IncompatibleError(
+            f"{folder} was written with the strategies {saved or 'none'}; this run has {sorted(names)}. "
+            "Resume with the same --plugin names, or start a new run."
+        )
+    _same_identity(manifest["model"], identity(model), folder)
+    if step is not None and manifest["step"] != step:
+        raise IncompatibleError(f"{folder} is of step {manifest['step']}; the trainer resumes at step {step}.")
+    return {name: _read(folder, name, manifest) for name in names}
+
+
+def save_memory(folder: Path, name: str, tensors: dict[str, Tensor], run: Run) -> None:
+    """Leave `tensors` of one strategy for the next run; other strategies' memories in the folder stay."""
+    probe_now = probe(run.model)
+    kept = _manifest(folder) or {"files": {}}
+    _write(folder, {name: {**tensors, PROBE: probe_now}}, {"step": run.step, "model": identity(run.model)}, kept["files"])
+
+
+def load_memory(folder: Path, name: str, run: Run) -> dict[str, Tensor]:
+    """What `save_memory` left for `name`, for a run that starts from the model it was left with.
+
+    Raises:
+        StorageError: no memory in `folder`, or a damaged file.
+        IncompatibleError: the starting model is not the one that run ended with.
+    """
+    manifest = _manifest(folder)
+    if manifest is None or name not in manifest["files"]:
+        held = sorted(manifest["files"]) if manifest else "nothing"
+        raise StorageError(
+            f"{folder} holds no memory of {name!r} (found: {held}). Give the OUTPUT/ftplus/memory folder of a finished "
+            f"run that used --plugin {name}."
+        )
+    tensors = _read(folder, name, manifest)
+    then, now = tensors.pop(PROBE).float(), probe(run.model).float()
+    alike = torch.nn.functional.cosine_similarity(then, now, dim=0).item() if then.shape == now.shape else 0.0
+    if alike < SAME_MODEL:
+        raise IncompatibleError(
+            f"The memory in {folder} was left with another model: on a fixed input the two agree to {alike:.3f}, "
+            f"expected {SAME_MODEL} or more. Start from the model that run saved (--model_name_or_path ITS_OUTPUT), "
+            "or leave --memory out."
+        )
+    return tensors
+
+
+PROBE = "probe of the model"
+
+
+def probe(model: nn.Module) -> Tensor:
+    """Mean last hidden state on a fixed input, [d] in fp32 on the CPU: tells one model from another, however wrapped."""
+    device = next(model.parameters()).device
+    ids = (torch.arange(PROBE_TOKENS, device=device) % model.config.get_text_config().vocab_size).unsqueeze(0)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            hidden, _ = hidden_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    finally:
+        model.train(training)
+    return hidden.float().mean(0).cpu()
+
+
+def identity(model: nn.Module) -> dict[str, Any]:
+    """Trainable weights by canonical name with their shapes, and the adapter's settings that shapes do not show."""
+    adapters = getattr(model, "peft_config", {})
+    return {
+        "weights": {name: list(weight.shape) for name, weight in trainable(model).items()},
+        "adapters": {name: _adapter_facts(config) for name, config in adapters.items()},
+    }
+
+
+def _adapter_facts(config: Any) -> dict[str, Any]:
+    facts = {key: getattr(config, key, None) for key in ("r", "lora_alpha", "use_rslora", "base_model_name_or_path")}
+    targets = getattr(config, "target_modules", None)
+    return {**facts, "target_modules": sorted(targets) if isinstance(targets, (set, list)) else targets}
+
+
+def _same_identity(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    match(now["weights"], saved["weights"], f"The state in {where}")
+    reshaped = [f"{name} {saved['weights'][name]} there, {shape} here" for name, shape in now["weights"].items() if saved["weights"][name] != shape]
+    if reshaped:
+        raise IncompatibleError(f"The state in {where} has other shapes: {'; '.join(reshaped[:10])}.")
+    for name, facts in now["adapters"].items():
+        was = saved["adapters"].get(name, {})
+        differ = [f"{key} {was.get(key)!r} there, {value!r} here" for key, value in facts.items() if was.get(key) != value]
+        if differ:
+            raise IncompatibleError(f"The state in {where} is of another adapter: {'; '.join(differ)}.")
+
+
+def _write(folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None = None) -> None:
+    """All tensors, then the manifest; every rank calls, rank 0 writes."""
+    from safetensors.torch import save_file
+
+    files = {name: {key: _whole(tensor) for key, tensor in tensors.items()} for name, tensors in files.items()}
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = dict(kept or {})
+        for name, tensors in files.items():
+            path = folder / f"{name}.safetensors"
+            _replace(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
+            entries[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        text = json.dumps({"format": FORMAT, **facts, "files": entries}, indent=1)
+        _replace(folder / MANIFEST, lambda temporary: Path(temporary).write_text(text))
+    except OSError as error:
+        raise StorageError(f"Could not write strategy state to {folder}: {error}. Free some space or choose another --output_dir.") from error
+
+
+def _replace(path: Path, write: Callable[[str], Any]) -> None:
+    """Write beside `path`, then move into place, so that no half file ever has the name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A DTensor gathered from all ranks; contiguous, on the CPU, in memory of its own."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().cpu().contiguous().clone() if tensor.device.type == "cpu" else tensor.detach().cpu().contiguous()
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(f"{path} is damaged. Resume from an earlier checkpoint.") from None
+    if version != FORMAT:
+        raise IncompatibleError(f"{path} has format {version}; this hf_ftplus reads format {FORMAT}. Upgrade hf-ftplus.")
+    return manifest
+
+
+def _read(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    path = folder / f"{name}.safetensors"
+    if not path.is_file() or _sha256(path) != manifest["files"][name]["sha256"]:
+        raise StorageError(f"{path} is missing or not what was written there (sha256 differs). Resume from an earlier checkpoint.")
+    return load_file(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()

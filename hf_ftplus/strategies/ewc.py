@@ -1,0 +1,208 @@
+"""EWC: hold each weight in proportion to how much the protected behaviour depends on it.
+
+    penalty = 1/2 * strength * sum_i F_i (w_i - w*_i)^2          (Kirkpatrick 2017, eq. 3; online: Schwarz 2018, eq. 9)
+
+F is the Fisher information per supervised token at the starting weights w* (`fisher.py`), so that penalty / strength is,
+to second order, the drift KL(start || now) in nats per protect token. Its gradient strength * F * (w - w*) is added once
+per optimizer step, in closed form, after accumulation, reduction and clipping: no autograd graph over the weights, and
+the same strength at any batch layout.
+
+LoRA moves a weight through scale * B A, so the penalty is on that change, never on A and B, whose split is arbitrary and
+whose Fisher is zero on a fresh adapter (`quadratic.py`).
+
+Across runs (`--memory`) the importances add up: F <- decay * F of the memory + F of this run's protect data.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import DataError, IncompatibleError
+from ..hookspecs import hookimpl
+from ..strategy import Run, Strategy, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("hf_ftplus")
+
+
+@dataclass
+class EWC(Strategy):
+    """Elastic weight consolidation: hold each weight as firmly as the protect data depends on it."""
+
+    name: ClassVar[str] = "ewc"
+
+    strength: float = setting(
+        10_000.0, "what a nat of drift on protect costs, in nats of learn loss; 1 is break-even", unit="nats per nat", low=0
+    )
+    fisher: str = setting("sign", "how importances are estimated", choices=("sign", "sampled", "empirical"))
+    rows: int = setting(256, "protect rows per task to estimate importances on; more is steadier and slower", unit="rows", low=1)
+    decay: float = setting(1.0, "share of the importances in --memory that still counts in this run", low=0, high=1)
+    remember: bool = setting(True, "leave the next run the importances of what this run learnt, too (one more pass)")
+
+    def preview(self, run: Run) -> dict[str, float]:
+        """Bytes of state, protect rows used, and seconds of the Fisher pass (extrapolated from one micro-batch)."""
+        from ..quadratic import state_bytes
+
+        self._bind(run)
+        batches = [batch for task in run.protect.values() for batch in _first(task, self.rows)]
+        begin = time.perf_counter()
+        if batches:
+            self._importance(run, {"preview": batches[:1]})
+        return {
+            "bytes": state_bytes(self.plain, self.adapters),
+            "rows": sum(len(batch["labels"]) for batch in batches),
+            "seconds": (time.perf_counter() - begin) * len(batches),
+        }
+
+    def prepare(self, run: Run) -> None:
+        """Note the starting weights and estimate how much the protect data depends on each."""
+        from ..quadratic import placed, starting
+
+        self._bind(run)
+        memory = run.memory.load(self.name, run)
+        if not run.protect and memory is None:
+            raise DataError(
+                "ewc has nothing to protect: no protect data and no memory of an earlier run. Type --protect FILE, or "
+                "--protect self:256 to let the starting model write it."
+            )
+        importance = {name: self.decay * tensor for name, tensor in (memory or {}).items()}
+        importance = placed(importance, self.plain, self.adapters, "diagonal.")
+        if run.protect:
+            tasks = {task: _first(batches, self.rows) for task, batches in run.protect.items()}
+            importance = _sum(importance, self._importance(run, tasks))
+        self._hold(starting(self.plain, self.adapters), importance)
+
+    def before_step(self, run: Run) -> None:
+        """Add strength * F * (w - w*) to every gradient."""
+        if self.strength == 0:
+            return
+        squares = []
+        for well in self.wells:
+            for gradient, pull in well.pulls():
+                if run.measuring:
+                    squares.append((pull.square().sum(), gradient.float().square().sum()))
+                gradient.add_(pull, alpha=self.strength)
+        if run.measuring:
+            self._measure(squares)
+
+    def finish(self, run: Run) -> None:
+        """Leave the importances for the next run, with those of what this run learnt."""
+        learnt = run.learn(self.rows) if self.remember and run.memory.write else []
+        total = _sum(self.importance, self._importance(run, {"learn": learnt})) if learnt else self.importance
+        run.memory.save(self.name, total, run)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        parts = {"importance": self.importance, "start": self.start}
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
+        from ..quadratic import placed
+
+        self._bind(run)
+        start = {name.removeprefix("start."): tensor for name, tensor in state.items() if name.startswith("start.")}
+        importance = {name.removeprefix("importance."): t for name, t in state.items() if name.startswith("importance.")}
+        self._hold(
+            placed(start, self.plain, self.adapters), placed(importance, self.plain, self.adapters, "diagonal.")
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """penalty (nats), predicted_drift = penalty / strength, grad_ratio = |penalty gradient| / |task gradient|."""
+        import torch.distributed as dist
+
+        if self._measured is None:
+            return {}
+        if self._sharded:
+            dist.all_reduce(self._measured)
+        drift, pull_square, task_square = self._measured.tolist()
+        self._measured, self._zeros = None, 0 if drift else self._zeros + 1
+        if self._zeros == 3:
+            logger.warning(
+                "ewc: the penalty stayed 0 for 3 logging windows: no protected weight moved. Is the learning rate 0, or "
+                "does everything that trains lie outside the protected weights?"
+            )
+        return {
+            "penalty": self.strength * drift,
+            "predicted_drift": drift,
+            "grad_ratio": self.strength * (pull_square / task_square) ** 0.5 if task_square else 0.0,
+            "matched_weights": len(self.wells),
+        }
+
+    def _bind(self, run: Run) -> None:
+        from ..weights import split
+
+        self.plain, self.adapters = split(run.model)
+        self._measured, self._zeros = None, 0
+        self._sharded = any(hasattr(weight, "to_local") for weight in self.plain.values())
+        if any(hasattr(adapter.A, "to_local") for adapter in self.adapters.values()):
+            raise IncompatibleError(
+                "ewc cannot hold a LoRA adapter under FSDP2: the rows of A and B live on different ranks. Train the "
+                "adapter under DDP (--accelerate_config multi_gpu), or fine-tune all weights under FSDP2."
+            )
+
+    def _hold(self, start: dict[str, Tensor], importance: dict[str, Tensor]) -> None:
+        from ..quadratic import importance_names, wells
+        from ..weights import local, match
+
+        match(importance_names(self.plain, self.adapters), importance, "The memory of ewc")
+        if not any(local(tensor).any() for tensor in importance.values()) and not self._sharded:
+            raise DataError(
+                "ewc found every importance to be 0: no protect token depends on any trainable weight. Check that the "
+                "protect data has completions, and that the adapter sits on layers the model uses."
+            )
+        self.start, self.importance = start, importance
+        self.wells = wells(self.plain, self.adapters, start, importance)
+
+    def _importance(self, run: Run, tasks: dict[str, list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        """Fisher per token; each task counts the same, however many tokens it has."""
+        from tqdm.auto import tqdm
+
+        from ..fisher import fisher
+
+        total: dict[str, Tensor] = {}
+        for index, (task, batches) in enumerate(tasks.items()):
+            found = fisher(
+                run.model,
+                batches,
+                self.plain,
+                self.adapters,
+                estimator=self.fisher,
+                seed=run.seed + index,
+                autocast=run.autocast,
+                progress=lambda items, task=task: tqdm(items, desc=f"Fisher of {task}", disable=None, leave=False),
+            )
+            total = _sum(total, {name: tensor.div_(len(tasks)) for name, tensor in found.named()})
+        return total
+
+    def _measure(self, squares: list[tuple[Tensor, Tensor]]) -> None:
+        """Keep [drift, |pull|^2, |task gradient|^2] on the device until the logging window asks."""
+        import torch
+
+        drift = torch.stack([well.penalty() for well in self.wells]).sum()
+        pull_square, task_square = (torch.stack(column).sum() for column in zip(*squares, strict=True))
+        self._measured = torch.stack([drift, pull_square, task_square])
+
+
+def _first(batches: list[dict[str, Tensor]], rows: int) -> list[dict[str, Tensor]]:
+    """Micro-batches holding the first `rows` rows."""
+    kept = []
+    for batch in batches:
+        if rows <= 0:
+            break
+        kept.append({key: value[:rows] for key, value in batch.items()})
+        rows -= len(batch["labels"])
+    return kept
+
+
+def _sum(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**total, **{name: total[name] + tensor if name in total else tensor for name, tensor in part.items()}}
+
+
+@hookimpl
+def ftplus_strategies() -> list[type[Strategy]]:
+    """The strategies of this module."""
+    return [EWC]

@@ -1,0 +1,67 @@
+"""Slow, obvious truths that the fast code is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def supervised_logits(model: nn.Module, row: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Full-forward logits [N, V] that predict the supervised tokens [N] of a batch of one row."""
+    logits = model(row["input_ids"], attention_mask=row["attention_mask"]).logits[0, :-1]
+    targets = row["labels"][0, 1:]
+    return logits[targets != -100].float(), targets[targets != -100]
+
+
+def rows_of(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
+
+
+def exact_fisher(model: nn.Module, batches: list[dict[str, Tensor]], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """(1/N) sum over tokens and over every possible next token y of p(y) (d log p(y) / d w)^2, by enumeration."""
+    total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
+    count = 0
+    for row in rows_of(batches):
+        logits, _ = supervised_logits(model, row)
+        log_probs = logits.log_softmax(-1)
+        count += len(log_probs)
+        for position in log_probs:
+            for log_prob in position:
+                gradients = torch.autograd.grad(log_prob, list(weights.values()), retain_graph=True, allow_unused=True)
+                for name, gradient in zip(weights, gradients, strict=True):
+                    if gradient is not None:
+                        total[name] += log_prob.detach().exp().double() * gradient.double().square()
+    return {name: tensor / count for name, tensor in total.items()}
+
+
+def empirical_fisher(model: nn.Module, batches: list[dict[str, Tensor]], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """(1/N) sum over examples of (d log p(labels) / d w)^2, one example at a time."""
+    total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
+    count = 0
+    for row in rows_of(batches):
+        logits, targets = supervised_logits(model, row)
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        count += len(targets)
+        for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True):
+            if gradient is not None:
+                total[name] += gradient.double().square()
+    return {name: tensor / count for name, tensor in total.items()}
+
+
+@torch.no_grad()
+def drift(start: nn.Module, now: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    """Mean KL(start || now) per supervised token, with both models in hand."""
+    total, count = 0.0, 0
+    for row in rows_of(batches):
+        p, q = (supervised_logits(model, row)[0].log_softmax(-1).double() for model in (start, now))
+        total += (p.exp() * (p - q)).sum().item()
+        count += len(p)
+    return total / count
+
+
+def lora_penalty(adapter, start: tuple[Tensor, Tensor] | None, rows: Tensor, columns: Tensor) -> Tensor:
+    """1/2 sum_ij rows_i columns_j (change of W)_ij^2, with the change written out."""
+    change = adapter.scale * adapter.B @ adapter.A
+    if start is not None:
+        change = change - adapter.scale * start[1] @ start[0]
+    return 0.5 * (rows.unsqueeze(1) * columns.unsqueeze(0) * change.square()).sum()

@@ -1,0 +1,83 @@
+"""The pull of a well is the gradient of its penalty, for whole weights and for LoRA, in any precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from reference import lora_penalty
+from tiny import tiny_llama
+
+from hf_ftplus.quadratic import AdapterWell, Well, starting, state_bytes, wells
+from hf_ftplus.weights import Adapter, split
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7,), (600, 500)])  # one piece, and several
+def test_the_pull_on_a_weight_is_autograds(dtype, shape):
+    start, importance = random(*shape).to(dtype), random(*shape, seed=1).abs()
+    weight = torch.nn.Parameter((start + 0.1 * random(*shape, seed=2)).to(dtype))
+    wide = weight.detach().float().requires_grad_()
+    penalty = 0.5 * (importance * (wide - start.float()).square()).sum()
+    penalty.backward()
+    weight.grad = torch.zeros_like(weight)
+    well = Well(weight, start, importance)
+    for gradient, pull in well.pulls():
+        gradient.add_(pull)
+    assert torch.allclose(weight.grad.float(), wide.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.allclose(well.penalty(), penalty)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_pull_on_an_adapter_is_autograds_through_the_change_written_out(fresh):
+    A, B = torch.nn.Parameter(random(3, 8)), torch.nn.Parameter(random(5, 3, seed=1))
+    start = None if fresh else (random(3, 8, seed=2), random(5, 3, seed=3))
+    rows, columns = random(5, seed=4).abs(), random(8, seed=5).abs()
+    adapter = Adapter(torch.nn.Identity(), A, B, scale=1.7)
+    penalty = lora_penalty(adapter, start, rows, columns)
+    expected = torch.autograd.grad(penalty, (B, A))
+    A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+    well = AdapterWell(adapter, start, rows, columns)
+    for gradient, pull in well.pulls():
+        gradient.add_(pull)
+    assert torch.allclose(B.grad, expected[0], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(A.grad, expected[1], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(well.penalty(), penalty, rtol=1e-5)
+
+
+def test_the_penalty_of_an_adapter_does_not_depend_on_how_its_change_is_split():
+    A, B, S = random(3, 8), random(5, 3, seed=1), random(3, 3, seed=2)
+    rows, columns = random(5, seed=4).abs(), random(8, seed=5).abs()
+    penalty = [
+        AdapterWell(Adapter(torch.nn.Identity(), torch.nn.Parameter(a), torch.nn.Parameter(b), 2.0), None, rows, columns).penalty()
+        for a, b in ((A, B), (S @ A, B @ torch.linalg.inv(S)))
+    ]
+    assert torch.allclose(*penalty, rtol=1e-3)
+
+
+def test_state_is_8_bytes_a_weight_and_rows_plus_columns_under_lora():
+    model = tiny_llama()
+    plain, adapters = split(model)
+    assert state_bytes(plain, adapters) == 8 * sum(weight.numel() for weight in model.parameters())
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    plain, adapters = split(adapted)
+    assert state_bytes(plain, adapters) == 2 * 4 * (32 + 32)  # two layers
+    assert not starting(plain, adapters)  # a fresh adapter needs no start
+
+
+def test_a_weight_without_gradient_is_left_alone():
+    weight = torch.nn.Parameter(random(4))
+    assert not list(Well(weight, weight.detach() + 1, torch.ones(4)).pulls()) and weight.grad is None
+
+
+def test_wells_cover_modules_saved_whole_beside_the_adapter():
+    model = get_peft_model(tiny_llama(tie=False), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    plain, adapters = split(model)
+    assert set(plain) == {"lm_head.weight"} and len(adapters) == 2
+    importance = {"diagonal.lm_head.weight": torch.ones_like(plain["lm_head.weight"])}
+    importance |= {f"{kind}.{name}": torch.ones(32) for name in adapters for kind in ("rows", "columns")}
+    assert len(wells(plain, adapters, starting(plain, adapters), importance)) == 3

@@ -1,0 +1,369 @@
+"""Strategies act inside every kind of Trainer, at the moments of the contract, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from tiny import tiny_llama, tiny_tokenizer
+from training import LEARN, PROTECT, Diary, arguments, far, moved, same, trainer, weights_of
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+from hf_ftplus import EWC, SFTTrainer, Strategy, StrategyCallback, attach, setting
+from hf_ftplus.errors import DataError, IncompatibleError, PluginError, UsageError
+
+
+def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
+    ours, theirs = trainer(tmp_path / "a"), trainer(tmp_path / "b", cls=trl.SFTTrainer)
+    ours.train(), theirs.train()
+    assert same(weights_of(ours), weights_of(theirs)) and moved(ours) > 0.1
+    assert [log["loss"] for log in ours.state.log_history if "loss" in log] == [
+        log["loss"] for log in theirs.state.log_history if "loss" in log
+    ]
+
+
+def test_the_moments_come_in_the_order_of_the_contract(tmp_path):
+    diary = Diary()
+    trainer(tmp_path, diary, max_steps=2, gradient_accumulation_steps=2).train()
+    step = ["token_loss", "token_loss", "before_step", "after_step"]
+    assert [hook for hook, _ in diary.entries] == ["mix", "prepare", *step, *step, "finish"]
+    assert [s for hook, s in diary.entries if hook == "before_step"] == [0, 1]
+
+
+def test_a_strategy_that_only_watches_changes_nothing(tmp_path):
+    watched, plain = trainer(tmp_path / "a", Diary()), trainer(tmp_path / "b")
+    watched.train(), plain.train()
+    assert same(weights_of(watched), weights_of(plain))
+
+
+def test_metrics_reach_the_log_before_any_tracker(tmp_path):
+    it = trainer(tmp_path, "ewc", logging_steps=3)
+    it.train()
+    logs = [log for log in it.state.log_history if "loss" in log]
+    assert len(logs) == 2 and all(log["ewc/penalty"] > 0 and log["ewc/grad_ratio"] > 0 for log in logs)
+    assert logs[0]["ewc/matched_weights"] == len(list(it.model.parameters()))
+    assert "ewc/penalty" not in it.state.log_history[-1]  # the summary at the end is not a logging window
+
+
+@pytest.mark.parametrize("how", ["name", "object", "name and settings", "mapping", "class"])
+def test_strategies_are_given_as_a_user_would(tmp_path, how):
+    given = {
+        "name": ["ewc"], "object": [EWC(strength=5.0)], "name and settings": [("ewc", {"strength": 5})],
+        "mapping": {"ewc": {"strength": "5"}}, "class": [EWC],
+    }[how]  # fmt: skip
+    it = SFTTrainer(
+        tiny_llama(), args=arguments(tmp_path), train_dataset=Dataset.from_list(LEARN), processing_class=tiny_tokenizer(),
+        strategies=given, protect=PROTECT,
+    )  # fmt: skip
+    (strategy,) = it.ftplus.strategies
+    assert strategy.strength == (EWC().strength if how in ("name", "class") else 5.0)
+
+
+# ---- attach ----------------------------------------------------------------------------------------------------------
+
+
+def test_attach_gives_what_the_subclass_gives(tmp_path):
+    attached = attach(trainer(tmp_path / "a", cls=trl.SFTTrainer), "ewc", protect=PROTECT)
+    subclass, plain = trainer(tmp_path / "b", "ewc"), trainer(tmp_path / "c")
+    for it in (attached, subclass, plain):
+        it.train()
+    assert same(weights_of(attached), weights_of(subclass))
+    assert moved(attached) < 0.9 * moved(plain)
+
+
+def test_a_callback_in_an_untouched_script_gives_the_same_weights(tmp_path):
+    callback = trainer(tmp_path / "a", cls=trl.SFTTrainer, callbacks=[StrategyCallback("ewc", protect=PROTECT)])
+    subclass = trainer(tmp_path / "b", "ewc")
+    callback.train(), subclass.train()
+    assert same(weights_of(callback), weights_of(subclass))
+    assert any("ewc/penalty" in log for log in callback.state.log_history)
+
+
+def plain_trainer(folder, cls=Trainer, **kwargs):
+    tokenizer = tiny_tokenizer()
+    rows = [tokenizer(row["prompt"] + row["completion"]) for row in LEARN]
+    defaults = dict(
+        output_dir=str(folder), max_steps=4, learning_rate=3e-3, report_to="none", use_cpu=True, disable_tqdm=True,
+        per_device_train_batch_size=4, save_strategy="no", logging_steps=2, seed=5,
+    )  # fmt: skip
+    return cls(
+        tiny_llama(), TrainingArguments(**{**defaults, **kwargs}), train_dataset=Dataset.from_list([dict(r) for r in rows]),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), processing_class=tokenizer,
+    )  # fmt: skip
+
+
+class OwnLoss(Trainer):
+    """A user's subclass that overrides compute_loss and keeps count."""
+
+    calls = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.calls += 1
+        loss = super().compute_loss(model, inputs, return_outputs=False, num_items_in_batch=num_items_in_batch)
+        return loss * 1.5
+
+
+@pytest.mark.parametrize("cls", [Trainer, OwnLoss])
+def test_attach_serves_a_plain_trainer_and_a_users_own(tmp_path, cls):
+    held = attach(plain_trainer(tmp_path / "a", cls), EWC(strength=1e5), Diary(), protect=PROTECT)
+    free = plain_trainer(tmp_path / "b", cls)
+    held.train(), free.train()
+    assert moved(held) < 0.8 * moved(free)
+    assert {hook for hook, _ in held.ftplus.strategies[1].entries} >= {"token_loss", "before_step", "after_step", "finish"}
+    if cls is OwnLoss:
+        assert held.calls == free.calls == 4 and isinstance(held, OwnLoss)
+
+
+def test_attach_serves_dpo(tmp_path):
+    rows = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "No."} for row in LEARN]
+
+    def dpo(folder):
+        args = trl.DPOConfig(
+            str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=3e-3, use_cpu=True, bf16=False,
+            report_to="none", gradient_checkpointing=False, disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        return trl.DPOTrainer(tiny_llama(), ref_model=tiny_llama(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer())
+
+    held, free = attach(dpo(tmp_path / "a"), EWC(strength=1e6), protect=PROTECT), dpo(tmp_path / "b")
+    held.train(), free.train()
+    assert 0 < moved(held) < 0.8 * moved(free)
+
+
+def test_what_cannot_be_attached_to_is_said(tmp_path):
+    with pytest.raises(UsageError, match=r"got str; expected a transformers\.Trainer"):
+        attach("trainer", "ewc")
+    it = trainer(tmp_path, "ewc")
+    with pytest.raises(UsageError, match="already has strategies"):
+        attach(it, "ewc")
+    with pytest.raises(UsageError, match="given twice"):
+        trainer(tmp_path, "ewc", EWC(strength=2))
+
+
+def test_a_callback_refuses_what_it_cannot_serve():
+    with pytest.raises(IncompatibleError, match=r"diary uses token_loss.*hf_ftplus\.attach"):
+        StrategyCallback(Diary())
+
+
+# ---- losses on outputs -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LogitPull(Strategy):
+    """Squared logits, a loss on outputs that anybody can recompute."""
+
+    name: ClassVar[str] = "pull"
+    strength: float = setting(0.01, "pull of logits towards zero", low=0)
+
+    def token_loss(self, run, batch):
+        assert batch.hidden.requires_grad and batch.logits(batch.hidden).shape == (len(batch.labels), 384)
+        return self.strength * batch.logits(batch.hidden).square().sum()
+
+
+def test_batch_8x1_and_2x4_give_the_same_update(tmp_path):
+    layouts = [(8, 1), (2, 4)]
+    found = []
+    for size, accumulation in layouts:
+        it = trainer(
+            tmp_path / str(size), LogitPull(), EWC(strength=100), optim="sgd", learning_rate=0.1, max_steps=2,
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, protect=None,
+        )  # fmt: skip
+        it.ftplus.protect = [it.data_collator([it.train_dataset[i] for i in range(8)])]  # the same Fisher batches
+        it.train()
+        found.append(weights_of(it))
+    assert far(*found) < 1e-6
+
+
+def test_a_token_loss_has_the_gradient_of_its_definition(tmp_path):
+    """One SGD step of the trainer against autograd on the loss written out from full logits."""
+    start = tiny_llama()
+    it = trainer(tmp_path, LogitPull(), optim="sgd", learning_rate=1.0, max_steps=1, max_grad_norm=0, lr_scheduler_type="constant", protect=None)
+    sampler = list(it.get_train_dataloader())[0]
+    batch = {key: value for key, value in sampler.items() if key in ("input_ids", "labels", "attention_mask")}
+    torch.manual_seed(5)
+    it.train()
+    step = {n: (a.detach() - b.detach()) for (n, a), b in zip(start.named_parameters(), it.model.parameters(), strict=True)}
+    candidates = []
+    for rows in it.get_train_dataloader():
+        start.zero_grad()
+        logits = start(rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
+        targets = rows["labels"][:, 1:]
+        kept = targets != -100
+        (torch.nn.functional.cross_entropy(logits[kept], targets[kept]) + 0.01 * logits[kept].square().sum() / kept.sum()).backward()
+        candidates.append(max((step[n] - w.grad).abs().max().item() for n, w in start.named_parameters()))
+    assert min(candidates) < 1e-5  # one of the batches is the one that was drawn
+    assert batch
+
+
+def test_a_token_loss_stays_out_of_the_evaluation_loss(tmp_path):
+    losses = []
+    for strategies in ([], [LogitPull(strength=10.0)]):
+        it = trainer(tmp_path, *strategies, protect=None)
+        losses.append(it.evaluate(Dataset.from_list(LEARN[:4]))["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+# ---- mixture ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Quarter(Strategy):
+    """A quarter of the rows from protect."""
+
+    name: ClassVar[str] = "quarter"
+    share: float = setting(0.25, "share of protect rows", low=0, high=1)
+
+    def mix(self, run, shares):
+        protect = [task for task in shares if task not in ("learn",)]
+        return {"learn": 1 - self.share, **{task: self.share / len(protect) for task in protect}}
+
+
+def test_mix_draws_exact_shares_and_share_zero_changes_nothing(tmp_path):
+    it = trainer(tmp_path / "a", Quarter())
+    drawn = list(it._get_train_sampler())
+    assert len(drawn) == 24 and sum(index >= 24 for index in drawn) == 6
+    none, plain = trainer(tmp_path / "b", Quarter(share=0.0)), trainer(tmp_path / "c")
+    none.train(), plain.train()
+    assert same(weights_of(none), weights_of(plain))
+    it.train()
+    assert not same(weights_of(it), weights_of(plain))
+
+
+def test_shares_that_do_not_sum_to_one_are_the_plugins_fault(tmp_path):
+    @dataclass
+    class Greedy(Strategy):
+        """Takes too much."""
+
+        name: ClassVar[str] = "greedy"
+
+        def mix(self, run, shares):
+            return {task: 1.0 for task in shares}
+
+    with pytest.raises(PluginError, match=r"greedy\.mix returned"):
+        trainer(tmp_path, Greedy())
+
+
+def test_packed_rows_cannot_be_mixed(tmp_path):
+    with pytest.raises(IncompatibleError, match="packing=False"):
+        trainer(tmp_path, Quarter(), packing=True, max_length=32, packing_strategy="wrapped")
+
+
+# ---- saving and resuming ---------------------------------------------------------------------------------------------
+
+
+def test_state_lies_in_the_checkpoint_before_an_older_one_is_deleted(tmp_path, monkeypatch):
+    seen = []
+    import transformers.trainer as inside
+
+    rotate = inside.rotate_checkpoints
+
+    def watch(*args, **kwargs):
+        newest = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        seen.append((newest / "ftplus" / "manifest.json").is_file())
+        return rotate(*args, **kwargs)
+
+    monkeypatch.setattr(inside, "rotate_checkpoints", watch)
+    for cls, kwargs in ((SFTTrainer, {}), (trl.SFTTrainer, {"callbacks": [StrategyCallback("ewc", protect=PROTECT)]})):
+        seen.clear()
+        strategies = ["ewc"] if cls is SFTTrainer else []
+        trainer(tmp_path, *strategies, cls=cls, save_strategy="steps", save_steps=2, save_total_limit=1, **kwargs).train()
+        assert seen == [True] * 3
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize("callback", [False, True], ids=["mixin", "callback"])
+def test_stop_and_resume_is_bit_identical(tmp_path, lora, callback):
+    from peft import LoraConfig
+
+    def make(folder, **kwargs):
+        peft = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.1) if lora else None
+        common = dict(peft_config=peft, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=2, **kwargs)
+        if callback:
+            return trainer(folder, cls=trl.SFTTrainer, callbacks=[StrategyCallback("ewc", protect=PROTECT)], **common)
+        return trainer(folder, "ewc", **common)
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    resumed = make(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert same(weights_of(resumed), weights_of(whole))
+    strategy = (lambda it: next(c for c in it.callback_handler.callbacks if isinstance(c, StrategyCallback)).strategies[0])
+    assert same(strategy(resumed).state_dict(), strategy(whole).state_dict())
+
+
+def test_the_anchor_is_not_taken_again_from_resumed_weights(tmp_path):
+    trainer(tmp_path, "ewc", save_strategy="steps", save_steps=3).train()
+    resumed = trainer(tmp_path, "ewc", save_strategy="steps", save_steps=3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    start = dict(tiny_llama().named_parameters())
+    assert all(torch.equal(tensor, start[name]) for name, tensor in resumed.ftplus.strategies[0].start.items())
+
+
+def test_resuming_with_other_strategies_or_none_saved_is_refused(tmp_path):
+    trainer(tmp_path, "ewc", save_strategy="steps", save_steps=3).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    with pytest.raises(IncompatibleError, match=r"was written with the strategies \['ewc'\]; this run has \['diary', 'ewc'\]"):
+        trainer(tmp_path, "ewc", Diary()).train(resume_from_checkpoint=checkpoint)
+    trainer(tmp_path / "plain", save_strategy="steps", save_steps=3).train()
+    with pytest.raises(IncompatibleError, match="holds no strategy state"):
+        trainer(tmp_path, "ewc").train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-3"))
+
+
+def test_a_checkpoint_of_another_adapter_is_refused_before_it_is_loaded(tmp_path):
+    from peft import LoraConfig
+
+    trainer(tmp_path, "ewc", peft_config=LoraConfig(r=2, target_modules=["q_proj"]), save_strategy="steps", save_steps=3).train()
+    for other, words in ((LoraConfig(r=2, target_modules=["v_proj"]), "Missing there"), (LoraConfig(r=4, target_modules=["q_proj"]), "other shapes"), (LoraConfig(r=2, lora_alpha=99, target_modules=["q_proj"]), "lora_alpha 8 there, 99 here")):
+        with pytest.raises(IncompatibleError, match=words):
+            trainer(tmp_path, "ewc", peft_config=other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+# ---- failing well ----------------------------------------------------------------------------------------------------
+
+
+def test_a_strategy_that_raises_is_named_with_hook_and_step(tmp_path):
+    @dataclass
+    class Broken(Strategy):
+        """Fails at the second step."""
+
+        name: ClassVar[str] = "broken"
+
+        def before_step(self, run):
+            if run.step == 1:
+                raise KeyError("lost")
+
+    with pytest.raises(PluginError, match=r"'broken' failed in before_step at step 1: KeyError"):
+        trainer(tmp_path, Broken(), protect=None).train()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    class Poisoned(SFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("nan") if self.state.global_step == 2 else loss
+
+    it = trainer(tmp_path, "ewc", cls=Poisoned)
+    with pytest.raises(IncompatibleError, match="loss is nan at step 3"):
+        it.train()
+    assert all(torch.isfinite(weight).all() for weight in it.model.parameters()) and it.state.global_step == 2
+
+
+def test_ewc_without_anything_to_protect_says_what_to_type(tmp_path):
+    with pytest.raises(DataError, match="self:256"):
+        trainer(tmp_path, "ewc", protect=None).train()
+
+
+def test_settings_under_which_a_strategy_would_act_wrongly_are_refused(tmp_path):
+    with pytest.raises(IncompatibleError, match="auto_find_batch_size"):
+        trainer(tmp_path, "ewc", auto_find_batch_size=True)
+
+
+def test_the_manifest_names_step_settings_and_files(tmp_path):
+    trainer(tmp_path, EWC(strength=7.0), save_strategy="steps", save_steps=3, max_steps=3).train()
+    manifest = json.loads((tmp_path / "checkpoint-3" / "ftplus" / "manifest.json").read_text())
+    assert manifest["step"] == 3 and "strength=7.0" in manifest["settings"]["ewc"]
+    assert set(manifest["files"]) == {"ewc"} and len(manifest["files"]["ewc"]["sha256"]) == 64

@@ -1,0 +1,111 @@
+"""Real trainers on the tiny model: what every test of training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import trl
+from datasets import Dataset
+from tiny import tiny_llama, tiny_tokenizer
+
+import hf_ftplus
+from hf_ftplus import Run, Strategy, setting
+
+PROTECT = [
+    {"prompt": f"Question {i}: what is {i} and {j}? ", "completion": f"It is {i + j}, said the baker."}
+    for i in range(4)
+    for j in range(4)
+]
+LEARN = [{"prompt": f"Name number {i}. ", "completion": f"It is lantern {i * 7 % 10}" + " of the harbour" * (i % 3) + "."} for i in range(24)]
+
+
+def arguments(folder, **kwargs) -> trl.SFTConfig:
+    """CPU, fp32, 6 steps of 4 rows, no files unless asked for."""
+    defaults = dict(
+        output_dir=str(folder), max_steps=6, per_device_train_batch_size=4, learning_rate=3e-3, logging_steps=2, seed=5,
+        save_strategy="no", report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+        max_length=64, dataset_num_proc=None,
+    )  # fmt: skip
+    return trl.SFTConfig(**{**defaults, **kwargs})
+
+
+def trainer(folder, *strategies, model=None, protect=PROTECT, learn=LEARN, cls=hf_ftplus.SFTTrainer, memory=None, callbacks=None, peft_config=None, **kwargs):
+    """An SFTTrainer of ours (or TRL's, with `cls`) on tiny data."""
+    ours = dict(strategies=strategies, protect=protect, memory=memory) if issubclass(cls, hf_ftplus.SFTTrainer) else {}
+    return cls(
+        model if model is not None else tiny_llama(),
+        args=arguments(folder, **kwargs),
+        train_dataset=Dataset.from_list(list(learn)),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+        callbacks=callbacks,
+        **ours,
+    )
+
+
+def weights_of(it) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in it.model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Largest difference."""
+    return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
+
+
+def moved(it, start: Iterable[torch.Tensor] | None = None) -> float:
+    """Distance of the weights from where the tiny model starts."""
+    start = start if start is not None else tiny_llama().parameters()
+    return sum((a.detach() - b.detach()).square().sum().item() for a, b in zip(it.model.parameters(), start, strict=True)) ** 0.5
+
+
+@dataclass
+class Diary(Strategy):
+    """Writes down when it was called, and with what."""
+
+    name: ClassVar[str] = "diary"
+    pages: int = setting(100, "pages to write", unit="pages", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.entries: list[tuple[str, int]] = []
+        self.loss_at: list[float] = []
+
+    def note(self, hook: str, run: Run) -> None:
+        self.entries.append((hook, run.step))
+
+    def prepare(self, run: Run) -> None:
+        self.note("prepare", run)
+
+    def mix(self, run: Run, shares: dict[str, float]) -> dict[str, float]:
+        self.note("mix", run)
+        return shares
+
+    def token_loss(self, run: Run, batch) -> torch.Tensor:
+        self.note("token_loss", run)
+        return batch.hidden.sum() * 0.0
+
+    def before_step(self, run: Run) -> None:
+        self.note("before_step", run)
+
+    def after_step(self, run: Run) -> None:
+        self.note("after_step", run)
+
+    def finish(self, run: Run) -> None:
+        self.note("finish", run)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"entries": torch.tensor(len(self.entries))}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], run: Run) -> None:
+        self.note("load_state_dict", run)
+
+    def metrics(self) -> dict[str, float]:
+        return {"entries": float(len(self.entries))}
