@@ -9,11 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .hookspecs import hookimpl
-from .strategy import Batch, Memory, Run, Strategy, setting
-
 if TYPE_CHECKING:
+    from .hookspecs import hookimpl
     from .strategies.ewc import EWC
+    from .strategy import Batch, Memory, Run, Strategy, setting
     from .trainer import SFTTrainer, StrategyCallback, StrategyMixin, attach
 
 __version__ = "0.1.0"
@@ -32,9 +31,13 @@ __all__ = [
     "setting",
 ]
 
-# loaded on first touch: they import torch and trl, which `ftplus --help` must not wait for
-_LAZY = dict.fromkeys(("SFTTrainer", "StrategyCallback", "StrategyMixin", "attach"), ".trainer")
-_LAZY["EWC"] = ".strategies.ewc"
+# loaded on first touch: `ftplus --help` must not wait for torch and trl, nor for pluggy
+_LAZY = {
+    "EWC": ".strategies.ewc",
+    "hookimpl": ".hookspecs",
+    **dict.fromkeys(("Batch", "Memory", "Run", "Strategy", "setting"), ".strategy"),
+    **dict.fromkeys(("SFTTrainer", "StrategyCallback", "StrategyMixin", "attach"), ".trainer"),
+}
 
 
 def __getattr__(name: str) -> Any:

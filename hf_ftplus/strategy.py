@@ -45,7 +45,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import UsageError, nearest
+from .errors import IncompatibleError, UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -221,7 +221,7 @@ class Setting:
         where = f"{strategy}.{self.name}"
         try:
             value = _cast(value, self.type)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             wanted = getattr(self.type, "__name__", str(self.type))
             raise UsageError(f"{where} is {value!r}; expected {wanted} ({self.help}).") from None
         if value is None:
@@ -280,3 +280,13 @@ def configure(strategy: type[Strategy], values: dict[str, Any]) -> Strategy:
                 f"{strategy.name} has no setting {key!r}.{nearest(key, known)} Settings: {', '.join(known) or 'none'}."
             )
     return strategy(**values)
+
+
+def refuse_deepspeed(strategies: list[Strategy]) -> None:
+    """Raise for strategies that need the moment between backward and optimizer step, which DeepSpeed does not show."""
+    acting = [s.name for s in strategies if s.overrides("before_step") or s.overrides("after_step")]
+    if acting:
+        raise IncompatibleError(
+            f"{', '.join(acting)} acts on weights between backward and optimizer step, but DeepSpeed does both inside "
+            "backward(). Launch with --accelerate_config fsdp2 or multi_gpu instead."
+        )

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
@@ -26,20 +28,23 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import data, state
-from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
+from .errors import DataError, FTPlusError, IncompatibleError, PluginError, UsageError
 from .generate import self_generate
 from .logits import causal_lm, lm_head, supervised
 from .mixture import MixtureSampler
 from .model import cache
+from .model import resolve as resolve_model
 from .plugins import resolve
-from .strategy import Batch, Memory, Run, Strategy
+from .strategy import Batch, Memory, Run, Strategy, refuse_deepspeed
 from .weights import trainable
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 logger = logging.getLogger("hf_ftplus")
 
 STATE_FOLDER = "ftplus"
 NEEDS_TRAINER = ("token_loss", "mix")
-MOVES_WEIGHTS = ("before_step", "after_step")
 DEFAULT_LENGTH = 1024
 
 
@@ -109,7 +114,7 @@ class StrategyCallback(TrainerCallback):
             device=args.device,
             seed=args.seed,
             memory=Memory(read=self.memory, write=out),
-            autocast=partial(torch.autocast, args.device.type, torch.bfloat16) if args.bf16 else nullcontext,
+            autocast=autocast(args),
         )
         run.protect = protect_batches(self.protect, run, args, tokenizer)
         self.run = run
@@ -161,7 +166,7 @@ class StrategyCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.run and state.global_step >= state.max_steps > 0:
+        if self.run:
             self.run.step = state.global_step
             for strategy in self.acting("finish"):
                 self.call(strategy, "finish", self.run)
@@ -355,12 +360,8 @@ def attach(trainer: Trainer, *strategies: Any, protect: Any = None, memory: str 
 
 def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
     """Raise for launchers and settings under which a strategy would act wrongly, before anything trains."""
-    moving = [s.name for s in strategies if any(s.overrides(hook) for hook in MOVES_WEIGHTS)]
-    if moving and (args.deepspeed or args.distributed_state.distributed_type == "DEEPSPEED"):
-        raise IncompatibleError(
-            f"{', '.join(moving)} acts on weights between backward and optimizer step, but DeepSpeed does both inside "
-            "backward(). Launch with --accelerate_config fsdp2 or multi_gpu instead."
-        )
+    if args.deepspeed or args.distributed_state.distributed_type == "DEEPSPEED":
+        refuse_deepspeed(strategies)
     if strategies and args.auto_find_batch_size:
         raise IncompatibleError(
             "auto_find_batch_size starts training again from weights that already moved, which strategies would take "
@@ -418,6 +419,11 @@ def check_shares(name: str, shares: dict[str, float], start: dict[str, float]) -
         raise PluginError(f"{name}.mix returned {shares}; expected shares of {list(start)} that are >= 0 and sum to 1.")
 
 
+def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
+    """Mixed precision for forward passes of our own: bf16 as in training; fp32 under fp16, which needs loss scaling."""
+    return partial(torch.autocast, args.device.type, torch.bfloat16) if args.bf16 else nullcontext
+
+
 def ends_window(args: TrainingArguments, state: Any) -> bool:
     """Whether the step being taken is the last of a logging window."""
     step = state.global_step + 1
@@ -436,3 +442,63 @@ def pad_id(tokenizer: Any) -> int:
     """The padding token's id; any id serves, since pads are masked and unsupervised."""
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return found if isinstance(found, int) else 0
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C while training: finish the step, save a checkpoint that can be resumed, stop. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._before is None and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        logger.warning("Ctrl-C: saving after this step; once more stops at once.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self.asked
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def restore(self) -> None:
+        """Give Ctrl-C back to whoever had it."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrainer:
+    """The SFTTrainer that `trl sft` would build from the same arguments; strategies are installed later.
+
+    Raises:
+        DataError: the model cannot be found or loaded.
+    """
+    training, model = config.training, config.model
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    try:
+        return SFTTrainer(
+            model=resolve_model(model.model_name_or_path),
+            args=training,
+            train_dataset=learn,
+            eval_dataset=held_out if training.eval_strategy != "no" else None,
+            quantization_config=trl.get_quantization_config(model),
+            peft_config=trl.get_peft_config(model),
+        )
+    except OSError as error:
+        raise DataError(
+            f"The model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]} Expected a folder, a "
+            "name on the Hub, or demo."
+        ) from error

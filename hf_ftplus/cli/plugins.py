@@ -1,0 +1,142 @@
+"""See which strategies are installed and where from, and every setting of one of them: `ftplus plugins [NAME]`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import types
+import typing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..plugins import Plugin
+    from ..strategy import Setting, Strategy
+
+COLOURS = {"ok": "green", "blocked": "yellow", "failed": "red"}
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--no-plugin", "blocked", multiple=True, metavar="NAME", help="Leave out a plugin or a distribution.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plugins(name: str | None, blocked: tuple[str, ...], as_json: bool) -> None:
+    """List the strategies that are installed; with NAME (or ./file.py), show the settings of one."""
+    from .. import plugins as found
+
+    if name:
+        strategy = found.load(name, blocked=blocked)
+        facts = describe(strategy, *found.origin(strategy))
+        click.echo(json.dumps(facts, indent=2, default=str)) if as_json else _show_strategy(strategy, facts)
+        return
+    rows = found.discover(blocked=blocked)
+    if as_json:
+        click.echo(json.dumps([{**dataclasses.asdict(row), "help": row.help} for row in rows], indent=2))
+    else:
+        _show_table(rows)
+
+
+def describe(strategy: type[Strategy], distribution: str, version: str) -> dict[str, Any]:
+    """What a strategy says about itself, ready for JSON."""
+    from ..plugins import headline
+    from ..strategy import settings
+
+    return {
+        "name": strategy.name,
+        "distribution": distribution,
+        "version": version,
+        "help": headline(strategy),
+        "description": inspect.cleandoc(strategy.__doc__ or "") if headline(strategy) else "",
+        "settings": [
+            {
+                "name": item.name,
+                "type": type_name(item.type),
+                "default": item.default,
+                "unit": item.unit,
+                "range": allowed(item),
+                "help": item.help,
+            }
+            for item in settings(strategy)
+        ],
+    }
+
+
+def type_name(kind: Any) -> str:
+    """`float`, or `float | None` however it was written."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " | ".join(type_name(item) for item in typing.get_args(kind))
+    return "None" if kind is type(None) else getattr(kind, "__name__", str(kind))
+
+
+def allowed(item: Setting) -> str:
+    """The values a setting takes, in words, also when it takes any of its type."""
+    anything = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+    kinds = type_name(item.type).split(" | ")
+    words = item.range() or " or ".join(anything.get(kind, kind) for kind in kinds if kind != "None")
+    return words + (" or none" if "None" in kinds else "")
+
+
+def _show_table(rows: list[Plugin]) -> None:
+    from rich.table import Table
+
+    if not rows:
+        click.echo("No plugins. hf-ftplus itself is not installed, only imported: pip install -e . in its folder.")
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("plugin", "distribution", "status"):
+        table.add_column(title, overflow="fold")
+    table.add_column("what it does", overflow="fold", min_width=30)
+    for row in rows:
+        for name, help in (row.strategies or {row.name: ""}).items():
+            colour = COLOURS[row.status]
+            published = f"{row.distribution} {row.version}"
+            table.add_row(plain(name), plain(published), plain(row.status, colour), plain(row.reason or help))
+    _console().print(table)
+
+
+def _show_strategy(strategy: type[Strategy], facts: dict[str, Any]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = _console()
+    published = f"{facts['distribution']} {facts['version']}".strip()
+    console.print(Text.assemble(plain(strategy.name, "bold"), "  ", plain(published, "dim")))
+    if facts["description"]:
+        console.print()
+        console.print(plain(reflow(facts["description"])))
+    console.print("\n[bold]settings[/bold]" if facts["settings"] else "\nIt has no settings.")
+    for item in facts["settings"]:
+        limits = ", ".join(part for part in (item["unit"], item["range"]) if part)
+        line = Text.assemble(plain(f"{item['name']} = {item['default']}", "bold"), "  ", plain(limits, "dim"))
+        console.print(Padding(line, (0, 0, 0, 2), expand=False))
+        console.print(Padding(plain(item["help"]), (0, 0, 0, 6), expand=False))
+    example = next(iter(facts["settings"]), None)
+    if example:
+        console.print()
+        setting = f"{strategy.name}.{example['name']}={example['default']}"
+        console.print(plain(f"ftplus sft --plugin {strategy.name} --set {setting} ..."), soft_wrap=True)
+
+
+def reflow(text: str) -> str:
+    """Paragraphs on one line each, so that the terminal breaks them; what is indented (a formula) stays as it is."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(item if re.search(r"^ ", item, re.M) else " ".join(item.split()) for item in paragraphs)
+
+
+def plain(text: object, style: str = "") -> Text:
+    """Text of a plugin as it is written: no markup, no emoji codes, no control characters reach the terminal."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() or c == "\n" else " " for c in str(text)), style=style)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)

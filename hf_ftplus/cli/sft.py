@@ -1,0 +1,207 @@
+"""`ftplus sft`: every flag and YAML key of `trl sft`, read by TRL's own parser, and ours beside them.
+
+Replacing `trl` by `ftplus` in a command never breaks it. Flags of `accelerate launch` (`--num_processes 8`,
+`--accelerate_config fsdp2`) start the same command again under accelerate, as `trl sft` does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..config import OPTIONS, build, merge, read_yaml
+from ..errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from ..strategy import Strategy
+
+
+class Sft(click.Command):
+    """Keeps the words of the command line, to give them again to the processes it launches."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["words"] = [_dashed(word) for word in args]
+        return super().parse_args(ctx, ctx.meta["words"])
+
+
+def _dashed(word: str) -> str:
+    """Our flags may be written with underscores, as TRL's are."""
+    name, equals, value = word.partition("=")
+    ours = {f"--{option.name}" for option in OPTIONS} | {"--dry_run", "--help_all"}
+    return name.replace("_", "-") + equals + value if name in ours else word
+
+
+def _options(command: Any) -> Any:
+    for option in reversed(OPTIONS):
+        flag = f"--{option.name.replace('_', '-')}"
+        command = click.option(flag, option.name, multiple=option.many, type=option.kind, metavar=option.metavar, help=option.help)(command)
+    return command
+
+
+@click.command(cls=Sft, context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]})
+@_options
+@click.option("--config", "config_file", metavar="FILE", help="YAML of any of these options, ours and TRL's. Flags win.")
+@click.option("--dry-run", is_flag=True, help="Resolve everything, show three rows and the cost, train nothing.")
+@click.option("--help-all", is_flag=True, help="Also list every flag of `trl sft`.")
+@click.pass_context
+def sft(ctx: click.Context, config_file: str | None, dry_run: bool, help_all: bool, **flags: Any) -> None:
+    """Fine-tune as `trl sft` does, and keep what the model knows.
+
+    \b
+    ftplus sft --plugin ewc --model_name_or_path demo --dataset_name learn.jsonl --protect old.jsonl
+    """
+    if help_all:
+        click.echo(ctx.get_help())
+        _trl_parser().print_help()
+        return
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)  # TRL 1.16's own default
+    ours, rest = merge(flags, read_yaml(config_file))
+    config = build(ours)
+    trl, launch_yaml, launch_words = parse_trl(ctx.args, rest)
+    if (launch_yaml or launch_words) and not launched():
+        ctx.exit(start(launch_yaml, launch_words, ctx.meta["words"], config.strategies))
+    config = replace(config, **trl)
+    from .. import run
+
+    run.preview(config) if dry_run else run.sft(config)
+
+
+def parse_trl(words: Sequence[str], yaml: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """TRL's argument objects from its flags and YAML keys, and what of YAML and of the words is accelerate's.
+
+    Raises:
+        UsageError: a flag or key that neither knows, with the nearest one that they do; or a bad value.
+    """
+    parser = _trl_parser()
+    for key, value in (yaml.pop("env", None) or {}).items():
+        os.environ[str(key)] = str(value)
+    parser.set_defaults(**_that_work_here([*words, *(f"--{key}" for key in yaml)]))
+    _check_yaml(yaml, parser)
+    for_launch = parser.set_defaults_with_config(**yaml)
+    try:
+        script, training, model, mixture, left = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{error}") from error
+    _check_words(left, parser)
+    if not (script.dataset_name or mixture.datasets):
+        raise UsageError("There is nothing to learn: no --dataset_name and no datasets in YAML. Type --dataset_name FILE_OR_HUB.")
+    if not model.model_name_or_path:
+        raise UsageError("There is no model. Type --model_name_or_path NAME_OR_PATH, or demo for the embedded one.")
+    return {"script": script, "training": training, "model": model, "mixture": mixture}, for_launch, left
+
+
+def _trl_parser() -> Any:
+    from trl.scripts.sft import make_parser
+
+    parser = make_parser(prog="ftplus sft")
+    parser.error = _usage_error  # argparse would print its own usage and exit
+    return parser
+
+
+def _usage_error(message: str) -> None:
+    raise UsageError(f"{message}. See `ftplus sft --help-all`.")
+
+
+def _that_work_here(given: Sequence[str]) -> dict[str, Any]:
+    """Defaults that this machine can run, where the user said nothing: no GPU means CPU, no bf16 means fp32."""
+    import torch
+
+    def said(*names: str) -> bool:
+        return any(word.partition("=")[0] == f"--{name}" for word in given for name in names)
+
+    defaults: dict[str, Any] = {}
+    if not torch.accelerator.is_available() and not said("use_cpu"):
+        defaults["use_cpu"] = True
+    if not has_bf16(on_cpu=not torch.accelerator.is_available() or said("use_cpu")) and not said("bf16", "fp16"):
+        defaults["bf16"] = False
+        click.echo("This machine has no bf16; training in fp32 (say --bf16 true or --fp16 true to choose).", err=True)
+    return defaults
+
+
+def has_bf16(on_cpu: bool) -> bool:
+    """Whether bf16 is faster here than fp32, not merely possible."""
+    import torch
+
+    if on_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+
+
+def _check_yaml(yaml: dict[str, Any], parser: Any) -> None:
+    ours = [option.yaml for option in OPTIONS]
+    known = [*ours, *(action.dest for action in parser._actions), "env", *_launch_flags()]
+    for key in yaml:
+        if key not in known:
+            raise UsageError(f"Unknown key {key!r} in the YAML file.{nearest(key, known)} See `ftplus sft --help-all`.")
+
+
+def _check_words(words: Sequence[str], parser: Any) -> None:
+    launch = _launch_flags()
+    known = [f"--{option.name.replace('_', '-')}" for option in OPTIONS]
+    known += [flag for action in parser._actions for flag in action.option_strings] + [f"--{name}" for name in launch]
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name[2:].replace("-", "_") not in launch:
+            raise UsageError(f"Unknown flag {name}.{nearest(name, known)} See `ftplus sft --help-all`.")
+    if words and not words[0].startswith("-"):
+        raise UsageError(f"Unexpected {words[0]!r}; every value needs a flag before it. See `ftplus sft --help`.")
+
+
+# ---- launching through accelerate ------------------------------------------------------------------------------------
+
+
+def _launch_parser() -> Any:
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser()
+
+
+def _launch_flags() -> set[str]:
+    flags = (flag for action in _launch_parser()._actions for flag in action.option_strings)
+    return {flag.lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")} | {"accelerate_config"}
+
+
+def launched() -> bool:
+    """Whether accelerate or torchrun started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def start(from_yaml: list[str], from_words: list[str], words: list[str], strategies: list[Strategy]) -> int:
+    """Run `ftplus sft` again under `accelerate launch`; returns its exit code."""
+    import subprocess
+
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    try:
+        launch = [str(word) for word in resolve_accelerate_config_argument([*from_yaml, *from_words])]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    _refuse_deepspeed(launch, strategies)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "hf_ftplus", "sft"]
+    return subprocess.run([*command, *_without(words, from_words)], check=False).returncode
+
+
+def _without(words: list[str], taken: list[str]) -> list[str]:
+    """`words` less `taken`, which stand among them in the same order."""
+    waiting, kept = list(taken), []
+    for word in words:
+        if waiting and word == waiting[0]:
+            waiting.pop(0)
+        else:
+            kept.append(word)
+    return kept
+
+
+def _refuse_deepspeed(launch: list[str], strategies: list[Strategy]) -> None:
+    """Say it before any process is launched, and not once per rank."""
+    config = read_yaml(launch[launch.index("--config_file") + 1]) if "--config_file" in launch else {}
+    if config.get("distributed_type") == "DEEPSPEED" or "--use_deepspeed" in launch:
+        from ..strategy import refuse_deepspeed
+
+        refuse_deepspeed(strategies)

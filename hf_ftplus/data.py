@@ -1,0 +1,325 @@
+"""Turn `--protect old.jsonl`, a Hub name or a dataset into tokens and labels, exactly as TRL would.
+
+    TaskSpec.parse("chat=old.jsonl:train")     what the user typed -> name, source, split
+    load(source, split)                        file or Hub -> rows in a canonical format (see formats.py)
+    tokenize(rows, tokenizer, max_length, ..)  rows -> examples: token ids, and labels that are -100 where unsupervised
+    collate(examples, pad, batch_size)         examples -> micro-batches of tensors
+
+Every complaint names the place (`old.jsonl:57:29`), what was found there and what was expected, before a model loads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from torch import Tensor
+
+from .errors import DataError, UsageError, nearest
+from .examples import Example, Tokenized, collate, tokenize
+from .files import READERS, Entry, Malformed
+from .formats import Row, Shape, escape, shape_of
+
+__all__ = [
+    "Example", "TaskSpec", "Tokenized", "as_tasks", "collate", "distinct_names", "is_batches", "load", "normalise",
+    "parse_all", "tokenize",
+]  # fmt: skip
+
+SHOWN = 5
+"""Problems listed before reading stops."""
+CHUNK = 20_000
+"""Rows held as Python objects while a file is read; the rest waits in Arrow, at about the size of the file."""
+
+
+# ---- what the user typed -------------------------------------------------------------------------------------------
+
+_NAME = re.compile(r"(?P<name>[^=/\\:\x00-\x1f]+)=(?P<rest>.+)", re.DOTALL)
+_SPLIT = re.compile(r"(?P<source>.+):(?P<split>[A-Za-z_][\w.-]*(?:\[[^\]]*\])?)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task as named on the command line: `[NAME=]FILE_OR_HUB[:split]`, or `[NAME=]self:256`."""
+
+    name: str
+    source: str
+    split: str | None = None
+    generate: int | None = None
+    """Number of examples that the starting model writes itself; None for data that exists."""
+
+    @classmethod
+    def parse(cls, text: str) -> TaskSpec:
+        """Read one specification. A file that exists under the whole text is that file.
+
+        Raises:
+            UsageError: empty, or `self:` without a number of rows.
+        """
+        named = None if Path(text).exists() else _NAME.fullmatch(text)
+        name, rest = (named["name"].strip(), named["rest"]) if named else ("", text)
+        if not rest.strip():
+            raise UsageError(f"{text!r} names no data; expected [NAME=]FILE_OR_HUB[:split] or [NAME=]self:256.")
+        if rest == "self" or rest.startswith("self:"):
+            return cls(name or "self", "self", generate=_count(rest))
+        source, split = _split(rest)
+        return cls(name or Path(source).stem, source, split)
+
+    def __str__(self) -> str:
+        tail = f":{self.generate}" if self.generate else f":{self.split}" if self.split else ""
+        return f"{self.name}={self.source}{tail}"
+
+
+def parse_all(texts: Iterable[str]) -> list[TaskSpec]:
+    """Every specification, in order.
+
+    Raises:
+        UsageError: a bad one, or two of one name (letter case and Unicode spelling do not tell names apart).
+    """
+    specs = [TaskSpec.parse(text) for text in texts]
+    distinct_names(spec.name for spec in specs)
+    return specs
+
+
+def distinct_names(names: Iterable[str]) -> None:
+    """Refuse two tasks of one name.
+
+    Raises:
+        UsageError: names both, and says how to name a task.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        key = unicodedata.normalize("NFKC", name).casefold()
+        if key in seen:
+            raise UsageError(
+                f"Two tasks have the name {escape(name)!r} (the other is {escape(seen[key])!r}); expected distinct "
+                f"names. Give one its own: OTHER_NAME=FILE."
+            )
+        seen[key] = name
+
+
+def _count(text: str) -> int:
+    number = text.removeprefix("self").removeprefix(":")
+    if not re.fullmatch(r"[0-9]{1,9}", number) or int(number) == 0:
+        raise UsageError(f"{text!r} does not say how many rows; expected self:N with N of 1 or more, such as self:256.")
+    return int(number)
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    found = None if Path(text).exists() else _SPLIT.fullmatch(text)
+    if found is None or Path(found["split"]).suffix.lower() in READERS:
+        return text, None
+    return found["source"], found["split"]
+
+
+# ---- what the Python API accepts -----------------------------------------------------------------------------------
+
+
+def as_tasks(protect: Any, name: str = "protect") -> dict[str, Any]:
+    """What a user may pass as `protect=` (or learn data), as a dict of named tasks, each left as it was given.
+
+    Accepted: a `datasets.Dataset`; a list of rows (dicts); ready batches (a list of dicts of tensors with `input_ids`
+    and `labels`); a string as for `--protect` (becomes a `TaskSpec`); a dict from names to any of these; a list of
+    strings; None. A task without a name is called `name`.
+
+    Raises:
+        UsageError: anything else, naming what was given.
+    """
+    if protect is None:
+        return {}
+    if isinstance(protect, str):
+        spec = TaskSpec.parse(protect)
+        return {spec.name: spec}
+    if isinstance(protect, (list, tuple)) and protect and all(isinstance(item, str) for item in protect):
+        return {spec.name: spec for spec in parse_all(protect)}
+    if isinstance(protect, dict):
+        distinct_names(str(key) for key in protect)
+        return {str(key): _task(value, str(key)) for key, value in protect.items()}
+    return {name: _task(protect, name)}
+
+
+def _task(value: Any, name: str) -> Any:
+    if isinstance(value, (Dataset, TaskSpec)):
+        return value
+    if isinstance(value, str):
+        source = TaskSpec.parse(value)
+        return TaskSpec(name, source.source, source.split, source.generate)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
+        return list(value)
+    raise UsageError(
+        f"protect data {escape(name)!r} is {_kind(value)}; expected a datasets.Dataset, a list of rows (dicts), ready "
+        "batches (a list of dicts of tensors with 'input_ids' and 'labels'), a file or Hub name, 'self:256', or a dict "
+        "from task names to these."
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, datasets.IterableDataset):
+        return "a streaming IterableDataset (take the rows that you need: list(stream.take(256)))"
+    if isinstance(value, (list, tuple)):
+        return "an empty list" if not value else f"a list of {type(value[0]).__name__}"
+    return f"of type {type(value).__module__}.{type(value).__name__}"
+
+
+def is_batches(task: Any) -> bool:
+    """Whether a task is ready batches: dicts of tensors, to be used as they are."""
+    return isinstance(task, list) and all(
+        isinstance(item.get("input_ids"), Tensor) and isinstance(item.get("labels"), Tensor) for item in task
+    )
+
+
+# ---- from a source to canonical rows -------------------------------------------------------------------------------
+
+
+def load(source: str, split: str | None = None) -> Dataset:
+    """Rows of a local .jsonl, .json, .csv or .parquet file or of a Hub dataset, in a canonical format.
+
+    A local file has one split, `train`; slices such as `train[:100]` work everywhere.
+
+    Raises:
+        DataError: missing, empty, malformed (with file, line and column) or in no known format.
+    """
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if suffix in READERS and (path.is_file() or _looks_local(source)):
+        return _slice(_local(path, suffix), split, source)
+    if path.is_file():
+        raise DataError(f"{source} is a {suffix or 'file without suffix'}; expected one of {', '.join(READERS)}.")
+    if not path.exists() and _looks_local(source):
+        raise DataError(f"{source} does not exist; expected a file or folder.{_neighbour(path)}")
+    where = f"{source}:{split or 'train'}"
+    return normalise(_through_datasets(where, source, split=split or "train"), where)
+
+
+def _looks_local(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix.lower() in READERS
+
+
+def _local(path: Path, suffix: str) -> Dataset:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; expected a file.{_neighbour(path)}")
+    if suffix == ".parquet":
+        return normalise(_through_datasets(str(path), "parquet", data_files=str(path), split="train"), str(path))
+    return _build(READERS[suffix](path), str(path))
+
+
+def _neighbour(path: Path) -> str:
+    folder = path.parent
+    return nearest(path.name, [item.name for item in folder.iterdir()]) if folder.is_dir() else ""
+
+
+def _slice(dataset: Dataset, split: str | None, where: str) -> Dataset:
+    if split is None:
+        return dataset
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{where}:{split}: {error} A local file has one split: {where}:train.") from None
+    sliced = dataset.select(range(parts[0].from_ or 0, len(dataset) if parts[0].to is None else parts[0].to))
+    if not len(sliced):
+        raise DataError(f"{where}:{split}: 0 rows; the file has {len(dataset)}.")
+    return sliced
+
+
+def _through_datasets(where: str, name: str, **options: Any) -> Dataset:
+    """`datasets.load_dataset`, with its many exceptions as one sentence, and no bar where nobody watches."""
+    try:
+        with _bars_only_on_terminals():
+            return datasets.load_dataset(name, **options)
+    except Exception as error:  # load_dataset raises whatever its reader, fsspec or the network raised
+        reason = escape(str(error).strip().partition("\n")[0], 300).rstrip(".")
+        raise DataError(
+            f"{where} cannot be read: {type(error).__name__}: {reason}. Expected a local file "
+            f"({', '.join(READERS)}) or a dataset on the Hub, as NAME or NAME:split."
+        ) from error
+
+
+@contextmanager
+def _bars_only_on_terminals() -> Iterator[None]:
+    hide = not datasets.are_progress_bars_disabled() and not sys.stderr.isatty()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
+
+
+def normalise(data: Dataset | list[Row], where: str) -> Dataset:
+    """Any supported format (formats.py) in canonical columns; other columns are left out.
+
+    Raises:
+        DataError: no known format, no rows, or rows with a missing, empty or mistyped field, named by row.
+    """
+    if isinstance(data, Dataset):
+        data = data.with_format(None)
+        columns = data.column_names
+    else:
+        columns = list(data[0]) if data else []
+    if not len(data):
+        raise DataError(f"{where}: 0 rows; expected at least one.")
+    shape = shape_of(columns, where)
+    entries = ((f"{where}, row {i}", partial(dict, row)) for i, row in enumerate(data, 1))
+    if isinstance(data, Dataset) and shape.canonical:  # stays memory-mapped
+        kept: set[str] = set()
+        for _, row in _canonical(entries, where):
+            kept |= row.keys()
+        return data.select_columns([name for name in columns if name in kept])
+    return _build(entries, where)
+
+
+def _build(entries: Iterable[Entry], where: str) -> Dataset:
+    rows = (row for _, row in _canonical(entries, where))
+    parts = []
+    while chunk := list(islice(rows, CHUNK)):
+        names = dict.fromkeys(name for row in chunk for name in row)
+        parts.append(Dataset.from_dict({name: [row.get(name) for row in chunk] for name in names}))
+    try:
+        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    except ValueError:  # optional fields of messages (tool calls) differ between chunks: one schema for all
+        return Dataset.from_list([row for part in parts for row in part])
+
+
+def _canonical(entries: Iterable[Entry], where: str) -> Iterator[tuple[str, Row]]:
+    """Canonical rows of one format and one kind; the first few bad ones are reported together."""
+    shape: Shape | None = None
+    kind, problems, count = "", [], 0
+    for place, parse in entries:
+        try:
+            row = parse()
+            if not isinstance(row, dict):
+                raise ValueError(f'is {escape(json.dumps(row))}; expected an object such as {{"prompt": ..., ...}}')
+            shape = shape or shape_of(row, where)
+            row = shape.row(row)
+            kind = kind or _style(row)
+            if _style(row) != kind:
+                raise ValueError(f"holds {_style(row)}, the rows before it {kind}; expected one kind in a file")
+        except Malformed as error:
+            problems.append(f"{place}:{error.column}: {error}")
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+        else:
+            count += 1
+            if not problems:
+                yield place, row
+        if len(problems) == SHOWN:
+            break
+    if problems:
+        more = f"\nStopped after {SHOWN}." if len(problems) == SHOWN else ""
+        raise DataError("\n".join(problems) + more)
+    if not count:
+        raise DataError(f"{where}: 0 rows; expected at least one.")
+
+
+def _style(row: Row) -> str:
+    return "strings" if isinstance(row.get("prompt", row.get("text")), str) else "messages"

@@ -1,0 +1,94 @@
+"""Read what a model answers, batch by batch, taking the likeliest token at every step."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..formats import Row
+from ..logits import causal_lm
+from .found import as_found, bare, device_of
+from .scoring import Autocast
+from .tasks import answered, question
+
+
+def answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[list[int]],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 48,
+    autocast: Autocast = nullcontext,
+    label: str = "answer",
+) -> list[str]:
+    """The greedy answer to each question (token ids), up to the end of the turn. Belongs inside `as_found`."""
+    inner, stops = causal_lm(model), _stops(model, tokenizer)
+    # Set on the model as well: what is left unset (penalties, beams) would come from the checkpoint's own settings.
+    settings = inner.generation_config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=_pad(tokenizer, stops),
+        use_cache=True,
+    )
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
+    texts = [""] * len(questions)
+    with tqdm(total=len(questions), desc=label, unit="row", disable=None, leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            group = order[start : start + batch_size]
+            width = max(1, *(len(questions[i]) for i in group))
+            padded = [[settings.pad_token_id] * (width - len(questions[i])) + questions[i] for i in group]
+            mask = [[0] * (width - len(questions[i])) + [1] * len(questions[i]) for i in group]
+            device = device_of(model)
+            with autocast():
+                out = bare(model).generate(
+                    input_ids=torch.tensor(padded, device=device),
+                    attention_mask=torch.tensor(mask, device=device),
+                    generation_config=settings,
+                )
+            for i, ids in zip(group, out[:, width:].tolist(), strict=True):
+                end = next((k for k, token in enumerate(ids) if token in stops), None)
+                texts[i] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+            bar.update(len(group))
+    return texts
+
+
+def with_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 48,
+) -> list[Row]:
+    """Rows completed by what `model` itself answers now: a reference for questions that have no right answer.
+
+    A question that it answers with nothing is left out.
+    """
+    with as_found(model):
+        found = answers(
+            model,
+            tokenizer,
+            [question(row, tokenizer) for row in rows],
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            label="reference answers",
+        )
+    return [answered(row, answer) for row, answer in zip(rows, found, strict=True) if answer]
+
+
+def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a turn: what tokenizer and checkpoint call end of sequence."""
+    ends = causal_lm(model).generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return {token for token in [tokenizer.eos_token_id, *ends] if token is not None}
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)

@@ -1,0 +1,213 @@
+"""Measure every task before training and after it, and say what changed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..data import distinct_names
+from ..logits import Head
+from . import metrics, statistics
+from .drift import keep_head
+from .found import as_found, bare
+from .greedy import answers
+from .results import Completion, Level, TaskResult
+from .scoring import Autocast, Scores, Start, score
+from .statistics import NOT_MEASURED
+from .tasks import EvalTask, asked_text, expected, question
+
+SPARE = 4
+"""Tokens beyond the longest expected answer, so that one full stop more does not cut an answer off."""
+
+
+@dataclass
+class Moment:
+    """One task at one moment: sums per row, the metric of each row, and the answers to the rows shown."""
+
+    scores: Scores
+    metric: NDArray | None
+    answers: dict[int, str]
+
+
+class Evaluation:
+    """Figures before and after training, of the same rows in the same micro-batches.
+
+        evaluation = Evaluation(tasks, tokenizer)
+        evaluation.before(model)        # the start: also what drift is measured from
+        trainer.train()
+        results = evaluation.after(model)
+
+    The model is given back as found: mode, generators, gradients, generation settings. If training stops half-way,
+    `results()` reports what was measured until then.
+
+    Args:
+        tasks: what to measure.
+        tokenizer: of the model, with its chat template if the rows are chats.
+        batch_size: rows in a micro-batch, for scoring and for answering.
+        seed: of the bootstrap and of the choice of completions.
+        completions: rows of each task whose greedy answers are kept side by side.
+        max_new_tokens: length of an answer; exact match allows for the longest expected answer if that is longer.
+        autocast: the context of the forward passes, such as `partial(torch.autocast, "cuda", torch.bfloat16)`.
+    """
+
+    def __init__(
+        self,
+        tasks: Iterable[EvalTask],
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 8,
+        seed: int = 0,
+        completions: int = 4,
+        max_new_tokens: int = 48,
+        autocast: Autocast = nullcontext,
+    ) -> None:
+        self.tasks = list(tasks)
+        distinct_names(task.name for task in self.tasks)
+        self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
+        self.completions, self.max_new_tokens, self.autocast = completions, max_new_tokens, autocast
+        self._head: Head | None = None
+        self._before: dict[str, Moment] = {}
+        self._after: dict[str, Moment] = {}
+
+    def before(self, model: nn.Module) -> list[TaskResult]:
+        """Measure the starting model, and keep what drift needs on the CPU."""
+        model = bare(model)
+        self._head, self._before, self._after = None, {}, {}
+        if self.tasks:
+            self._head = keep_head(model)
+        with as_found(model, self.seed):
+            for task in self.tasks:
+                self._before[task.name] = self._measure(model, task, None)
+        return self.results()
+
+    def after(self, model: nn.Module) -> list[TaskResult]:
+        """Measure again, and compare with `before` (without which change, drift and retention are not measured)."""
+        model = bare(model)
+        self._after = {}
+        with as_found(model, self.seed):
+            for task in self.tasks:
+                self._after[task.name] = self._measure(model, task, self._start(task))
+        return self.results()
+
+    def results(self) -> list[TaskResult]:
+        """What has been measured so far, in the order of the tasks."""
+        return [self._result(task) for task in self.tasks]
+
+    def _start(self, task: EvalTask) -> Start | None:
+        before = self._before.get(task.name)
+        return Start(self._head, before.scores.hidden) if before else None
+
+    def _measure(self, model: nn.Module, task: EvalTask, start: Start | None) -> Moment:
+        when = "after" if self._before.keys() >= {task.name} else "before"
+        scores = score(
+            model,
+            task.examples,
+            self.batch_size,
+            start=start,
+            keep_hidden=when == "before",
+            autocast=self.autocast,
+            label=f"{task.name}: score {when}",
+        )
+        shown = self.shown(task)
+        if task.metric == "exact_match":
+            said = self._ask(model, task, range(len(task.rows)), self._longest(task))
+            return Moment(scores, metrics.exact_match(said, task), {i: said[i] for i in shown})
+        said = dict(zip(shown, self._ask(model, task, shown, self.max_new_tokens), strict=True))
+        if task.metric == "choice":
+            found = metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast)
+            return Moment(scores, found, said)
+        return Moment(scores, None, said)
+
+    def _ask(self, model: nn.Module, task: EvalTask, rows: Iterable[int], tokens: int) -> list[str]:
+        questions = [question(task.rows[i], self.tokenizer) for i in rows]
+        return answers(
+            model,
+            self.tokenizer,
+            questions,
+            batch_size=self.batch_size,
+            max_new_tokens=tokens,
+            autocast=self.autocast,
+            label=f"{task.name}: answers",
+        )
+
+    def _longest(self, task: EvalTask) -> int:
+        wanted = (self.tokenizer(expected(row), add_special_tokens=False)["input_ids"] for row in task.rows)
+        return max(self.max_new_tokens, SPARE + max(map(len, wanted)))
+
+    def shown(self, task: EvalTask) -> list[int]:
+        """Rows whose completions are kept: drawn by seed and name, so the same in every run and strategy."""
+        draw = np.random.default_rng([self.seed, zlib.crc32(task.name.encode())])
+        count = min(self.completions, len(task.rows))
+        return sorted(draw.choice(len(task.rows), count, replace=False).tolist())
+
+    # ---- from sums per row to figures ------------------------------------------------------------------------------
+
+    def _result(self, task: EvalTask) -> TaskResult:
+        before, after = self._before.get(task.name), self._after.get(task.name)
+        either = before or after
+        result = TaskResult(
+            task.name,
+            task.role,
+            rows=len(task.examples),
+            tokens=int(either.scores.tokens.sum()) if either else 0,
+            metric=task.metric,
+            completions=self._completions(task, before, after),
+            notes=[note for when, moment in (("before", before), ("after", after)) for note in _broken(when, moment)],
+        )
+        if before:
+            result.before = self._level(before)
+        if after:
+            result.after = self._level(after)
+            if after.scores.kl is not None:
+                result.drift = statistics.per_token(after.scores.kl, after.scores.tokens, self.seed)
+        if before and after:
+            self._compare(result, before, after)
+        return result
+
+    def _level(self, moment: Moment) -> Level:
+        scores = moment.scores
+        return Level(
+            loss=statistics.per_token(scores.nll, scores.tokens, self.seed),
+            token_accuracy=statistics.per_token(scores.correct, scores.tokens, self.seed),
+            metric=NOT_MEASURED if moment.metric is None else statistics.per_row(moment.metric, self.seed),
+        )
+
+    def _compare(self, result: TaskResult, before: Moment, after: Moment) -> None:
+        one, two = before.scores, after.scores
+        result.change = Level(
+            loss=statistics.per_token(two.nll - one.nll, one.tokens, self.seed),
+            token_accuracy=statistics.per_token(two.correct - one.correct, one.tokens, self.seed),
+            metric=NOT_MEASURED
+            if result.metric is None
+            else statistics.per_row(after.metric - before.metric, self.seed),
+        )
+        was, now = (one.correct, two.correct) if result.metric is None else (before.metric, after.metric)
+        result.retention = statistics.retention(was, now, self.seed)
+        if result.metric is not None:
+            result.flips = statistics.flips(was, now)
+        if result.undefined:
+            what = result.retention_of.replace("_", " ")
+            result.notes.append(f"Retention is undefined: {what} was 0 before training.")
+
+    def _completions(self, task: EvalTask, before: Moment | None, after: Moment | None) -> list[Completion]:
+        return [
+            Completion(
+                asked_text(task.rows[i], self.tokenizer),
+                expected(task.rows[i], self.tokenizer),
+                before.answers.get(i) if before else None,
+                after.answers.get(i) if after else None,
+            )
+            for i in self.shown(task)
+        ]
+
+
+def _broken(when: str, moment: Moment | None) -> list[str]:
+    """Say so when a model no longer computes: its loss is then no number, which the report shows as missing."""
+    bad = int((~np.isfinite(moment.scores.nll)).sum()) if moment else 0
+    return [f"The loss {when} training is not finite on {bad} of {len(moment.scores.nll)} rows."] if bad else []

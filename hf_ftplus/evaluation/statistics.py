@@ -1,0 +1,109 @@
+"""Say how sure a figure is: every one is a ratio of sums over rows, with a paired bootstrap interval over these rows.
+
+    loss per token    nll / tokens                  token accuracy    correct / tokens
+    change            (after - before) / tokens     drift             KL / tokens
+    metric            score / 1 per row             retention         after / before
+
+Rows are drawn with replacement and both sides of a ratio with them, so that what differs between rows (a hard one, a
+long one) does not blur what changed between before and after. A row, not a token, is what is drawn: tokens of one row
+are not independent. The interval says how far the rows measured stand for others like them; it says nothing about
+another seed of training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import bootstrap
+
+RESAMPLES = 4000
+LEVEL = 0.95
+HELD = 2**22
+"""Numbers drawn at a time; bounds memory for tasks of many rows."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval. `None` is "not measured" or "undefined", never zero."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def measured(self) -> bool:
+        return self.value is not None
+
+
+NOT_MEASURED = Estimate()
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Rows whose answer changed sides."""
+
+    negative: int
+    """Right before, wrong now."""
+    positive: int
+    """Wrong before, right now."""
+
+
+def ratio(numerator: NDArray, denominator: NDArray, axis: int = -1) -> NDArray:
+    """Sum over rows / sum over rows; infinite where nothing is divided by, which `estimate` reports as undefined."""
+    above, below = numerator.sum(axis=axis), denominator.sum(axis=axis)
+    return np.where(below == 0, np.inf, above / np.where(below == 0, 1, below))
+
+
+def estimate(numerator: ArrayLike, denominator: ArrayLike, seed: int = 0) -> Estimate:
+    """`ratio` of two columns with one entry per row, and its percentile bootstrap interval.
+
+    The value is None if it is undefined (over zero) or not finite. The interval is None with fewer than two rows, or
+    if more resamples than the interval leaves out are undefined: a baseline of one right row in twenty has no upper
+    end. Percentile rather than BCa: BCa is undefined when no row changed, which is what everyone hopes to see.
+    """
+    above, below = np.asarray(numerator, float), np.asarray(denominator, float)
+    value = float(ratio(above, below)) if above.size else np.inf
+    if not np.isfinite(value):
+        return NOT_MEASURED
+    if above.size < 2:
+        return Estimate(value)
+    with np.errstate(invalid="ignore"):  # scipy takes the deviation of resamples that may be infinite
+        drawn = bootstrap(
+            (above, below),
+            ratio,
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=max(1, HELD // above.size),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).bootstrap_distribution
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return Estimate(value)
+    return Estimate(value, float(low), float(high))
+
+
+def per_token(total: ArrayLike, tokens: ArrayLike, seed: int = 0) -> Estimate:
+    """Mean per token of something summed over each row; rows without a supervised token are left out."""
+    total, tokens = np.asarray(total, float), np.asarray(tokens, float)
+    return estimate(total[tokens > 0], tokens[tokens > 0], seed)
+
+
+def per_row(score: ArrayLike, seed: int = 0) -> Estimate:
+    """Mean over rows."""
+    return estimate(score, np.ones(len(np.asarray(score))), seed)
+
+
+def retention(before: ArrayLike, after: ArrayLike, seed: int = 0) -> Estimate:
+    """after / before, both summed over the same rows; undefined if there was nothing before."""
+    return estimate(after, before, seed)
+
+
+def flips(before: ArrayLike, after: ArrayLike) -> Flips:
+    """Count rows that went from right to wrong and from wrong to right; a score above 0.5 is right."""
+    was, now = np.asarray(before) > 0.5, np.asarray(after) > 0.5
+    return Flips(negative=int((was & ~now).sum()), positive=int((~was & now).sum()))

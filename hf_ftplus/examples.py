@@ -1,0 +1,204 @@
+"""Rows in, token ids and labels out: exactly those that TRL's SFTTrainer makes, and micro-batches of them.
+
+`labels` are unshifted and -100 where unsupervised. For prompt/completion the completion is supervised (with its end of
+turn or end of sequence), for text everything, for messages every turn of the assistant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .errors import DataError, IncompatibleError
+from .formats import Row, escape
+
+Example = dict[str, list[int]]
+"""`input_ids` and `labels`, equally long."""
+
+IGNORED = -100
+"""Label of a token that carries no loss."""
+
+
+@dataclass
+class Tokenized:
+    """Examples that carry loss, and which rows they came from."""
+
+    examples: list[Example]
+    kept: list[int] = field(repr=False)
+    """Index of the row behind each example."""
+    rows: int = 0
+    """Rows looked at."""
+
+    @property
+    def dropped(self) -> int:
+        """Rows left out because truncation took every supervised token."""
+        return self.rows - len(self.kept)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry loss: the first token of a sequence is never predicted."""
+        return sum(label != IGNORED for example in self.examples for label in example["labels"][1:])
+
+
+def tokenize(
+    rows: Dataset | Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str
+) -> Tokenized:
+    """Canonical rows as examples: for prompt/completion and text, exactly those that TRL's SFTTrainer makes.
+
+    `messages` are the exception, on purpose: TRL trains on every token of a conversation unless the chat template marks
+    the assistant's; here every assistant turn is supervised, with the end of turn that the template writes, and
+    nothing else. Sequences are cut at `max_length` (their start is kept); rows left with no supervised token are
+    dropped and counted.
+
+    Raises:
+        DataError: a row that the chat template refuses, chats for a tokenizer without a template, or no token left.
+        IncompatibleError: a chat template under which the assistant's turns cannot be found.
+    """
+    done = Tokenized([], [])
+    longest = 0
+    for index, row in enumerate(tqdm(rows, desc=f"tokenize {where}", unit="row", disable=None, delay=2, leave=False)):
+        done.rows += 1
+        example = _example(row, tokenizer, f"{where}, row {index + 1}")
+        longest = max(longest, len(example["input_ids"]))
+        example = {key: ids[:max_length] for key, ids in example.items()}
+        if any(label != IGNORED for label in example["labels"]):
+            done.examples.append(example)
+            done.kept.append(index)
+    if not done.supervised:
+        raise DataError(
+            f"{where}: no supervised token is left in {done.rows} rows ({done.dropped} dropped) at "
+            f"max_length={max_length}; the longest row has {longest} tokens. Raise --max_length or shorten the prompts."
+        )
+    return done
+
+
+def _example(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Example:
+    if "input_ids" in row:
+        return _in_vocabulary(row, tokenizer, where)
+    if "prompt" in row and "completion" not in row:
+        raise DataError(
+            f"{where} is a question without a completion; expected one. Questions alone serve to measure with "
+            "(--measure): the starting model's own answers are then the reference."
+        )
+    if "prompt" in row:
+        return _completion(row, tokenizer, where)
+    if "messages" in row:
+        return _assistant_turns(row, tokenizer, where)
+    ids = tokenizer(text=_with_eos(row["text"], tokenizer))["input_ids"]
+    return {"input_ids": ids, "labels": list(ids)}
+
+
+def _completion(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Example:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        head = tokenizer(text=prompt)["input_ids"]
+        ids = tokenizer(text=prompt + _with_eos(completion, tokenizer))["input_ids"]
+    else:
+        head = _rendered(prompt, row, tokenizer, where, generation=True)
+        ids = _rendered(prompt + completion, row, tokenizer, where)
+    start = _common(head, ids)
+    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+
+
+def _assistant_turns(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Example:
+    """Supervise what a longer rendering adds after `... <start of the assistant's turn>`, turn by turn."""
+    messages = row["messages"]
+    ids = _rendered(messages, row, tokenizer, where)
+    labels = [IGNORED] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _rendered(messages[:turn], row, tokenizer, where) if turn else []
+        opened = _rendered(messages[:turn], row, tokenizer, where, generation=True)
+        closed = _rendered(messages[: turn + 1], row, tokenizer, where)
+        if ids[: len(before)] != before or ids[: len(closed)] != closed:
+            raise IncompatibleError(
+                f"{where}: the chat template of {_called(tokenizer)} renders earlier turns differently once more turns "
+                "follow, so the assistant's turns cannot be found in the whole. Expected a template that only appends; "
+                "give the data as prompt + completion (one row per answer), or such a template with "
+                "--chat_template_path."
+            )
+        start = max(len(before), _common(opened, ids))
+        labels[start : len(closed)] = ids[start : len(closed)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def _rendered(
+    messages: list[Row], row: Row, tokenizer: PreTrainedTokenizerBase, where: str, generation: bool = False
+) -> list[int]:
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{where} is a chat, and the tokenizer of {_called(tokenizer)} has no chat template. Pass one with "
+            "--chat_template_path, or give prompt and completion as strings."
+        )
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, add_generation_prompt=generation, **options
+        )["input_ids"]
+    except Exception as error:  # jinja errors, and whatever a template's own raise_exception or a filter raises
+        roles = ", ".join(str(message.get("role")) for message in messages) or "no turn before the assistant's"
+        raise DataError(
+            f"{where}: the chat template of {_called(tokenizer)} refuses this chat ({escape(roles)}): "
+            f"{escape(str(error), 200)}"
+        ) from error
+
+
+def _in_vocabulary(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Example:
+    size = len(tokenizer)
+    for column, low in (("input_ids", 0), ("labels", IGNORED)):
+        bad = [item for item in row[column] if not (0 <= item < size or item == low)]
+        if bad:
+            raise DataError(
+                f"{where}: {column!r} holds {bad[0]}; the vocabulary of {_called(tokenizer)} has {size} tokens."
+            )
+    return {"input_ids": list(row["input_ids"]), "labels": list(row["labels"])}
+
+
+def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    eos = tokenizer.eos_token
+    if not eos:
+        raise IncompatibleError(f"The tokenizer of {_called(tokenizer)} has no end-of-sequence token. Set --eos_token.")
+    return text if text.endswith(eos) else text + eos
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Leading tokens in common: where tokens merge across the boundary, the completion starts before it, as in TRL."""
+    for length, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return length
+    return min(len(one), len(other))
+
+
+def _called(tokenizer: PreTrainedTokenizerBase) -> str:
+    return escape(str(tokenizer.name_or_path or type(tokenizer).__name__))
+
+
+def collate(examples: list[Example], pad_token_id: int, batch_size: int) -> list[dict[str, Tensor]]:
+    """Micro-batches in the order given, right padded to their longest example; padding is unattended and unlabelled."""
+    batches = []
+    for start in range(0, len(examples), batch_size):
+        group = examples[start : start + batch_size]
+        width = max(len(example["input_ids"]) for example in group)
+        shape = (len(group), width)
+        batch = {
+            "input_ids": torch.full(shape, pad_token_id, dtype=torch.long),
+            "labels": torch.full(shape, IGNORED, dtype=torch.long),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+        }
+        for i, example in enumerate(group):
+            length = len(example["input_ids"])
+            batch["input_ids"][i, :length] = torch.tensor(example["input_ids"])
+            batch["labels"][i, :length] = torch.tensor(example["labels"])
+            batch["attention_mask"][i, :length] = 1
+        batches.append(batch)
+    return batches

@@ -1,0 +1,326 @@
+"""Let the starting model write the data that stands for what it knows: `--protect self:256`.
+
+A chat model is given its own template opened at the user's turn, and nothing in it: what it writes next is a request of
+the kind it was tuned on. Then it answers. A base model starts from its first token and writes text. This is the prompt
+of Magpie (Xu 2024, arXiv:2406.08464), used to remember rather than to align.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .data import load
+from .errors import DataError, UsageError
+from .formats import Row
+
+FORMAT = 1
+"""Part of the cache key: raise it when the same settings come to give other rows."""
+TRIES = 8
+"""Batches sampled per batch wanted, before giving up."""
+USER = "ftplususerturn"
+"""Stands for the user's words while the template is cut open; plain letters, so that no template trims it."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model writes.
+
+    At temperature 1 and top_p 1 the rows are drawn from the model's very own distribution. The default leaves out the
+    least likely twentieth of each step: in a small model that tail is mostly noise, and one token of it derails the
+    rest of the row.
+    """
+
+    batch_size: int = 16
+    max_new_tokens: int = 96
+    """Longest answer, in tokens; text of a base model may be as long as request and answer together."""
+    request_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not (value > 0 and (name != "top_p" or value <= 1)):
+                limit = "above 0, at most 1" if name == "top_p" else "above 0"
+                raise UsageError(f"{name} is {value!r}; expected {limit}.")
+
+
+def self_generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_new_tokens: int = 96,
+    request_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """`count` rows written by `model` as it stands: prompt + completion (messages), or text without a chat template.
+
+    The model's mode and settings and every global random generator are left as found. With `cache`, a folder, the rows
+    are kept there under a key made of the model's content, the tokenizer, the template and all settings.
+
+    Raises:
+        UsageError: a count or setting out of range.
+        DataError: the model keeps writing nothing, or only what it wrote before.
+    """
+    how = Sampling(batch_size, max_new_tokens, request_tokens, temperature, top_p)
+    if count < 1:
+        raise UsageError(f"{count} rows of self-generated text; expected 1 or more, such as self:256.")
+    file = None if cache is None else Path(cache) / f"self-{_key(model, tokenizer, count, seed, how)}.jsonl"
+    if file is not None and (kept := _cached(file, count)) is not None:
+        return kept
+    with _sampler(model, tokenizer, seed, how) as write, _bar(count, progress) as bar:
+        rows = _rows(write, tokenizer, count, how, bar)
+    if file is not None:
+        _store(file, rows)
+    return Dataset.from_list(rows)
+
+
+Write = Callable[[list[str], int, str], list[str]]
+"""`write(openings, tokens, stop)`: what the model writes after each opening, up to the end of its turn or `stop`."""
+
+
+def _rows(write: Write, tokenizer: PreTrainedTokenizerBase, count: int, how: Sampling, bar: tqdm) -> list[Row]:
+    rows: list[Row] = []
+    seen: set[str] = set()
+    batches = -(-count // how.batch_size)
+    for _ in range(TRIES * batches):
+        for row in _batch(write, tokenizer, how, seen):
+            if len(rows) < count:
+                rows.append(row)
+                bar.update()
+        if len(rows) == count:
+            return rows
+    raise DataError(
+        f"The model wrote only {len(rows)} usable rows of {count} in {TRIES * batches} batches of {how.batch_size}; "
+        "the others were empty or repeated. Ask for fewer (self:N), or protect with a file of your own: --protect FILE."
+    )
+
+
+def _batch(write: Write, tokenizer: PreTrainedTokenizerBase, how: Sampling, seen: set[str]) -> list[Row]:
+    if not tokenizer.chat_template:
+        texts = _fresh(
+            write([_first_token(tokenizer)] * how.batch_size, how.request_tokens + how.max_new_tokens, ""), seen
+        )
+        return [{"text": text} for text in texts]
+    header, stop = open_user_turn(tokenizer)
+    requests = _fresh(write([header] * how.batch_size, how.request_tokens, stop), seen)
+    chats = [[{"role": "user", "content": request}] for request in requests]
+    openings = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    answers = write(openings, how.max_new_tokens, "") if openings else []
+    return [
+        {"prompt": chat, "completion": [{"role": "assistant", "content": answer}]}
+        for chat, answer in zip(chats, answers, strict=True)
+        if _says_something(answer)
+    ]
+
+
+def open_user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The chat template up to where the user's words begin, and what it writes right after them."""
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": USER}], tokenize=False)
+    header, found, after = whole.partition(USER)
+    if not found:
+        raise DataError(
+            f"The chat template of {tokenizer.name_or_path or 'the tokenizer'} does not show the user's words, so it "
+            "cannot be opened at the user's turn. Protect with a file instead: --protect FILE."
+        )
+    return header, after.strip()
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    token = tokenizer.bos_token or tokenizer.eos_token
+    if not token:
+        raise DataError(
+            "The tokenizer has neither a chat template nor a first or last token, so the model has nothing to start "
+            "writing from. Protect with a file instead: --protect FILE."
+        )
+    return token
+
+
+def _fresh(texts: list[str], seen: set[str]) -> list[str]:
+    """Texts that say something not said before."""
+    fresh = []
+    for text in texts:
+        if _says_something(text) and text not in seen:
+            seen.add(text)
+            fresh.append(text)
+    return fresh
+
+
+def _says_something(text: str) -> bool:
+    """False for nothing, for signs alone, and for a loop: ten words or more of which hardly any differ."""
+    words = text.split()
+    return any(c.isalnum() for c in text) and (len(words) < 10 or len(set(words)) > len(words) / 5)
+
+
+@contextmanager
+def _sampler(model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int, how: Sampling) -> Iterator[Write]:
+    writer = model.get_base_model() if is_peft_model(model) else model
+    stops = _stops(writer, tokenizer)
+    settings, modes = writer.generation_config, {module: module.training for module in model.modules()}
+
+    def write(openings: list[str], tokens: int, stop: str) -> list[str]:
+        last = stops | _first_special(tokenizer, stop)
+        # Every setting that a checkpoint's own generation_config could bring in (top_k, penalties) is off.
+        writer.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            top_k=0,
+            max_new_tokens=tokens,
+            eos_token_id=sorted(last),
+            pad_token_id=_pad(tokenizer, last),
+            use_cache=True,
+        )
+        ids, mask = _left_padded(
+            [tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings], tokenizer
+        )
+        device = next(model.parameters()).device
+        out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+        return [_text(row, tokenizer, last, stop) for row in out[:, ids.shape[1] :].tolist()]
+
+    try:
+        model.eval()
+        with private_rng(next(model.parameters()).device, seed):
+            yield write
+    finally:
+        writer.generation_config = settings
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def private_rng(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the generators of CPU and `device` for a while; what they would have drawn next, they draw next after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device of the machine
+        if device.type == "cpu":
+            yield
+            return
+        with torch.accelerator.device_index(device.index):
+            module = torch.get_device_module(device)
+            state = module.get_rng_state()
+            module.manual_seed(seed)
+            try:
+                yield
+            finally:
+                module.set_rng_state(state)
+
+
+def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a turn: what tokenizer and checkpoint call end of sequence."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return {token for token in [tokenizer.eos_token_id, *ends] if token is not None}
+
+
+def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> set[int]:
+    """The special token that `text` begins with, if it does: the end of the user's turn in most templates."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    return {ids[0]} & (set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)) if ids else set()
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+
+
+def _left_padded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    width, pad = max(map(len, rows)), _pad(tokenizer, set())
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: set[int], stop: str) -> str:
+    """The words up to the end of the turn. A turn that ran out of tokens ends with its last whole sentence."""
+    special = stops | set(tokenizer.all_special_ids)
+    end = next((i for i, token in enumerate(ids) if token in special), None)
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    if stop and stop in text:  # templates that end the user's turn with plain text, such as " [/INST]"
+        return text.partition(stop)[0].strip()
+    return text.strip() if end is not None else _whole_sentences(text).strip()
+
+
+def _whole_sentences(text: str) -> str:
+    """Without the sentence that was cut off; everything when there is no other."""
+    ends = [i + 1 for i, c in enumerate(text) if c == "\n" or (c in ".!?" and text[i + 1 : i + 2].isspace())]
+    return text[: ends[-1]] if ends and text[: ends[-1]].strip() else text
+
+
+def _bar(count: int, progress: bool) -> tqdm:
+    return tqdm(total=count, desc="self-generated text", unit="row", disable=None if progress else True)
+
+
+# ---- the cache -----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the name, shape, dtype and every byte of the model's weights and buffers, wherever they lie.
+
+    About a second per GB. Under FSDP2 every rank must call it, since each tensor is gathered in turn.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # extra state of a quantised layer
+            continue
+        tensor = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        for piece in tensor.reshape(-1).split(2**24):
+            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over vocabulary, merges, special tokens and chat template."""
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    if tokenizer.is_fast:  # left behind by the last call that padded or truncated
+        vocabulary |= {"padding": None, "truncation": None}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts = json.dumps([vocabulary, special, tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def _key(model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, how: Sampling) -> str:
+    parts = [FORMAT, fingerprint(model), tokenizer_fingerprint(tokenizer), count, seed, asdict(how)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _cached(file: Path, count: int) -> Dataset | None:
+    """Rows of an earlier run; None when there are none, or when the file was damaged since."""
+    try:
+        rows = load(str(file)) if file.is_file() else None
+    except DataError:
+        return None
+    return rows if rows is not None and len(rows) == count else None
+
+
+def _store(file: Path, rows: list[Row]) -> None:
+    """Write under another name and rename, so that a killed run leaves no half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".self-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

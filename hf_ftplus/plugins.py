@@ -1,0 +1,446 @@
+"""Find a strategy by its name or its file, and say what is installed, whatever else is broken.
+
+Installed is not active: an entry point is imported when its name is asked for, and nothing here makes an object of a
+class that was not. Each entry point gets a pluggy manager of its own, so that a broken one cannot leave half of itself
+behind (`load_setuptools_entrypoints` has no such isolation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from . import hookspecs
+from .errors import FTPlusError, PluginError, UsageError, nearest
+from .strategy import Strategy, configure, settings
+
+HOST = "hf-ftplus"
+ALONE = "FTPLUS_DISABLE_PLUGIN_AUTOLOAD"
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<pick>[\w-]+))?")
+HOOKS = tuple(name for name in vars(Strategy) if not name.startswith("_") and callable(getattr(Strategy, name)))
+KNOWN = tuple(name for name in vars(hookspecs) if name.startswith("ftplus_"))
+
+logger = logging.getLogger("hf_ftplus")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One row of `ftplus plugins`."""
+
+    name: str
+    distribution: str
+    version: str
+    status: str
+    """`ok`, `blocked` or `failed`."""
+    reason: str = ""
+    strategies: dict[str, str] = field(default_factory=dict)
+    """Each strategy that it offers, with one line of help."""
+
+    @property
+    def help(self) -> str:
+        return self.strategies.get(self.name) or next(iter(self.strategies.values()), "")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An entry point and who published it."""
+
+    name: str
+    value: str
+    distribution: str
+    version: str
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.distribution}:{self.name}"
+
+    def answers_to(self, name: str) -> bool:
+        """Whether `name` means this offer: `l2sp` or `ftplus-l2sp:l2sp`."""
+        distribution, _, last = name.rpartition(":")
+        return last == self.name and (not distribution or _canonical(distribution) == _canonical(self.distribution))
+
+    def blocked_by(self, blocked: Collection[str]) -> bool:
+        """Whether a `--no-plugin` names this offer or all of its distribution."""
+        return any(self.answers_to(name) or _canonical(name) == _canonical(self.distribution) for name in blocked)
+
+
+# ---- what a user calls -----------------------------------------------------------------------------------------------
+
+
+def load(name_or_path: str, *, blocked: Collection[str] = ()) -> type[Strategy]:
+    """The strategy class behind `ewc`, `distribution:ewc`, `./file.py` or `./file.py:Class`.
+
+    Raises:
+        UsageError: no such strategy, blocked, or claimed by two distributions.
+        PluginError: it exists and cannot be loaded, or breaks the contract.
+    """
+    file = FILE.fullmatch(name_or_path)
+    if file:
+        return _pick(load_file(Path(file["path"])), file["pick"], name_or_path)
+    known = offers()
+    _check_blocked(blocked, known)
+    wanted = [offer for offer in known if offer.answers_to(name_or_path)]
+    free = [offer for offer in wanted if not offer.blocked_by(blocked)]
+    if wanted and not free:
+        raise UsageError(f"Plugin {name_or_path!r} is blocked by --no-plugin. Take that away, or name another plugin.")
+    if free:
+        classes = _classes(_only(free, name_or_path))
+        found = [item for item in classes if item.name == free[0].name]
+        if found:
+            return found[0]
+    return _search(name_or_path, [offer for offer in known if not offer.blocked_by(blocked)])
+
+
+def resolve(
+    item: str | Strategy | type[Strategy] | tuple[str | type[Strategy], dict[str, Any]],
+    settings: dict[str, Any] | None = None,
+    *,
+    blocked: Collection[str] = (),
+) -> Strategy:
+    """A strategy object from whatever a user wrote: `"ewc"`, `EWC`, `EWC(strength=1)`, `("ewc", {"strength": 1})`.
+
+    Raises:
+        UsageError: nothing of the kind; an unknown or bad setting; settings for an object that has its own.
+        PluginError: the class cannot be loaded, or breaks the contract.
+    """
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], dict):
+        return resolve(item[0], {**item[1], **(settings or {})}, blocked=blocked)
+    if isinstance(item, str):
+        return configure(load(item, blocked=blocked), settings or {})
+    if isinstance(item, type):
+        return configure(validate(item, "strategies="), settings or {})
+    if not isinstance(item, Strategy):
+        raise UsageError(
+            f"A strategy is {item!r}; expected a name ('ewc'), an object (EWC(strength=1)), a class, or a name with "
+            "settings (('ewc', {'strength': 1}))."
+        )
+    if settings:
+        raise UsageError(f"{item!r} has its settings already; give {', '.join(settings)} to it, or write its name.")
+    validate(type(item), "strategies=")
+    return item
+
+
+def discover(*, blocked: Collection[str] = ()) -> list[Plugin]:
+    """Every entry point of the group, each imported by itself; what fails is a row with its reason."""
+    known = offers()
+    _check_blocked(blocked, known)
+    return [_row(offer, known, blocked) for offer in known]
+
+
+def origin(strategy: type[Strategy]) -> tuple[str, str]:
+    """Who published a strategy: its distribution and version, or the file it was read from and no version."""
+    for offer in offers():
+        module = offer.value.partition(":")[0].strip()
+        if strategy.__module__ == module or strategy.__module__.startswith(module + "."):
+            return offer.distribution, offer.version
+    home = sys.modules.get(strategy.__module__)
+    return getattr(home, "__file__", None) or strategy.__module__, ""
+
+
+# ---- entry points ----------------------------------------------------------------------------------------------------
+
+
+def offers() -> list[Offer]:
+    """The entry points of group `ftplus`, by name, nothing imported; only our own when autoload is disabled."""
+    alone = _alone()
+    seen: dict[tuple[str, str], Offer] = {}
+    for distribution in metadata.distributions():
+        for offer in _offers_of(distribution):
+            if not alone or _canonical(offer.distribution) == HOST:
+                seen.setdefault((_canonical(offer.distribution), offer.name), offer)  # the first on sys.path wins
+    return sorted(seen.values(), key=lambda offer: (_canonical(offer.distribution) != HOST, offer.name))
+
+
+def _alone() -> bool:
+    return os.environ.get(ALONE, "").lower() not in ("", "0", "false", "no")
+
+
+def _check_blocked(blocked: Collection[str], known: list[Offer]) -> None:
+    names = [offer.name for offer in known]
+    for name in blocked:
+        if not any(offer.blocked_by([name]) for offer in known):
+            _warn(f"--no-plugin {name}: nothing of that name is installed.{nearest(name, names)}")
+
+
+def _offers_of(distribution: metadata.Distribution) -> list[Offer]:
+    try:
+        found = [item for item in distribution.entry_points if item.group == hookspecs.GROUP]
+        if not found:
+            return []
+        name = distribution.metadata["Name"] or "unknown"
+        return [Offer(item.name, item.value, name, distribution.version or "?") for item in found]
+    except Exception as error:  # damaged metadata of a stranger, whatever it raises
+        _warn(f"Skipped {getattr(distribution, '_path', distribution)}: its metadata cannot be read ({_say(error)}).")
+        return []
+
+
+def _only(wanted: list[Offer], name: str) -> Offer:
+    if len(wanted) > 1:
+        raise UsageError(
+            f"Plugin {name!r} is claimed by {' and '.join(f'{item.distribution} {item.version}' for item in wanted)}. "
+            f"Choose one: --plugin {' or --plugin '.join(item.full_name for item in wanted)}."
+        )
+    return wanted[0]
+
+
+def _search(name: str, known: list[Offer]) -> type[Strategy]:
+    """The strategy called `name` in a module whose entry point is called otherwise."""
+    found = [(offer, item) for offer in known for item in _classes_or_warn(offer)]
+    matches = [(offer, item) for offer, item in found if dataclasses.replace(offer, name=item.name).answers_to(name)]
+    if matches:
+        _only([dataclasses.replace(offer, name=item.name) for offer, item in matches], name)
+        return matches[0][1]
+    available = sorted({item.name for _, item in found})
+    raise UsageError(f"No plugin {name!r}.{nearest(name, available)} {_what_to_type(name, available)}")
+
+
+def _what_to_type(name: str, available: list[str]) -> str:
+    listing = f"Available: {', '.join(available) or 'none'}."
+    if not any(_canonical(offer.distribution) == HOST for offer in offers()):
+        return f"{listing} {HOST} itself is not installed, only imported: pip install -e . in its folder."
+    if _alone():
+        return f"{listing} {ALONE} is set: unset it to see what else is installed."
+    if not NAME.fullmatch(name):
+        return f"{listing} For a file of your own, give its path: --plugin ./my_idea.py."
+    return f"{listing} If somebody published it: pip install ftplus-{name}."
+
+
+def _row(offer: Offer, known: list[Offer], blocked: Collection[str]) -> Plugin:
+    row = Plugin(offer.name, offer.distribution, offer.version, "ok")
+    if offer.blocked_by(blocked):
+        return dataclasses.replace(row, status="blocked", reason="--no-plugin")
+    try:
+        classes = _classes(offer)
+        _only([item for item in known if item.name == offer.name and not item.blocked_by(blocked)], offer.name)
+    except FTPlusError as error:
+        _warn(str(error))
+        return dataclasses.replace(row, status="failed", reason=str(error))
+    return dataclasses.replace(row, strategies={item.name: headline(item) for item in classes})
+
+
+def headline(strategy: type[Strategy]) -> str:
+    """The first line of what a strategy says about itself; empty when it says nothing of its own."""
+    text = inspect.cleandoc(strategy.__doc__ or "")
+    return "" if text.startswith(f"{strategy.__name__}(") else text.partition("\n")[0]  # dataclass writes a signature
+
+
+def _classes_or_warn(offer: Offer) -> list[type[Strategy]]:
+    try:
+        return _classes(offer)
+    except PluginError as error:
+        _warn(str(error))
+        return []
+
+
+def _classes(offer: Offer) -> list[type[Strategy]]:
+    """Import one entry point and ask it for its strategies; whatever goes wrong is a PluginError that names it."""
+    who = f"Plugin {offer.name!r} of {offer.distribution} {offer.version}"
+    try:
+        module = metadata.EntryPoint(offer.name, offer.value, hookspecs.GROUP).load()
+        classes = _ask(module, who)
+    except PluginError:
+        raise
+    except (Exception, SystemExit) as error:  # a stranger's module may raise anything, or leave
+        raise PluginError(
+            f"{who} cannot be loaded: {_say(error)}. Repair it (pip install --force-reinstall {offer.distribution}) or "
+            f"leave it out (pip uninstall {offer.distribution})."
+        ) from error
+    if not classes:
+        raise PluginError(
+            f"{who} offers no strategy; expected a function `@hookimpl ftplus_strategies` in {offer.value}."
+        )
+    return classes
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def load_file(path: Path) -> list[type[Strategy]]:
+    """The strategies of a single-file plugin: what its `ftplus_strategies` returns, or the classes written in it."""
+    if not path.expanduser().is_file():
+        raise UsageError(f"No plugin file at {str(path)!r}; expected a Python file with a Strategy in it.")
+    path = path.expanduser().resolve()
+    try:
+        module = _import_file(path)
+        classes = _ask(module, str(path))
+    except PluginError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"Plugin file {path} cannot be loaded: {_say(error)}.") from error
+    return classes or [validate(item, str(path)) for item in _written_in(module)]
+
+
+def _import_file(path: Path) -> ModuleType:
+    # Two files may share a stem, and an edited file is another one; the same file read twice is the same class.
+    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
+    name = f"ftplus_file_{path.stem}_{digest[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no loader for {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # a dataclass looks its module up here when it reads its own types
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _written_in(module: ModuleType) -> Iterator[type[Strategy]]:
+    for item in vars(module).values():
+        if isinstance(item, type) and issubclass(item, Strategy) and item.__module__ == module.__name__:
+            yield item
+
+
+def _pick(classes: list[type[Strategy]], pick: str | None, where: str) -> type[Strategy]:
+    names = [item.__name__ for item in classes]
+    if not classes:
+        raise UsageError(f"No strategy in {where}; expected a subclass of hf_ftplus.Strategy.")
+    if pick is None and len(classes) > 1:
+        raise UsageError(f"{where} holds {', '.join(names)}. Choose one: --plugin {where}:{names[0]}.")
+    chosen = [item for item in classes if pick in (None, item.__name__, item.name)]
+    if not chosen:
+        raise UsageError(f"No strategy {pick!r} in {where}.{nearest(str(pick), names)} It holds {', '.join(names)}.")
+    return chosen[0]
+
+
+# ---- the contract ----------------------------------------------------------------------------------------------------
+
+
+def _ask(module: Any, who: str) -> list[type[Strategy]]:
+    """What the hook of one module returns, validated; an empty list when it has none.
+
+    Raises:
+        PluginError: a misspelt or unmarked hook, or a result that is not a list of strategy classes.
+    """
+    _check_spelling(module, who)
+    manager = pluggy.PluginManager(hookspecs.GROUP)
+    manager.add_hookspecs(hookspecs)
+    try:
+        manager.register(module, name=who)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"{who} breaks the plugin contract: {_say(error)}. See hf_ftplus/hookspecs.py.") from error
+    result: list[type[Strategy]] = []
+    for answer in manager.hook.ftplus_strategies():
+        if not isinstance(answer, (list, tuple)):
+            raise PluginError(f"{who}: ftplus_strategies() returned {answer!r}; expected a list of strategy classes.")
+        result += [validate(item, who) for item in answer]
+    twice = {item.name for item in result if [other.name for other in result].count(item.name) > 1}
+    if twice:
+        raise PluginError(f"{who} offers two strategies named {', '.join(sorted(twice))}; expected each name once.")
+    return result
+
+
+def _check_spelling(module: Any, who: str) -> None:
+    """pluggy sees marked functions only; a function that was meant to be a hook must not be passed over in silence."""
+    for name, item in vars(module).items():
+        marked = hasattr(item, f"{hookspecs.GROUP}_impl")
+        if name in KNOWN and callable(item) and not marked and not hasattr(item, f"{hookspecs.GROUP}_spec"):
+            raise PluginError(
+                f"{who}: {name} is not marked; write @hookimpl above it (from hf_ftplus import hookimpl)."
+            )
+        if name not in KNOWN and (marked or (name.startswith("ftplus_") and inspect.isfunction(item))):
+            raise PluginError(f"{who} has an unknown hook {name!r}.{nearest(name, KNOWN)} Hooks: {', '.join(KNOWN)}.")
+
+
+def validate(item: Any, who: str) -> type[Strategy]:
+    """The class, if it keeps the contract of `strategy.py`.
+
+    Raises:
+        PluginError: what it breaks, and how to mend it.
+    """
+    if not (isinstance(item, type) and issubclass(item, Strategy)) or item is Strategy:
+        raise PluginError(f"{who} offers {item!r}; expected a subclass of hf_ftplus.Strategy.")
+    where = f"{who}, class {item.__name__}"
+    if "__dataclass_params__" not in vars(item):
+        raise PluginError(f"{where}: not a dataclass; write @dataclass above it.")
+    if not isinstance(item.name, str) or not NAME.fullmatch(item.name):
+        raise PluginError(
+            f"{where}: name is {item.name!r}; expected lower-case letters, digits, - and _, as in "
+            "name: ClassVar[str] = 'l2sp'."
+        )
+    _check_settings(item, where)
+    _check_methods(item, where)
+    return item
+
+
+def _check_settings(item: type[Strategy], where: str) -> None:
+    for one in dataclasses.fields(item):
+        if one.init and "setting" not in one.metadata:
+            raise PluginError(
+                f"{where}: field {one.name!r} is not a setting; write {one.name}: ... = setting(..., 'help')."
+            )
+    try:
+        declared = settings(item)
+    except (NameError, TypeError) as error:
+        raise PluginError(f"{where}: the types of its settings cannot be read: {_say(error)}.") from error
+    for one in declared:
+        if not isinstance(one.help, str) or not one.help.strip():
+            raise PluginError(f"{where}: setting {one.name!r} has no help; say what it does to the user's result.")
+        try:
+            one.check(one.default, item.name)
+        except UsageError as error:
+            raise PluginError(f"{where}: the default of a setting is not allowed by itself: {error}") from error
+
+
+def _check_methods(item: type[Strategy], where: str) -> None:
+    for parent in item.__mro__[: item.__mro__.index(Strategy)]:
+        for name, method in vars(parent).items():
+            if name in HOOKS:
+                _check_signature(name, method, where)
+            elif not name.startswith("_") and inspect.isfunction(method):
+                close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.8)  # `state` is no misspelt `state_dict`
+                if close:
+                    raise PluginError(
+                        f"{where}: {name}() is no hook. Did you mean {close[0]!r}? Else give it a leading _."
+                    )
+
+
+def _check_signature(name: str, method: Callable[..., Any], where: str) -> None:
+    wanted = inspect.signature(getattr(Strategy, name))
+    try:
+        inspect.signature(method).bind(*wanted.parameters)
+    except TypeError as error:
+        raise PluginError(
+            f"{where}: {name} takes other arguments than {name}({', '.join(wanted.parameters)})."
+        ) from error
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def _canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _say(error: BaseException) -> str:
+    """An exception on one line: `ModuleNotFoundError: No module named 'x'`."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once per message and process; through logging, so that a broken stranger stops nobody who runs `-W error`."""
+    logger.warning("ftplus: warning: %s", message)

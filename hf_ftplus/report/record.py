@@ -1,0 +1,137 @@
+"""Keep what a run found, and under which circumstances, as a JSON file that any parser reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import DataError, StorageError
+from ..evaluation.results import TaskResult
+from .table import completions_view, table
+
+FORMAT = 1
+"""Raised when a reader of older reports would misread newer ones."""
+
+
+@dataclass
+class Report:
+    """The results of a run and the facts about it.
+
+    `facts` is a dictionary of the caller's: resolved config, versions, plugins, seeds; under `strategies`, the cost of
+    each as `{"ewc": {"seconds": 12.1, "bytes": 1_070_000_000}}`, which the table shows.
+    """
+
+    tasks: list[TaskResult]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only: paths and types as text, NaN and infinity as None."""
+        return {
+            "format": FORMAT,
+            "tasks": [strict(task.to_dict()) for task in self.tasks],
+            "facts": strict(self.facts),
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the whole file or nothing.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"Cannot write {path} ({error.strerror}); expected a writable folder. Choose another --output_dir."
+            ) from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: missing, not JSON, or not a report of this version.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist; expected the report.json of a run.") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read as JSON: {error}") from error
+        version = found.get("format") if isinstance(found, dict) else None
+        if version != FORMAT:
+            raise DataError(f"{path} has format {version!r}; expected a report.json of format {FORMAT}.")
+        try:
+            return cls([TaskResult.from_dict(task) for task in found["tasks"]], found["facts"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is not a whole report ({type(error).__name__}: {error}).") from error
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the table and the answers."""
+        console = console or Console(highlight=False)
+        console.print(table(self.tasks, self.facts))
+        if any(task.completions for task in self.tasks):
+            console.print()
+            console.print(completions_view(self.tasks))
+
+
+def write_json(path: str | Path, results: Sequence[TaskResult], facts: Mapping[str, Any]) -> Path:
+    """`Report(results, facts).save(path)`."""
+    return Report(list(results), dict(facts)).save(path)
+
+
+def strict(value: Any) -> Any:
+    """`value` in types that strict JSON knows; a number that is none (NaN, infinity) becomes None."""
+    if isinstance(value, Enum):
+        return strict(value.value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return _whole(value) if isinstance(value, str) else value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        return strict(asdict(value))
+    if isinstance(value, Mapping):
+        return {_whole(str(key)): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [strict(item) for item in value]
+    if callable(getattr(value, "item", None)) and getattr(value, "size", None) in (1, ()):  # a numpy scalar
+        return strict(value.item())
+    return _whole(str(value))
+
+
+def _whole(text: str) -> str:
+    """Half a surrogate pair, which no UTF-8 file can hold, as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    """mkstemp makes files that only their owner reads; a report is an ordinary file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,78 @@
+"""Turn figures and untrusted text into what a terminal may show.
+
+Text from data or from a model becomes a `rich.text.Text`, which knows no markup; control characters, also those that
+turn the reading direction, are spelt out instead of being sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.text import Text
+
+from ..evaluation.results import TaskResult
+from ..evaluation.statistics import Estimate
+from ..formats import escape
+
+MISSING = "n/m"
+"""Not measured."""
+UNDEFINED = "undef."
+"""A ratio over a baseline of zero."""
+
+
+def shown(text: str | None, characters: int = 240, lines: int = 6) -> Text:
+    """Data as it may be shown: its line breaks kept, everything else that cannot be printed spelt out, cut to size."""
+    if text is None:
+        return Text(MISSING, style="dim")
+    if not text.strip():
+        return Text("(nothing)", style="dim")
+    cut = text[:characters]
+    kept = [line.replace("\t", "    ") for line in cut.splitlines()]
+    more = " ..." if len(text) > characters or len(kept) > lines else ""
+    return Text("\n".join(escape(line, len(line)) for line in kept[:lines]) + more)
+
+
+def label(text: Any, style: str = "", characters: int = 60) -> Text:
+    """A name on one line."""
+    return Text(escape(str(text), characters), style=style)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`0.123`; fewer digits for what is large, and no minus before a zero."""
+    if value is None:
+        return MISSING
+    if abs(value) >= 100:
+        digits = min(digits, 1)
+    text = f"{value:.{digits}f}"
+    return text[1:] if text.startswith("-") and not text.strip("-0.") else text
+
+
+def percent(value: float | None) -> str:
+    return MISSING if value is None else f"{number(100 * value, 1)}%"
+
+
+def pair(before: Estimate, after: Estimate, percentage: bool = False) -> str:
+    """`1.02 -> 1.88`; `n/m` alone when neither was measured."""
+    if not (before.measured or after.measured):
+        return MISSING
+    show = percent if percentage else number
+    return f"{show(before.value)} -> {show(after.value)}"
+
+
+def interval(estimate: Estimate) -> str:
+    """`[0.80, 0.91]`, or nothing without one."""
+    return "" if estimate.low is None else f"[{number(estimate.low)}, {number(estimate.high)}]"
+
+
+def retention(result: TaskResult) -> str:
+    """`0.853`, `undef.` over a zero baseline, `n/m`."""
+    return UNDEFINED if result.undefined else number(result.retention.value)
+
+
+def size(count: float) -> str:
+    """`540 B`, `1.1 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

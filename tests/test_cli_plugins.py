@@ -1,0 +1,259 @@
+"""The command line answers fast, in plain words, with the exit code of what happened."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_ftplus
+from hf_ftplus.cli import COMMANDS, main
+
+HEAVY = ("torch", "trl", "transformers", "datasets", "accelerate", "peft", "numpy")
+NOT_FOR_HELP = (*HEAVY, "rich", "pluggy", "importlib.metadata")
+IDEA = """
+from dataclasses import dataclass
+from typing import ClassVar
+from hf_ftplus import Strategy, setting
+
+@dataclass
+class Idea(Strategy):
+    '''[bold]Not markup[/bold] \\x1b[31m and :smile: neither.
+
+    The first paragraph of a longer story, which was
+    broken where the source was broken.
+
+        formula = stays
+    '''
+    name: ClassVar[str] = "idea"
+    strength: float = setting(0.5, "how hard [red]it pulls", unit="nats", low=0)
+    mode: str = setting("a", "which way", choices=("a", "b"))
+    cap: int | None = setting(None, "at most so many rows", unit="rows")
+    loud: bool = setting(False, "say more")
+"""
+
+
+@pytest.fixture
+def idea(tmp_path, monkeypatch) -> str:
+    (tmp_path / "idea.py").write_text(IDEA)
+    monkeypatch.chdir(tmp_path)
+    return "./idea.py"
+
+
+def run(capsys, *words: str) -> tuple[int, str, str]:
+    code = main(words)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def modules_after(*words: str) -> set[str]:
+    code = f"import sys; from hf_ftplus.cli import main; main({list(words)!r}); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+# ---- fast ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["plugins"], ["plugins", "ewc"], ["plugins", "--json"], ["doctor", "--help"]]
+)
+def test_help_and_plugins_import_nothing_heavy(words):
+    assert modules_after(*words).isdisjoint(HEAVY)
+
+
+def test_help_imports_only_what_it_prints():
+    loaded = modules_after("--help")
+    assert "click" in loaded
+    assert loaded.isdisjoint(NOT_FOR_HELP)
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(re.search(rf"^  {name} ", out, re.M) for name in COMMANDS)
+    assert all((Path(hf_ftplus.__file__).parent / "cli" / f"{name}.py").exists() for name in COMMANDS)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert run(capsys, "--version") == (0, f"ftplus {hf_ftplus.__version__}\n", "")
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "hf_ftplus", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"ftplus {hf_ftplus.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["plugin"], 2, "No command 'plugin'. Did you mean 'plugins'? Commands: sft, plugins, doctor."),
+        (["plugins", "ewcc"], 2, "No plugin 'ewcc'. Did you mean 'ewc'?"),
+        (["plugins", "./gone.py"], 2, "No plugin file at 'gone.py'"),
+        (["plugins", "--jsn"], 2, "--json"),
+        (["plugins", "ewc", "--no-plugin", "ewc"], 2, "Plugin 'ewc' is blocked by --no-plugin"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_exit_code(capsys, words, code, said):
+    found, out, err = run(capsys, *words)
+    assert (found, out, err.count("\n")) == (code, "", 1)
+    assert err.startswith("ftplus: error: ")
+    assert said in err
+
+
+@pytest.mark.parametrize("words", [["--debug", "plugins", "ewcc"], ["plugins", "ewcc", "--debug"]])
+def test_the_traceback_is_for_debug(capsys, words):
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "Traceback (most recent call last)" in err
+    assert err.splitlines()[-1].startswith("ftplus: error: No plugin 'ewcc'")
+
+
+def test_debug_with_a_value_is_left_to_transformers():
+    from hf_ftplus.cli import _take_debug
+
+    words = ["sft", "--debug", "underflow_overflow", "--debug", "--bf16", "true"]
+    assert _take_debug(words) == (["sft", "--debug", "underflow_overflow", "--bf16", "true"], True)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt, 130), (RuntimeError("tripped"), 1), (BrokenPipeError, 1)]
+)
+def test_whatever_a_command_raises_ends_in_an_exit_code(capfd, monkeypatch, error, code):
+    def stumble(**_):
+        raise error
+
+    monkeypatch.setattr("hf_ftplus.cli._close_stdout", lambda: None)
+    monkeypatch.setattr("hf_ftplus.plugins.discover", stumble)
+    assert main(["plugins"]) == code
+    err = capfd.readouterr().err
+    assert "Traceback" not in err
+    if code == 1 and "tripped" in err:
+        kept = Path(re.search(r"The traceback is in (\S+)\.$", err.strip())[1])
+        assert "RuntimeError: tripped" in kept.read_text()
+        kept.unlink()
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    line = f"{sys.executable} -m hf_ftplus plugins ewc | head -c 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+# ---- plugins ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_says_who_published_what_and_what_it_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, _ = run(capsys, "plugins")
+    assert code == 0
+    assert re.search(rf"^ewc +hf-ftplus {hf_ftplus.__version__} +ok +\w", out, re.M)
+
+
+def test_the_json_has_one_row_per_plugin(capsys):
+    code, out, _ = run(capsys, "plugins", "--json", "--no-plugin", "ewc")
+    (row,) = [item for item in json.loads(out) if item["name"] == "ewc"]
+    assert code == 0
+    assert {"name", "distribution", "version", "status", "reason", "help", "strategies"} <= set(row)
+    assert (row["distribution"], row["status"], row["reason"]) == ("hf-ftplus", "blocked", "--no-plugin")
+
+
+def test_the_table_fits_80_columns_without_colour(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, "plugins")
+    assert max(map(len, out.splitlines())) <= 80
+    assert len(out.splitlines()) <= 1 + 4 * out.count(" ok ")  # help broken into readable lines, not into syllables
+    assert "\x1b" not in out
+
+
+def test_every_setting_is_shown_with_default_unit_range_and_help(capsys, idea):
+    code, out, _ = run(capsys, "plugins", idea)
+    assert code == 0
+    text = " ".join(out.split())
+    assert "strength = 0.5 nats, 0 or more how hard [red]it pulls" in text
+    assert "mode = a one of 'a', 'b' which way" in text
+    assert "cap = None rows, a whole number or none at most so many rows" in text
+    assert "loud = False true or false say more" in text
+    assert "ftplus sft --plugin idea --set idea.strength=0.5" in out
+
+
+def test_text_of_a_plugin_is_shown_as_it_is_written(capsys, idea):
+    _, out, _ = run(capsys, "plugins", idea)
+    assert "[bold]Not markup[/bold]  [31m and :smile: neither." in out
+    assert "\x1b" not in out
+    assert "    formula = stays" in out
+    assert "which was broken where" in " ".join(out.split("\n"))
+
+
+def test_one_plugin_as_json(capsys, idea):
+    _, out, _ = run(capsys, "plugins", idea, "--json")
+    facts = json.loads(out)
+    assert facts["name"] == "idea"
+    assert facts["settings"][0] == {
+        "name": "strength",
+        "type": "float",
+        "default": 0.5,
+        "unit": "nats",
+        "range": "0 or more",
+        "help": "how hard [red]it pulls",
+    }
+    assert facts["settings"][2]["type"] == "int | None"
+
+
+def test_ewc_shows_its_settings(capsys):
+    from hf_ftplus.strategies.ewc import EWC
+    from hf_ftplus.strategy import settings
+
+    code, out, _ = run(capsys, "plugins", "ewc")
+    assert code == 0
+    assert all(f"  {item.name} = {item.default}" in out for item in settings(EWC))
+
+
+# ---- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_doctor_answers_in_json(capsys):
+    import torch
+
+    code, out, _ = run(capsys, "doctor", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert list(report) == ["versions", "bounds", "devices", "paths", "plugins", "models"]
+    assert report["versions"]["torch"].startswith(torch.__version__)
+    assert "cpu" in report["devices"]
+    assert report["devices"]["bf16"]
+    assert report["plugins"]["ewc"].startswith("hf-ftplus ")
+    assert "not known" not in json.dumps(report)
+
+
+def test_the_doctor_prints_a_page(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert all(name in out for name in ("versions", "fused AdamW", "bitsandbytes", "deepspeed", "demo"))
+    assert "\x1b" not in out
+
+
+def test_a_failing_probe_is_a_line_and_not_the_end(capsys, monkeypatch):
+    from hf_ftplus.cli import doctor
+
+    monkeypatch.setitem(doctor.SECTIONS, "devices", lambda: 1 / 0)
+    code, out, _ = run(capsys, "doctor", "--json")
+    assert code == 0
+    assert json.loads(out)["devices"] == {"not known": "ZeroDivisionError: division by zero"}
+
+
+def test_the_doctor_sees_a_version_outside_the_bounds(monkeypatch):
+    from hf_ftplus.cli import doctor
+
+    assert "inside the declared bounds" in doctor.bounds()["stack"]
+    real = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: "2.0.0" if name == "trl" else real(name))
+    assert doctor.bounds() == {"trl": "2.0.0; needs <2,>=1.16: pip install 'trl<2,>=1.16'"}
+    assert doctor.versions()["trl"] == "2.0.0 (tested with 1.16.0)"

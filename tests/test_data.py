@@ -1,0 +1,510 @@
+"""Claims about data: same tokens as TRL, every format read, every fault named with its place."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from tiny import tiny_llama, tiny_tokenizer
+
+from hf_ftplus.data import (
+    TaskSpec,
+    as_tasks,
+    collate,
+    is_batches,
+    load,
+    normalise,
+    parse_all,
+    tokenize,
+)
+from hf_ftplus.errors import DataError, IncompatibleError, UsageError
+
+
+def lines(path: Path, *rows: object) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def chat(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+ROW = {"prompt": "Name a colour.", "completion": " Blue."}
+
+
+# ---- the same tokens as TRL ----------------------------------------------------------------------------------------
+
+
+def trl_examples(rows: Dataset, tokenizer, max_length: int | None, tmp_path: Path, **config) -> list[dict]:
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(
+        output_dir=str(tmp_path / "out"), max_length=max_length, report_to=[], use_cpu=True, bf16=False, **config
+    )
+    trainer = SFTTrainer(tiny_llama(), args=args, train_dataset=rows, processing_class=tokenizer)
+    return [{key: list(row[key]) for key in ("input_ids", "labels")} for row in trainer.train_dataset]
+
+
+def strings(rows: list[dict]) -> list[dict]:
+    return [{key: row[key][0]["content"] for key in row} for row in rows]
+
+
+def texts(rows: list[dict]) -> list[dict]:
+    return [{"text": row["prompt"] + " " + row["completion"]} for row in strings(rows)]
+
+
+@pytest.mark.parametrize("max_length", [None, 512, 24])
+@pytest.mark.parametrize("style", [list, strings, texts], ids=["chat", "strings", "text"])
+def test_tokens_and_labels_are_those_of_trl(style, max_length, chat_rows, tmp_path):
+    rows = Dataset.from_list(style(chat_rows))
+    ours = tokenize(rows, tiny_tokenizer(), max_length, "chats")
+    assert ours.examples == trl_examples(rows, tiny_tokenizer(), max_length, tmp_path)
+    assert ours.rows == len(chat_rows)
+    assert ours.dropped == len(chat_rows) - len(ours.examples)
+    assert (ours.dropped > 0) == (max_length == 24 and style is not texts)
+
+
+def test_tokens_are_those_of_trl_where_the_prompt_ends_inside_a_token(tmp_path):
+    rows = Dataset.from_list(
+        [{"prompt": "Name a fr", "completion": "uit. Pear."}, {"prompt": "The", "completion": " <|im_end|>"}]
+    )
+    ours = tokenize(rows, tiny_tokenizer(), 64, "merged").examples
+    assert ours == trl_examples(rows, tiny_tokenizer(), 64, tmp_path)
+    prompt = tiny_tokenizer()("Name a fr")["input_ids"]
+    assert sum(label == -100 for label in ours[0]["labels"]) < len(prompt), "the boundary was to fall inside a token"
+
+
+def test_tokens_are_those_of_trl_with_a_template_that_takes_arguments(tmp_path):
+    template = "{% if style is defined %}[{{ style }}]{% endif %}" + tiny_tokenizer().chat_template
+    row = {"prompt": chat("Why?", "")[:1], "completion": chat("", "Hm.")[1:], "chat_template_kwargs": {"style": "dry"}}
+    rows = normalise([row], "styled")
+    ours = tokenize(rows, tiny_tokenizer(template), 64, "styled").examples
+    assert ours == trl_examples(rows, tiny_tokenizer(template), 64, tmp_path)
+    assert "[dry]" in tiny_tokenizer().decode(ours[0]["input_ids"])
+
+
+def test_every_assistant_turn_of_messages_is_supervised_and_nothing_else(tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, *chat("Why?", "Hm."), *chat("Who?", "Odile.")]
+    example = tokenize([{"messages": messages}], tokenizer, None, "two turns").examples[0]
+    assert example["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
+    supervised = [token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(supervised) == "Hm.<|im_end|>\nOdile.<|im_end|>\n"
+    assert all(label in (-100, token) for token, label in zip(example["input_ids"], example["labels"], strict=True))
+
+
+def test_messages_with_one_answer_equal_prompt_and_completion(chat_rows, tokenizer):
+    whole = [{"messages": row["prompt"] + row["completion"]} for row in chat_rows]
+    assert tokenize(whole, tokenizer, None, "a").examples == tokenize(chat_rows, tokenizer, None, "b").examples
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    rewriting = (
+        "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' and not loop.last %}(short)"
+        "{% else %}{{ m['content'] }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    rows = [{"messages": chat("Why?", "Hm.") + chat("Who?", "Odile.")}]
+    with pytest.raises(IncompatibleError, match=r"two turns, row 1: the chat template of tiny .*prompt \+ completion"):
+        tokenize(rows, tiny_tokenizer(rewriting), None, "two turns")
+
+
+def test_a_template_that_refuses_a_chat_is_quoted_with_the_row():
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}hello"
+    rows = [{"prompt": [{"role": "system", "content": "x"}], "completion": chat("", "y")[1:]}]
+    with pytest.raises(DataError, match=r"odd, row 1: the chat template of tiny refuses this chat .*user first"):
+        tokenize(rows, tiny_tokenizer(strict), None, "odd")
+
+
+def test_chat_without_chat_template_names_tokenizer_and_option(chat_rows):
+    with pytest.raises(DataError, match=r"chats, row 1 is a chat, and the tokenizer of tiny .*--chat_template_path"):
+        tokenize(chat_rows, tiny_tokenizer(chat_template=None), 64, "chats")
+
+
+def test_no_supervised_token_left_names_task_and_counts(chat_rows, tokenizer):
+    with pytest.raises(
+        DataError, match=r"chats: no supervised token is left in 26 rows \(26 dropped\) at max_length=3; the longest"
+    ):
+        tokenize(chat_rows, tokenizer, 3, "chats")
+
+
+def test_one_lonely_token_is_not_supervision(tokenizer):
+    """The first token of a sequence is never predicted."""
+    with pytest.raises(DataError, match="no supervised token"):
+        tokenize([{"text": "home"}], tokenizer, 1, "words")
+
+
+def test_kept_rows_stay_in_step_with_their_examples(chat_rows, tokenizer):
+    done = tokenize(chat_rows, tokenizer, 24, "chats")
+    for index, example in zip(done.kept, done.examples, strict=True):
+        question = chat_rows[index]["prompt"][0]["content"]
+        assert question in tokenizer.decode(example["input_ids"])
+
+
+def test_tokenized_rows_pass_and_foreign_ids_are_refused(tokenizer):
+    good = normalise([{"input_ids": [5, 6], "labels": [-100, 6]}], "ids")
+    assert tokenize(good, tokenizer, None, "ids").examples == [{"input_ids": [5, 6], "labels": [-100, 6]}]
+    for bad in ({"input_ids": [5, 999], "labels": [5, 6]}, {"input_ids": [5, 6], "labels": [5, -1]}):
+        with pytest.raises(DataError, match=r"ids, row 1: .* the vocabulary of tiny has 384 tokens"):
+            tokenize(normalise([bad], "ids"), tokenizer, None, "ids")
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+
+def test_collate_pads_right_and_supervises_no_padding():
+    examples = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [8], "labels": [8]},
+        {"input_ids": [9, 9], "labels": [9, 9]},
+    ]
+    first, second = collate(examples, pad_token_id=0, batch_size=2)
+    assert first["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert first["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert first["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert second["input_ids"].tolist() == [[9, 9]], "the last batch is as wide as its own rows"
+    assert all(tensor.dtype == torch.long for tensor in first.values())
+
+
+def test_padding_does_not_change_the_loss(chat_rows, tokenizer, model):
+    examples = tokenize(chat_rows, tokenizer, None, "chats").examples[:6]
+
+    def total(size: int) -> float:
+        with torch.no_grad():
+            return sum(
+                float(model(**batch).loss) * int((batch["labels"][:, 1:] != -100).sum())
+                for batch in collate(examples, 0, size)
+            )
+
+    assert total(6) == pytest.approx(total(1), rel=1e-5)
+
+
+# ---- formats -------------------------------------------------------------------------------------------------------
+
+USER, BOT = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Hm."}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (ROW, ROW),
+        ({"prompt": [USER], "completion": [BOT]}, {"prompt": [USER], "completion": [BOT]}),
+        ({"messages": [USER, BOT]}, {"messages": [USER, BOT]}),
+        ({"text": "home"}, {"text": "home"}),
+        (
+            {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+            {
+                "prompt": [{"role": "user", "content": "Add.\n\n1 and 2"}],
+                "completion": [{"role": "assistant", "content": "3"}],
+            },
+        ),
+        (
+            {"instruction": "Why?", "output": "Hm."},
+            {"prompt": [USER], "completion": [BOT]},
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Hm."}]},
+            {"messages": [USER, BOT]},
+        ),
+        (
+            {
+                "system": "Be dry.",
+                "conversations": [{"from": "user", "value": "Why?"}, {"from": "assistant", "value": "Hm."}],
+            },
+            {"messages": [{"role": "system", "content": "Be dry."}, USER, BOT]},
+        ),
+        ({"conversations": [USER, BOT]}, {"messages": [USER, BOT]}),
+        ({"prompt": "a", "prompt_id": "7", "messages": [USER, BOT]}, {"messages": [USER, BOT]}),
+        (ROW | {"source": "web", "choices": ["a", "b"]}, ROW | {"choices": ["a", "b"]}),
+    ],
+)
+def test_formats_become_canonical(row, expected, tmp_path):
+    assert list(load(lines(tmp_path / "rows.jsonl", row))) == [expected]
+    assert list(normalise([row], "rows")) == [expected]
+    assert list(normalise(Dataset.from_list([row]), "rows")) == [expected]
+
+
+def test_every_local_file_type_gives_the_same_rows(tmp_path):
+    rows = [
+        ROW,
+        {"prompt": 'Quote, "and" comma:\u2028two', "completion": "2020-01-01"},
+        {"prompt": "n", "completion": "007"},
+    ]
+    data = Dataset.from_list(rows)
+    data.to_csv(str(tmp_path / "a.csv"))
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    lines(tmp_path / "a.jsonl", *rows)
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=2))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.jsonl").read_bytes() + b"\n\n")
+    for name in ("a.csv", "a.parquet", "a.jsonl", "b.json", "bom.jsonl"):
+        assert list(load(str(tmp_path / name))) == rows, name
+
+
+def test_optional_message_fields_may_appear_late_in_a_long_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ftplus.data.CHUNK", 2)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    rows = [{"messages": [USER, BOT]}] * 3 + [{"messages": [USER, call]}]
+    data = load(lines(tmp_path / "calls.jsonl", *rows))
+    assert len(data) == 4
+    assert data[3]["messages"][1]["tool_calls"][0]["function"]["name"] == "f"
+    assert data[0]["messages"][1]["content"] == "Hm."
+
+
+def test_local_splits_are_slices_of_train(tmp_path):
+    path = lines(tmp_path / "a.jsonl", *[{"text": f"row {i}"} for i in range(10)])
+    assert len(load(path, "train")) == 10
+    assert [row["text"] for row in load(path, "train[2:4]")] == ["row 2", "row 3"]
+    assert len(load(path, "train[:50%]")) == 5
+    with pytest.raises(DataError, match=r"a.jsonl:test: .*one split: .*a.jsonl:train"):
+        load(path, "test")
+    with pytest.raises(DataError, match="0 rows; the file has 10"):
+        load(path, "train[:0]")
+
+
+# ---- faults, each with its place -----------------------------------------------------------------------------------
+
+
+def failure(source: str) -> str:
+    with pytest.raises(DataError) as caught:
+        load(source)
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+def test_missing_file_names_its_neighbour(tmp_path):
+    lines(tmp_path / "learn.jsonl", ROW)
+    assert failure(str(tmp_path / "laern.jsonl")).endswith(
+        "does not exist; expected a file. Did you mean 'learn.jsonl'?"
+    )
+    assert "does not exist" in failure("learn-nowhere.csv")
+    assert "does not exist" in failure("./nowhere")
+
+
+def test_a_file_of_unknown_type_lists_the_known_ones(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    assert "is a .txt; expected one of .jsonl, .json, .csv, .parquet" in failure(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", "prompt,completion\n"), ("b.jsonl", "\n\n")]
+)
+def test_empty_file_says_zero_rows(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert failure(str(tmp_path / name)) == f"{tmp_path / name}: 0 rows; expected at least one."
+
+
+def test_malformed_lines_are_listed_with_line_column_and_escaped_excerpt(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    good = json.dumps(ROW)
+    path.write_text("\n".join([good, '{"prompt": "a", "completion": \x1b[31m}', good, '{"prompt": "a"', "nonsense"]))
+    message = failure(str(path)).splitlines()
+    assert [line.split(" ")[0] for line in message] == [f"{path}:2:31:", f"{path}:4:15:", f"{path}:5:1:"]
+    assert "\\x1b[31m" in message[0]
+    assert "\x1b" not in message[0]
+
+
+def test_only_the_first_malformed_lines_are_listed(tmp_path):
+    path = lines(tmp_path / "bad.jsonl", *["nonsense"] * 50)
+    message = failure(path).splitlines()
+    assert len(message) == 6
+    assert message[-1] == "Stopped after 5."
+
+
+def test_malformed_array_has_line_and_column(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[\n  {"text": "a"},\n  {"text" "b"}\n]')
+    assert failure(str(path)).startswith(f"{path}:3:11: not JSON")
+
+
+def test_long_lines_are_cut_around_the_fault(tmp_path):
+    path = lines(tmp_path / "long.jsonl", '{"text": "' + "x" * 5000 + '" oops}')
+    message = failure(path)
+    assert f"{path}:1:5013:" in message
+    assert "oops" in message
+    assert len(message) < 300 + len(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_bytes_that_are_not_utf8_have_a_line(name, tmp_path):
+    opening = {"a.jsonl": b'{"text": "fine"}\n{"text": "caf', "a.json": b'[{"text": "fine"},\n{"text": "caf'}
+    path = tmp_path / name
+    path.write_bytes(opening.get(name, b"text\ncaf") + b'\xe9"}')
+    assert failure(str(path)).startswith(f"{path}:2:{4 if name == 'a.csv' else 14}: not UTF-8 (byte 0xe9)")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "completion": None}, ":2: 'completion' is None; expected a string or a list of messages"),
+        ({"prompt": "a", "completion": "  "}, ":2: 'completion' is empty; expected some text"),
+        ({"prompt": "a", "completion": 5}, ":2: 'completion' is the number 5; expected a string"),
+        ({"prompt": "a"}, ":2: has no 'completion'; it has 'prompt', expected prompt + completion"),
+        ({"prompt": [], "completion": []}, ":2: 'prompt' is an empty list; expected a list of messages"),
+        ({"prompt": "a", "completion": [BOT]}, "expected two strings or two lists of messages"),
+        ({"prompt": [USER], "completion": [BOT]}, ":2: holds messages, the rows before it strings"),
+        ([1, 2], ":2: is [1, 2]; expected an object"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', ":2: has 'prompt' twice"),
+        ('{"prompt": "a", "completion": "\\ud83d"}', ":2: has a lone surrogate"),
+        ('{"prompt": "a", "completion": ' + "[" * 100_000, ":2: is nested too deep"),
+        (ROW | {"choices": "yes"}, ":2: 'choices' is the string 'yes'; expected a list of two strings or more"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_line(row, reason, tmp_path):
+    path = lines(tmp_path / "rows.jsonl", ROW, row)
+    assert path + reason in failure(path) if reason.startswith(":") else reason in failure(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": "Why?"}, "row 1: 'messages' is the string 'Why?'; expected a list of messages"),
+        ({"messages": []}, "row 1: 'messages' is an empty list"),
+        ({"messages": [USER]}, "row 1: 'messages' has no turn of the role 'assistant', only 'user'"),
+        ({"messages": [USER, "Hm."]}, "row 1: messages[1] is the string 'Hm.'"),
+        (
+            {"messages": [USER, BOT | {"content": [{"type": "text"}]}]},
+            "'messages[1].content' is a list; expected a string",
+        ),
+        ({"conversations": [{"from": "humann", "value": "x"}]}, "conversations[0] is from 'humann'; expected one of"),
+        ({"instruction": "x", "input": 3, "output": "y"}, "row 1: 'input' is the number 3; expected a string"),
+        ({"instruction": "x", "output": ""}, "row 1: 'output' is empty"),
+        ({"text": None}, "row 1: 'text' is None; expected a string"),
+        ({"input_ids": [1, 2], "labels": [1]}, "row 1: 'input_ids' has 2 tokens and 'labels' 1"),
+    ],
+)
+def test_a_bad_row_in_python_is_refused_with_its_number(row, reason):
+    with pytest.raises(DataError) as caught:
+        normalise([row], "mine")
+    assert str(caught.value).startswith("mine, row 1: ")
+    assert reason in str(caught.value)
+
+
+def test_unknown_columns_list_found_expected_and_nearest(tmp_path):
+    path = lines(tmp_path / "qa.jsonl", {"Promt": "a", "answer": "b"})
+    message = failure(path)
+    assert message.startswith(f"{path} has the columns 'Promt', 'answer'; expected one of these sets: ")
+    for known in ("prompt + completion", "messages", "conversations", "instruction + output + [input]", "text"):
+        assert known in message
+    assert "Did you mean 'prompt' for 'Promt'?" in message
+    with pytest.raises(DataError, match="'Promt', 'answer'"):
+        normalise(Dataset.from_list([{"Promt": "a", "answer": "b"}]), "qa")
+
+
+def test_csv_faults_have_lines(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\n"two\nlines",b\nx,y,z\nonly\n')
+    message = failure(str(path)).splitlines()
+    assert message[0].startswith(f"{path}:4: has 1 fields more than the header; expected 2")
+    assert message[1].startswith(f"{path}:5: 'completion' is None")
+    path.write_text("prompt,prompt\na,b\n")
+    assert "has 'prompt' twice" in failure(str(path))
+
+
+def test_zero_rows_in_python_are_refused():
+    for nothing in ([], Dataset.from_dict({"text": []})):
+        with pytest.raises(DataError, match="mine: 0 rows"):
+            normalise(nothing, "mine")
+
+
+def test_a_hub_name_out_of_reach_is_one_sentence():
+    message = failure("nobody/nothing-like-this")
+    assert message.startswith("nobody/nothing-like-this:train cannot be read: ")
+    assert "\n" not in message
+
+
+def test_reading_shows_no_bars_and_leaves_the_bar_setting(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys.modules["datasets.utils.tqdm"], "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    datasets.enable_progress_bars()
+    Dataset.from_list([ROW]).to_parquet(str(tmp_path / "a.parquet"))
+    capfd.readouterr()
+    load(str(tmp_path / "a.parquet"))
+    assert not datasets.are_progress_bars_disabled()
+    assert "Generating" not in capfd.readouterr().err
+
+
+# ---- what the user typed -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("old.jsonl", TaskSpec("old", "old.jsonl")),
+        ("old.jsonl:train[:10]", TaskSpec("old", "old.jsonl", "train[:10]")),
+        ("chat=data/old.jsonl", TaskSpec("chat", "data/old.jsonl")),
+        ("chat=org/set:test", TaskSpec("chat", "org/set", "test")),
+        ("org/set", TaskSpec("set", "org/set")),
+        ("C:\\data\\old.jsonl", TaskSpec(Path("C:\\data\\old.jsonl").stem, "C:\\data\\old.jsonl")),
+        ("we:ird.jsonl", TaskSpec("we:ird", "we:ird.jsonl")),
+        ("runs/lr=3/old.csv", TaskSpec("old", "runs/lr=3/old.csv")),
+        ("self:256", TaskSpec("self", "self", generate=256)),
+        ("own words=self:8", TaskSpec("own words", "self", generate=8)),
+    ],
+)
+def test_task_specifications(text, expected):
+    assert TaskSpec.parse(text) == expected
+
+
+def test_a_file_that_exists_is_never_taken_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines(tmp_path / "a=b:c", ROW)
+    assert TaskSpec.parse("a=b:c").source == "a=b:c"
+
+
+@pytest.mark.parametrize("text", ["self", "self:", "self:0", "self:many", "self:-3", "x=self:1.5"])
+def test_self_needs_a_number_of_rows(text):
+    with pytest.raises(UsageError, match="self:256"):
+        TaskSpec.parse(text)
+
+
+def test_two_tasks_of_one_name_are_refused_however_they_are_spelt():
+    for pair in (["a/old.jsonl", "b/OLD.jsonl"], ["\u00e9=x.csv", unicodedata.normalize("NFD", "É") + "=y.csv"]):
+        with pytest.raises(UsageError, match="OTHER_NAME=FILE"):
+            parse_all(pair)
+    assert [spec.name for spec in parse_all(["a/old.jsonl", "older=b/old.jsonl"])] == ["old", "older"]
+
+
+# ---- what the Python API accepts -----------------------------------------------------------------------------------
+
+
+def test_everything_accepted_as_protect(chat_rows):
+    dataset = Dataset.from_list(chat_rows)
+    batches = [{"input_ids": torch.ones(1, 2).long(), "labels": torch.ones(1, 2).long()}]
+    assert as_tasks(None) == {}
+    assert as_tasks(dataset) == {"protect": dataset}
+    assert as_tasks({"a": dataset, "b": chat_rows, "c": batches, "d": "x/old.jsonl:test", "e": "self:4"}) == {
+        "a": dataset,
+        "b": chat_rows,
+        "c": batches,
+        "d": TaskSpec("d", "x/old.jsonl", "test"),
+        "e": TaskSpec("e", "self", generate=4),
+    }
+    assert as_tasks(datasets.DatasetDict(test=dataset))["test"] is dataset
+    assert as_tasks("self:8") == {"self": TaskSpec("self", "self", generate=8)}
+    assert list(as_tasks(["a.csv", "b=b.csv"])) == ["a", "b"]
+    assert is_batches(as_tasks(batches)["protect"])
+    assert not is_batches(as_tasks(chat_rows)["protect"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "called"),
+    [
+        (5, "builtins.int"),
+        ([], "an empty list"),
+        ([1], "a list of int"),
+        (torch.ones(2), "torch.Tensor"),
+        ({"a": 3.0}, "builtins.float"),
+        (Dataset.from_list([ROW]).to_iterable_dataset(), "list.stream.take"),
+    ],
+)
+def test_a_wrong_type_is_named_beside_what_is_accepted(wrong, called):
+    with pytest.raises(UsageError, match=f"{called}.*expected a datasets.Dataset, a list of rows"):
+        as_tasks(wrong)
+
+
+def test_names_that_differ_in_case_alone_are_refused(chat_rows):
+    with pytest.raises(UsageError, match="'Chat'"):
+        as_tasks({"chat": chat_rows, "Chat": chat_rows})

