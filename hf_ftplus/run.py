@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
+from transformers.utils import logging as transformers_logging
 
 from . import data
 from .config import RunConfig
@@ -26,6 +27,7 @@ from .trainer import DEFAULT_LENGTH, STATE_FOLDER, SaveOnInterrupt, SFTTrainer, 
 
 HELD_OUT = 5
 """One row in so many of a protect set is measured and never used to protect."""
+ANSWERED_TOGETHER = 16
 NATIVE = ({"messages"}, {"prompt", "completion"}, {"input_ids"}, {"prompt"}, {"images"}, {"image"})
 """Columns that TRL itself understands; such learn data reaches it untouched."""
 
@@ -127,9 +129,20 @@ def eval_tasks(config: RunConfig, measured: dict[str, Any], trainer: SFTTrainer)
             continue
         rows = data.normalise(spread(rows, config.measure_rows), name)
         if rows.column_names == ["prompt"]:
-            rows = Dataset.from_list(with_answers(trainer.model, tokenizer, list(rows)))
+            rows = answered(name, rows, trainer)
         role = "learn" if name == "learn" else "protect" if name in protect else "measure"
         yield EvalTask.of(name, role, rows, tokenizer, trainer.args.max_length or DEFAULT_LENGTH, config.metrics.get(name))
+
+
+def answered(name: str, questions: Dataset, trainer: SFTTrainer) -> Dataset:
+    """Questions with the starting model's own greedy answers as the reference."""
+    rows = with_answers(trainer.model, tokenizer_of(trainer), list(questions), batch_size=ANSWERED_TOGETHER)
+    if not rows:
+        raise DataError(
+            f"{name}: the starting model answers none of the {len(questions)} questions, so there is nothing to measure. "
+            "Give rows with a completion, or a model that was trained to answer."
+        )
+    return Dataset.from_list(rows)
 
 
 def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
@@ -332,6 +345,10 @@ def speak(config: RunConfig) -> None:
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO if config.training.process_index == 0 else logging.ERROR)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+        config.training.disable_tqdm = True
     if config.training.parallel_mode.value == "not_distributed" and config.training.n_gpu > 1:
         raise IncompatibleError(
             f"{config.training.n_gpu} devices and one process. Type the same command with --num_processes "
