@@ -266,9 +266,6 @@ def claim(config: RunConfig, probe: bool = True) -> None:
 
 def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> dict[str, Any]:
     """What the report says beside the figures: how the run was made and what it cost."""
-    held = trainer.ftplus.bytes() if trainer.ftplus else {}
-    spent = trainer.ftplus.seconds if trainer.ftplus else {}
-    last = {k: v for log in trainer.state.log_history for k, v in log.items() if "/" in k}
     return {
         "command": ["ftplus", *sys.argv[1:]],
         "config": config.resolved(),
@@ -278,10 +275,18 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
         "device": str(trainer.args.device),
         "processes": trainer.args.world_size,
         "seconds": seconds,
-        "strategies": {
-            name: {"seconds": spent[name], "bytes": size, **{k.split("/", 1)[1]: v for k, v in last.items() if k.startswith(f"{name}/")}}
-            for name, size in held.items()
-        },
+        "strategies": {} if trainer.ftplus is None else strategy_facts(trainer),
+    }
+
+
+def strategy_facts(trainer: SFTTrainer) -> dict[str, dict[str, Any]]:
+    """Seconds, bytes of state and last figures of each strategy."""
+    logged = {key: value for log in trainer.state.log_history for key, value in log.items()} | trainer.ftplus.metrics()
+    held = trainer.ftplus.bytes()
+    return {
+        name: {"seconds": round(spent, 2), "bytes": held[name]}
+        | {key.removeprefix(f"{name}/"): value for key, value in logged.items() if key.startswith(f"{name}/")}
+        for name, spent in trainer.ftplus.seconds.items()
     }
 
 

@@ -27,7 +27,7 @@ class Sft(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["words"] = [_dashed(word) for word in args]
-        return super().parse_args(ctx, ctx.meta["words"])
+        return super().parse_args(ctx, list(ctx.meta["words"]))  # which takes its list apart
 
 
 def _dashed(word: str) -> str:

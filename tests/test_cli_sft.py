@@ -1,0 +1,257 @@
+"""`ftplus sft` from the command line to the report: what works, what is refused and how, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from training import LEARN, PROTECT
+
+from hf_ftplus.cli import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model that can be loaded by path, and data files."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny_llama().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for name, rows in (("learn", LEARN), ("protect", PROTECT)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def words(place, out, *more, plugin="ewc", protect="protect.jsonl"):
+    chosen = [] if plugin is None else ["--plugin", plugin]
+    kept = [] if protect is None else ["--protect", str(place / protect) if "self" not in protect else protect]
+    return [
+        "sft", *chosen, "--model_name_or_path", str(place / "model"), "--dataset_name", str(place / "learn.jsonl"), *kept,
+        "--output_dir", str(out), "--max_steps", "4", "--report_to", "none", "--learning_rate", "1e-3",
+        "--gradient_checkpointing", "false", "--save_steps", "2", *more,
+    ]  # fmt: skip
+
+
+def test_one_command_trains_measures_and_reports(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", "--set", "ewc.strength=500")) == 0
+    report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
+    tasks = {task["name"]: task for task in report["tasks"]}
+    assert tasks["learn"]["after"]["loss"]["value"] < tasks["learn"]["before"]["loss"]["value"]
+    assert tasks["protect"]["drift"]["value"] > 0 and tasks["protect"]["role"] == "protect"
+    facts = report["facts"]
+    assert facts["config"]["strategies"] == ["EWC(strength=500.0, fisher='sign', rows=256, decay=1.0, remember=True)"]
+    assert facts["strategies"]["ewc"]["bytes"] > 0 and facts["versions"]["trl"] and facts["seed"] == 42
+    assert "protect" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "ftplus" / "memory" / "ewc.safetensors").is_file()
+
+
+def test_without_plugins_it_is_trl_sft_bit_for_bit(place, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes((place / "learn.jsonl").read_bytes())
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    flags = ["--dataset_name", str(tmp_path / "data"), "--use_cpu", "true", *_bf16()]
+    assert main(words(place, ours, *flags, plugin=None, protect=None)) == 0
+    trl = [sys.executable, "-m", "trl.scripts.sft", *words(place, theirs, *flags, plugin=None, protect=None)[1:]]
+    done = subprocess.run(trl, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    from safetensors.torch import load_file
+
+    one, other = (load_file(out / "model.safetensors") for out in (ours, theirs))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _bf16():
+    from hf_ftplus.cli.sft import has_bf16
+
+    return [] if has_bf16(on_cpu=True) else ["--bf16", "false"]
+
+
+def test_yaml_holds_everything_and_flags_win(place, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {place / 'model'}\ndataset_name: {place / 'learn.jsonl'}\noutput_dir: {tmp_path / 'out'}\n"
+        f"plugins:\n  - ewc: {{strength: 7, rows: 4}}\nprotect:\n  baker: {place / 'protect.jsonl'}\nmax_steps: 9\n"
+        "report_to: none\nmeasure_rows: 3\ncompletions: 0\nsave_strategy: 'no'\nlearning_rate: 0.001\n"
+    )
+    assert main(["sft", "--config", str(config), "--set", "ewc.strength=8", "--max_steps", "2"]) == 0
+    report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
+    assert "strength=8.0" in report["facts"]["config"]["strategies"][0] and "rows=4" in report["facts"]["config"]["strategies"][0]
+    assert report["facts"]["steps"] == 2 and report["tasks"][1]["name"] == "baker" and report["tasks"][1]["rows"] == 3
+
+
+def test_a_dry_run_shows_rows_mask_and_cost_and_writes_nothing(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", "--dry-run")) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("«") == 3 and "MB of state" in shown and "protect rows" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_starting_model_can_write_what_is_protected(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / "cache"))
+    assert main(words(place, tmp_path / "out", "--completions", "0", "--max_steps", "1", protect="self:10")) == 0
+    assert len(list((tmp_path / "cache" / "self").glob("self-*.jsonl"))) == 1
+    report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
+    assert report["tasks"][1]["name"] == "self" and report["tasks"][1]["rows"] == 2
+
+
+def test_memory_of_one_run_serves_the_next(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "one")) == 0
+    next_run = words(place, tmp_path / "two", "--memory", str(tmp_path / "one"), protect=None)
+    next_run[next_run.index("--model_name_or_path") + 1] = str(tmp_path / "one")
+    assert main(next_run) == 0
+    assert json.loads((tmp_path / "two" / "ftplus" / "report.json").read_text())["facts"]["strategies"]["ewc"]["penalty"] > 0
+    assert main(words(place, tmp_path / "three", "--memory", str(tmp_path / "one"), protect=None)) == 4
+    assert "left with another model" in capsys.readouterr().err
+
+
+def test_lora_by_trls_own_flags(place, tmp_path):
+    assert main(words(place, tmp_path / "out", "--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear")) == 0
+    facts = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())["facts"]
+    assert facts["strategies"]["ewc"]["matched_weights"] == 14  # 7 linear layers in 2 blocks
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+# ---- bad input: message, exit code, nothing written ------------------------------------------------------------------
+
+
+def jsonl(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+REFUSED = [
+    (2, ["--plugin", "ewcc"], "Did you mean 'ewc'"),
+    (2, ["--set", "ewc.strenth=1"], "Did you mean 'strength'"),
+    (2, ["--set", "ewc.strength=-1"], "ewc.strength is -1.0; expected 0 or more"),
+    (2, ["--set", "ewc.strength=nan"], "ewc.strength is nan"),
+    (2, ["--set", "ewc.strength"], "NAME.SETTING=VALUE"),
+    (2, ["--set", "si.strength=1"], "no strategy 'si' in this run"),
+    (2, ["--set", "ewc.fisher=sing"], "Did you mean 'sign'"),
+    (2, ["--learning_rat", "1"], None),  # TRL's parser completes it, as it does for `trl sft`
+    (2, ["--lerning_rate", "1"], "Did you mean '--learning_rate'"),
+    (2, ["--metric", "learn=exactmatch"], "Did you mean 'exact_match'"),
+    (2, ["--fail-if-retention-below", "most"], "fail-if-retention-below"),
+    (2, ["--measure_rows", "-3"], "expected a whole number of 0 or more"),
+    (2, ["--memory", "nowhere"], "manifest.json"),
+    (3, ["--model_name_or_path", "./nothing/here"], "No model at './nothing/here'"),
+    (3, ["--protect", "missing.jsonl"], "missing.jsonl does not exist"),
+    (3, ["--dataset_name", "missing.jsonl"], "missing.jsonl does not exist"),
+    (3, ["--max_length", "3"], "supervised token"),
+    (4, ["--auto_find_batch_size", "true"], "auto_find_batch_size"),
+]
+
+
+@pytest.mark.parametrize(("code", "more", "says"), [item for item in REFUSED if item[2]], ids=lambda item: " ".join(item) if isinstance(item, list) else None)
+def test_bad_input_is_one_clear_line_an_exit_code_and_no_file(place, tmp_path, capsys, code, more, says):
+    assert main(words(place, tmp_path / "out", *more)) == code
+    error = capsys.readouterr().err
+    assert says in error and "Traceback" not in error
+    assert not list((tmp_path / "out").glob("*/*")) and not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_bad_rows_are_named_by_file_and_line(place, tmp_path, capsys):
+    bad = jsonl(tmp_path / "bad.jsonl", '{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion" "b"}')
+    assert main(words(place, tmp_path / "out", "--dataset_name", bad)) == 3
+    assert "bad.jsonl:2:" in capsys.readouterr().err
+    assert main(words(place, tmp_path / "out", "--dataset_name", jsonl(tmp_path / "empty.jsonl"))) == 3
+    assert "0 rows" in capsys.readouterr().err
+    odd = jsonl(tmp_path / "odd.jsonl", '{"promt": "a", "completion": "b"}')
+    assert main(words(place, tmp_path / "out", "--dataset_name", odd)) == 3
+    assert "Did you mean 'prompt'" in capsys.readouterr().err
+
+
+def test_chats_without_a_chat_template_are_refused(place, tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "base")
+    chat = jsonl(tmp_path / "chat.jsonl", '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}')
+    assert main(words(place, tmp_path / "out", "--model_name_or_path", str(tmp_path / "base"), "--protect", f"chat={chat}")) == 3
+    assert "chat template" in capsys.readouterr().err
+
+
+def test_nothing_to_protect_is_said_before_the_model_loads(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", protect=None)) == 3
+    assert "self:256" in capsys.readouterr().err
+
+
+def test_another_runs_folder_is_not_overwritten(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out")) == 0
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert main(words(place, tmp_path / "out")) == 6
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_an_output_that_is_no_folder_is_refused(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(words(place, tmp_path / "file")) == 6
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_too_little_retention_exits_5_after_saving_everything(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", "--fail-if-retention-below", "1e9", "--learning_rate", "1e-2")) == 5
+    assert (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "out" / "ftplus" / "report.json").is_file()
+    assert "protect" in capsys.readouterr().err
+
+
+def test_deepspeed_is_refused_before_anything_is_launched(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", "--accelerate_config", "zero2", "--num_processes", "2")) == 4
+    assert "fsdp2 or multi_gpu" in capsys.readouterr().err
+    assert main(words(place, tmp_path / "out", "--accelerate_config", "zero9")) == 2
+    assert "zero9" in capsys.readouterr().err
+
+
+def test_an_unknown_yaml_key_gets_its_nearest(place, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("learning_rte: 1\n")
+    assert main(words(place, tmp_path / "out", "--config", str(tmp_path / "run.yaml"))) == 2
+    assert "Did you mean 'learning_rate'" in capsys.readouterr().err
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "hf_ftplus", *map(str, arguments)]
+
+
+def test_ctrl_c_saves_exits_130_and_can_be_resumed_to_the_same_weights(place, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    steps = ["--max_steps", "40", "--save_strategy", "no", "--measure_rows", "0", "--logging_steps", "1"]
+    assert main(words(place, whole, *steps)) == 0
+    process = subprocess.Popen(command(*words(place, cut, *steps)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "'loss'" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "--resume_from_checkpoint true" in error and "Traceback" not in error
+    saved = list(cut.glob("checkpoint-*"))
+    assert len(saved) == 1 and (saved[0] / "ftplus" / "manifest.json").is_file()
+    assert main(words(place, cut, *steps, "--resume_from_checkpoint", "true")) == 0
+    from safetensors.torch import load_file
+
+    one, other = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("way", ["flags", "accelerate launch", "torchrun"])
+def test_two_processes_are_launched_as_trl_would(place, tmp_path, way):
+    run = words(place, tmp_path / "out", "--measure_rows", "4", "--completions", "0", "--ddp_timeout", "60", "--use_cpu", "true")
+    launch = ["--num_processes", "2", "--num_machines", "1", "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    line = {
+        "flags": command(*run, *launch),
+        "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "hf_ftplus", *run],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_ftplus", *run],
+    }[way]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())["facts"]
+    assert facts["processes"] == 2 and facts["strategies"]["ewc"]["penalty"] > 0
