@@ -81,11 +81,12 @@ def fisher(
     sharded = any(hasattr(weight, "to_local") for weight in weights.values())
     batches = _by_row(batches) if estimator == "empirical" else batches
     result = Fisher(diagonal={name: torch.zeros_like(weight.detach(), dtype=torch.float32) for name, weight in weights.items()})
-    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed * 1_000_003 + rank)
+    generator = torch.Generator(device=next(model.parameters()).device)
     tokens = torch.zeros((), dtype=torch.long, device=generator.device)
 
     with _undisturbed(model), row_column_sums(adapters) as sums:
-        for batch in progress(_shares(batches, rank, world, sharded)):
+        for index, batch in progress(_shares(batches, rank, world, sharded)):
+            generator.manual_seed(seed * 1_000_003 + index)  # of the batch, not of the rank: the same on any number of ranks
             tokens += backward_logits(model, batch, estimator, generator, autocast)
             for name, weight in weights.items():
                 if weight.grad is not None:
@@ -213,11 +214,11 @@ def _by_row(batches: Batches) -> Batches:
     return [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
 
 
-def _shares(batches: Batches, rank: int, world: int, sharded: bool) -> Batches:
-    """This rank's batches. Sharded models run every forward together, so short shares are filled up, unsupervised."""
-    mine = batches[rank::world]
+def _shares(batches: Batches, rank: int, world: int, sharded: bool) -> list[tuple[int, dict[str, Tensor]]]:
+    """This rank's batches, numbered. Sharded models run every forward together: short shares are filled, unsupervised."""
+    mine = list(enumerate(batches))[rank::world]
     if sharded and len(mine) < -(-len(batches) // world):
-        mine = [*mine, {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}]
+        mine = [*mine, (len(batches), {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)})]
     return mine
 
 
@@ -235,7 +236,7 @@ def _normalise(result: Fisher) -> None:
         raise DataError("No supervised token in the protect data; expected completions that survive truncation.")
     for name, tensor in result.named():
         local(tensor).div_(result.tokens)
-        if not torch.isfinite(local(tensor)).all():
+        if not torch.isfinite(local(tensor).sum()):  # nothing in it is negative, so one sum tells
             raise IncompatibleError(
                 f"The Fisher information of {name} is not finite. The starting model, or its precision, is broken: "
                 "load it in float32 or bfloat16 and check that its loss on the protect data is finite."

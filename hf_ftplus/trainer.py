@@ -233,10 +233,6 @@ class StrategyMixin:
         self.add_callback(self.ftplus)
         if self.ftplus.acting("mix"):
             self._mix()
-        if self.ftplus.acting("token_loss"):
-            self._hidden = []
-            backbone = causal_lm(self.model).base_model  # hooked once: compiled models do not see hooks that come later
-            backbone.register_forward_hook(lambda module, args, output: self._hidden.append(output[0]))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self.ftplus is not None and resume_from_checkpoint:
@@ -245,7 +241,23 @@ class StrategyMixin:
             if path is not None:
                 self.ftplus.verify(path, self.model)
                 self.ftplus.resumed_from = path
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._watching():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Keep the last hidden states of every forward pass, if any strategy asks for them, while training lasts."""
+        if self.ftplus is None or not self.ftplus.acting("token_loss"):
+            yield
+            return
+        self._hidden = []
+        backbone = causal_lm(self.model).base_model  # hooked before training compiles: later hooks would not be seen
+        hook = backbone.register_forward_hook(lambda module, args, output: self._hidden.append(output[0]))
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._hidden.clear()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

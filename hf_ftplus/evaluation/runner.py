@@ -83,7 +83,7 @@ class Evaluation:
             self._head = keep_head(model)
         with as_found(model, self.seed):
             for task in self.tasks:
-                self._before[task.name] = self._measure(model, task, None)
+                self._before[task.name] = self._measure(model, task, "before")
         return self.results()
 
     def after(self, model: nn.Module) -> list[TaskResult]:
@@ -92,7 +92,7 @@ class Evaluation:
         self._after = {}
         with as_found(model, self.seed):
             for task in self.tasks:
-                self._after[task.name] = self._measure(model, task, self._start(task))
+                self._after[task.name] = self._measure(model, task, "after")
         return self.results()
 
     def results(self) -> list[TaskResult]:
@@ -103,13 +103,12 @@ class Evaluation:
         before = self._before.get(task.name)
         return Start(self._head, before.scores.hidden) if before else None
 
-    def _measure(self, model: nn.Module, task: EvalTask, start: Start | None) -> Moment:
-        when = "after" if self._before.keys() >= {task.name} else "before"
+    def _measure(self, model: nn.Module, task: EvalTask, when: str) -> Moment:
         scores = score(
             model,
             task.examples,
             self.batch_size,
-            start=start,
+            start=self._start(task) if when == "after" else None,
             keep_hidden=when == "before",
             autocast=self.autocast,
             label=f"{task.name}: score {when}",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UsageError, nearest
+from ..errors import DataError, UsageError, nearest
 from ..examples import IGNORED, Example, tokenize
 from ..formats import Row
 
@@ -56,13 +56,13 @@ class EvalTask:
     def _check_metric(self) -> None:
         for i, row in enumerate(self.rows, 1):
             if not ("prompt" in row or "messages" in row):
-                raise UsageError(
+                raise DataError(
                     f"Task {self.name!r}, row {i} has {', '.join(map(repr, row))}, so {self.metric} has no question to "
                     "ask; expected prompt + completion, or messages."
                 )
             if self.metric == "choice" and expected(row) not in (row.get("choices") or ()):
                 found = "no 'choices'" if not row.get("choices") else "a completion that is not one of its 'choices'"
-                raise UsageError(
+                raise DataError(
                     f"Task {self.name!r}, row {i} has {found}; for the metric 'choice' every row needs 'choices', the "
                     "completion among them, letter for letter."
                 )

@@ -1,0 +1,144 @@
+"""What EWC costs: step, Fisher pass, state and start-up, each as a ratio of both sides measured in one run.
+
+    .venv/bin/python examples/benchmarks/overhead.py            prints the table; --json FILE keeps the figures
+
+Both sides of a ratio are timed in turn, A B A B ..., on the same model and rows, and the median of the pairwise ratios
+is reported with its range, so that a slower minute of the machine hits both. Shapes and machine stand beside the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from hf_ftplus import EWC, Memory, Run
+from hf_ftplus.fisher import fisher
+from hf_ftplus.model import resolve
+from hf_ftplus.weights import split, trainable
+
+ROWS, LENGTH, BATCHES = 8, 64, 8
+GOALS = {"step, full": 1.04, "step, LoRA r=16": 1.02, "Fisher, full": 1.15, "Fisher, LoRA r=16": 1.15, "state, full": 8.0, "ftplus --help": 5.0}
+
+
+def batch(seed: int) -> dict[str, torch.Tensor]:
+    """Random tokens, the second half supervised, as in prompt/completion rows."""
+    ids = torch.randint(100, 40_000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[:, : LENGTH // 2] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def paired(one: Callable[[], object], other: Callable[[], object], pairs: int) -> list[float]:
+    """Ratios time(one) / time(other), a warm-up first, the order turned round at every pair."""
+    ratios = []
+    for index in range(-1, pairs):
+        took = {}
+        for side in (one, other) if index % 2 else (other, one):
+            begin = time.perf_counter()
+            side()
+            took[side] = time.perf_counter() - begin
+        if index >= 0:
+            ratios.append(took[one] / took[other])
+    return ratios
+
+
+class Bench:
+    """One model, in full or with LoRA, with an optimizer and a prepared EWC."""
+
+    def __init__(self, lora: bool) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(resolve("demo"), dtype=torch.float32).train()
+        if lora:
+            self.model = get_peft_model(self.model, LoraConfig(r=16, target_modules="all-linear"))
+        self.optimizer = torch.optim.AdamW([w for w in self.model.parameters() if w.requires_grad], lr=1e-5, fused=True)
+        self.batch, self.several = batch(0), [batch(seed) for seed in range(BATCHES)]
+        self.run = Run(
+            model=self.model, weights=trainable(self.model), protect={"text": [batch(1)]}, learn=lambda rows: [],
+            device=torch.device("cpu"), seed=0, memory=Memory(), measuring=False,
+        )  # fmt: skip
+        self.ewc = EWC(strength=1.0)
+        self.ewc.prepare(self.run)
+
+    def forward_backward(self) -> None:
+        self.model(**self.batch).loss.backward()
+
+    def step(self, hold: bool) -> None:
+        self.forward_backward()
+        if hold:
+            with torch.no_grad():
+                self.ewc.before_step(self.run)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def training_pass(self) -> None:
+        for rows in self.several:
+            self.model(**rows).loss.backward()
+            self.model.zero_grad()
+
+    def fisher_pass(self) -> None:
+        fisher(self.model, self.several, *split(self.model))
+
+
+def processes(pairs: int) -> list[float]:
+    """`ftplus --help` against the start of Python itself, as whole processes."""
+    quiet = {"stdout": subprocess.DEVNULL, "check": True}
+    ours = partial(subprocess.run, [str(Path(sys.executable).parent / "ftplus"), "--help"], **quiet)
+    return paired(ours, partial(subprocess.run, [sys.executable, "-c", "pass"], **quiet), pairs)
+
+
+@click.command()
+@click.option("--pairs", default=5, help="Pairs timed for each ratio.")
+@click.option("--json", "path", type=click.Path(dir_okay=False), help="Also write every ratio here.")
+def main(pairs: int, path: str | None) -> None:
+    """Measure what EWC costs on the demo model, batch 8 x 64, fp32."""
+    found: dict[str, list[float]] = {}
+    for kind, lora in (("full", False), ("LoRA r=16", True)):
+        bench = Bench(lora)
+        found[f"step, {kind}"] = paired(partial(bench.step, True), partial(bench.step, False), 2 * pairs)
+        found[f"Fisher, {kind}"] = paired(bench.fisher_pass, bench.training_pass, pairs)
+        state = sum(tensor.numel() * tensor.element_size() for tensor in bench.ewc.state_dict().values())
+        weights = sum(weight.numel() for weight in bench.run.weights.values())
+        if not lora:
+            found["state, full"] = [state / weights]
+        else:
+            adapters = split(bench.model)[1].values()
+            found["state, LoRA r=16"] = [state / (4 * sum(sum((*a.B.shape[:1], *a.A.shape[1:])) for a in adapters))]
+        del bench
+    found["ftplus --help"] = processes(max(pairs, 15))
+    show(found)
+    if path:
+        Path(path).write_text(json.dumps({"machine": machine(), "ratios": found}, indent=1))
+
+
+def show(found: dict[str, list[float]]) -> None:
+    table = Table(title=f"EWC beside plain, demo model (135 M weights), fp32, batches of {ROWS} x {LENGTH} tokens", caption=machine())
+    for column in ("what", "median", "range", "goal"):
+        table.add_column(column)
+    against = {"state, full": " bytes per weight", "state, LoRA r=16": " x 4 (d + k) bytes", "ftplus --help": " x python -c pass"}
+    for what, ratios in found.items():
+        goal = GOALS.get(what, 1.0)
+        unit = against.get(what, " x")
+        table.add_row(what, f"{statistics.median(ratios):.3f}{unit}", f"{min(ratios):.3f} - {max(ratios):.3f}", f"<= {goal:g}")
+    Console().print(table)
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, CPU only"
+
+
+if __name__ == "__main__":
+    main()
