@@ -1,7 +1,7 @@
 """Fine-tune without forgetting, on the trainer you already use.
 
-    from hf_ftplus import SFTTrainer
-    trainer = SFTTrainer(model, args=args, train_dataset=learn, strategies=["ewc"], protect=protect)
+from hf_ftplus import SFTTrainer
+trainer = SFTTrainer(model, args=args, train_dataset=learn, strategies=["ewc"], protect=protect)
 """
 
 from __future__ import annotations

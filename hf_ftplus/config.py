@@ -37,16 +37,41 @@ class Option:
 
 
 OPTIONS = (
-    Option("plugin", "A strategy: its name, or ./file.py. Repeatable; called in this order.", True, metavar="NAME", key="plugins"),
+    Option(
+        "plugin",
+        "A strategy: its name, or ./file.py. Repeatable; called in this order.",
+        True,
+        metavar="NAME",
+        key="plugins",
+    ),
     Option("set", "A setting: ewc.strength=3000. Repeatable.", True, metavar="NAME.SETTING=VALUE"),
     Option("no_plugin", "Never load this installed plugin. Repeatable.", True, metavar="NAME"),
-    Option("protect", "What must not be forgotten: a file, a Hub name, or self:256. Repeatable.", True, metavar="[NAME=]DATA[:SPLIT]"),
-    Option("measure", "Measured before and after, never trained on nor protected with; learn=DATA is held-out learn data. Repeatable.", True, metavar="[NAME=]DATA[:SPLIT]"),
-    Option("metric", "How a task is scored beside loss: choice or exact_match. Repeatable.", True, metavar="TASK=METRIC"),
+    Option(
+        "protect",
+        "What must not be forgotten: a file, a Hub name, or self:256. Repeatable.",
+        True,
+        metavar="[NAME=]DATA[:SPLIT]",
+    ),
+    Option(
+        "measure",
+        "Measured before and after, never trained on; learn=DATA is held-out learn data. Repeatable.",
+        True,
+        metavar="[NAME=]DATA[:SPLIT]",
+    ),
+    Option(
+        "metric", "How a task is scored beside loss: choice or exact_match. Repeatable.", True, metavar="TASK=METRIC"
+    ),
     Option("memory", "OUTPUT/ftplus/memory of an earlier run, whose knowledge still counts.", metavar="DIR"),
-    Option("measure_rows", "Rows per task that are measured before and after; 0 measures nothing.", kind=int, metavar="N"),
+    Option(
+        "measure_rows", "Rows per task that are measured before and after; 0 measures nothing.", kind=int, metavar="N"
+    ),
     Option("completions", "Completions per task shown side by side, before and after.", kind=int, metavar="N"),
-    Option("fail_if_retention_below", "Exit with 5 if any protect task keeps less than this share.", kind=float, metavar="X"),
+    Option(
+        "fail_if_retention_below",
+        "Exit with 5 if any protect task keeps less than this share.",
+        kind=float,
+        metavar="X",
+    ),
 )
 DEFAULTS = {"measure_rows": 64, "completions": 3}
 
@@ -108,7 +133,7 @@ def read_yaml(path: str | None) -> dict[str, Any]:
 
 
 def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our options out of flags and YAML, flags winning; and what is left of the YAML, which is TRL's or accelerate's."""
+    """Our options out of flags and YAML, flags winning; and what is left of the YAML, TRL's or accelerate's."""
     rest = dict(yaml)
     ours: dict[str, Any] = dict(DEFAULTS)
     for option in OPTIONS:
@@ -186,7 +211,10 @@ def _metrics(texts: Iterable[str], tasks: list[str]) -> dict[str, str]:
     for text in texts:
         task, equals, metric = text.partition("=")
         if not equals or metric not in METRICS:
-            raise UsageError(f"--metric {text!r}; expected TASK=METRIC with METRIC one of {', '.join(METRICS)}.{nearest(metric, METRICS)}")
+            raise UsageError(
+                f"--metric {text!r}; expected TASK=METRIC with METRIC one of {', '.join(METRICS)}."
+                f"{nearest(metric, METRICS)}"
+            )
         if task not in tasks:
             raise UsageError(f"--metric {text!r}: no task {task!r}.{nearest(task, tasks)} Tasks: {', '.join(tasks)}.")
         found[task] = metric
@@ -213,13 +241,23 @@ def _at_least(low: int, value: Any, name: str) -> int:
 
 def _plugins(given: Any) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """`plugins:` in YAML: a name, a list of names or of `name: {settings}`, or a mapping of name to settings."""
-    items = [] if given is None else given if isinstance(given, list) else list(given.items()) if isinstance(given, dict) else [given]
+    items = (
+        []
+        if given is None
+        else given
+        if isinstance(given, list)
+        else list(given.items())
+        if isinstance(given, dict)
+        else [given]
+    )
     names, settings = [], {}
     for item in items:
         pairs = item.items() if isinstance(item, dict) else [item] if isinstance(item, tuple) else [(item, None)]
         for name, values in pairs:
             if not isinstance(name, str) or not isinstance(values, (dict, type(None))):
-                raise UsageError(f"plugins: {item!r}; expected a name, or a name with its settings: ewc: {{strength: 3000}}.")
+                raise UsageError(
+                    f"plugins: {item!r}; expected a name, or a name with its settings: ewc: {{strength: 3000}}."
+                )
             names.append(name)
             settings[name] = dict(values or {})
     return names, settings

@@ -7,7 +7,7 @@ Three estimators; they differ in what is back-propagated at the logits of each s
 - `sign` (default): v = sqrt(p) * e - p * (sqrt(p) . e) with random signs e in {-1, +1}^V. Cov(v) = diag(p) - p p^T, the
   exact logit Fisher, and v is independent between tokens, so the square of the gradient of a *summed* batch is unbiased
   for any batch size, with padding or packing, and does not collapse on a confident model.
-- `sampled`: v = onehot(y) - p with y ~ p. Unbiased too, but a confident model almost never draws a y that tells anything.
+- `sampled`: v = onehot(y) - p with y ~ p. Unbiased too, but a confident model hardly ever draws a y that tells much.
 - `empirical`: v = onehot(label) - p, one example at a time. Not the Fisher (Kunstner 2019) but what many papers use.
 
 Everything is accumulated in fp32 and divided by the number of supervised tokens.
@@ -61,7 +61,7 @@ def fisher(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Fisher:
-    """Fisher information of `weights`, and of the frozen weights below `adapters`, on the supervised tokens of `batches`.
+    """Fisher information of `weights`, and of the frozen weights below `adapters`, on supervised tokens of `batches`.
 
     Args:
         model: a causal LM on its device, possibly sharded with FSDP2; its mode, gradients and RNG are left as found.
@@ -80,13 +80,17 @@ def fisher(
     # FSDP2 averages gradients over ranks while reducing; the Fisher wants their sum
     sharded = any(hasattr(weight, "to_local") for weight in weights.values())
     batches = _by_row(batches) if estimator == "empirical" else batches
-    result = Fisher(diagonal={name: torch.zeros_like(weight.detach(), dtype=torch.float32) for name, weight in weights.items()})
+    result = Fisher(
+        diagonal={name: torch.zeros_like(weight.detach(), dtype=torch.float32) for name, weight in weights.items()}
+    )
     generator = torch.Generator(device=next(model.parameters()).device)
     tokens = torch.zeros((), dtype=torch.long, device=generator.device)
 
     with _undisturbed(model), row_column_sums(adapters) as sums:
-        for index, batch in progress(_shares(batches, rank, world, sharded)):
-            generator.manual_seed(seed * 1_000_003 + index)  # of the batch, not of the rank: the same on any number of ranks
+        for index, batch in progress(_shares(batches, rank, world, sharded, apart=estimator == "empirical")):
+            generator.manual_seed(
+                seed * 1_000_003 + index
+            )  # of the batch, not of the rank: the same on any number of ranks
             tokens += backward_logits(model, batch, estimator, generator, autocast)
             for name, weight in weights.items():
                 if weight.grad is not None:
@@ -110,7 +114,7 @@ def backward_logits(
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Tensor:
-    """Back-propagate the estimator's v through the summed batch into `.grad`; returns the number of supervised tokens."""
+    """Back-propagate the estimator's v through the summed batch into `.grad`; returns the supervised tokens' number."""
     batch = {key: value.to(generator.device) for key, value in batch.items()}
     with torch.enable_grad(), autocast():
         hidden, labels = hidden_states(model, batch)
@@ -124,7 +128,7 @@ def backward_logits(
 
 
 def logit_gradient(logits: Tensor, labels: Tensor, estimator: str, generator: torch.Generator) -> Tensor:
-    """What an estimator back-propagates at logits [n, V]: a random (or, for `empirical`, given) v with mean square F."""
+    """What an estimator back-propagates at logits [n, V]: a random (for `empirical`, a given) v with mean square F."""
     probs = logits.softmax(-1)
     if estimator == "sign":
         signed = probs.sqrt() * random_signs(probs.shape, generator)
@@ -136,7 +140,9 @@ def logit_gradient(logits: Tensor, labels: Tensor, estimator: str, generator: to
 def random_signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Independent -1 / +1 of the given shape [..., V], eight to a random byte."""
     *lead, last = shape
-    packed = torch.randint(0, 256, (*lead, -(-last // 8)), dtype=torch.uint8, device=generator.device, generator=generator)
+    packed = torch.randint(
+        0, 256, (*lead, -(-last // 8)), dtype=torch.uint8, device=generator.device, generator=generator
+    )
     bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.flatten(-2)[..., :last].to(torch.float32) * 2 - 1
 
@@ -211,15 +217,30 @@ def _by_row(batches: Batches) -> Batches:
             "fisher='empirical' squares the gradient of one example at a time, but these batches are padding-free "
             "(several examples in one row). Use --set ewc.fisher=sign, which needs no examples apart."
         )
-    return [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
+    return [
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in batches
+        for i in range(len(batch["labels"]))
+    ]
 
 
-def _shares(batches: Batches, rank: int, world: int, sharded: bool) -> list[tuple[int, dict[str, Tensor]]]:
-    """This rank's batches, numbered. Sharded models run every forward together: short shares are filled, unsupervised."""
-    mine = list(enumerate(batches))[rank::world]
-    if sharded and len(mine) < -(-len(batches) // world):
-        mine = [*mine, (len(batches), {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)})]
-    return mine
+def _shares(batches: Batches, rank: int, world: int, sharded: bool, apart: bool) -> list[tuple[int, dict[str, Tensor]]]:
+    """This rank's batches, numbered. Sharded models run every forward together: short shares are filled, unsupervised.
+
+    Gradients of a sharded model are summed over ranks before they are squared. That is harmless for random v, whose
+    cross terms vanish in the mean; examples that must be squared `apart` take turns.
+    """
+    numbered = list(enumerate(batches))
+    if not sharded:
+        return numbered[rank::world]
+    if apart:
+        return [(i, batch if i % world == rank else _unsupervised(batch)) for i, batch in numbered]
+    mine = numbered[rank::world]
+    return mine if len(mine) == -(-len(batches) // world) else [*mine, (len(batches), _unsupervised(batches[0]))]
+
+
+def _unsupervised(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
 
 
 def _reduce(result: Fisher, tokens: Tensor, sharded: bool) -> None:

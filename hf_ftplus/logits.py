@@ -23,7 +23,7 @@ CHUNK = 2**25
 
 @dataclass(frozen=True)
 class Head:
-    """The LM head as a function: hidden states [n, d] -> logits [n, V] in fp32, scaled and soft-capped as the model does."""
+    """The LM head as a function: hidden states [n, d] -> logits [n, V] in fp32, with the model's scaling."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -68,13 +68,15 @@ def lm_head(model: nn.Module) -> Head:
     layer = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if layer is None or not hasattr(layer, "weight"):
         raise IncompatibleError(
-            f"{type(inner).__name__} has no LM head (get_output_embeddings() is None); expected a causal language model."
+            f"{type(inner).__name__} has no LM head (get_output_embeddings() is None); expected a causal LM."
         )
     config = inner.config.get_text_config()
     scale = next(
         (
             value
-            for value in (getattr(config, key, None) for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+            for value in (
+                getattr(config, key, None) for key in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            )
             if value is not None
         ),
         None,

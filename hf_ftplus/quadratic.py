@@ -90,7 +90,10 @@ def starting(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter]) -> di
 
 
 def wells(
-    plain: dict[str, nn.Parameter], adapters: dict[str, Adapter], start: dict[str, Tensor], importance: dict[str, Tensor]
+    plain: dict[str, nn.Parameter],
+    adapters: dict[str, Adapter],
+    start: dict[str, Tensor],
+    importance: dict[str, Tensor],
 ) -> list[Well | AdapterWell]:
     """One well for each weight and LoRA target; `importance` is named as `fisher.Fisher.named` names it."""
     held: list[Well | AdapterWell] = [
@@ -105,7 +108,9 @@ def wells(
 
 def importance_names(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter]) -> list[str]:
     """The names that a complete set of importances has."""
-    return [f"diagonal.{name}" for name in plain] + [f"{kind}.{name}" for kind in ("rows", "columns") for name in adapters]
+    return [f"diagonal.{name}" for name in plain] + [
+        f"{kind}.{name}" for kind in ("rows", "columns") for name in adapters
+    ]
 
 
 def placed(
@@ -114,7 +119,9 @@ def placed(
     """Whole tensors read from disk, each on the device and in the sharding of the weight it belongs to."""
     device = next(iter((*plain.values(), *(adapter.A for adapter in adapters.values())))).device
     likes = {f"{prefix}{name}": weight for name, weight in plain.items()}
-    return {name: place(tensor, likes[name]) if name in likes else tensor.to(device) for name, tensor in tensors.items()}
+    return {
+        name: place(tensor, likes[name]) if name in likes else tensor.to(device) for name, tensor in tensors.items()
+    }
 
 
 def state_bytes(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter]) -> int:

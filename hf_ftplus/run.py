@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from . import data
 from .config import RunConfig
 from .errors import DataError, IncompatibleError, RetentionError, StorageError
-from .evaluation import Evaluation, EvalTask, retention_gate, with_answers
+from .evaluation import EvalTask, Evaluation, retention_gate, with_answers
 from .generate import self_generate
 from .model import cache
 from .report import Report
@@ -75,14 +75,15 @@ def sft(config: RunConfig) -> Report:
 
 
 def preview(config: RunConfig) -> None:
-    """`--dry-run`: resolve everything, show three rows with what is learnt in them, and what the strategies will cost."""
+    """`--dry-run`: resolve everything, show three rows with what is learnt in them, and what strategies will cost."""
     speak(config)
     folder = Path(config.training.output_dir)
     existed = folder.exists()
     claim(config, probe=False)
     trainer, tasks = prepare(config)
     click.echo(f"model     {config.model.model_name_or_path}: {count(trainer)}")
-    click.echo(f"learn     {len_of(trainer.train_dataset)} rows, {share_supervised(trainer.train_dataset):.0%} of tokens carry loss")
+    learn = trainer.train_dataset
+    click.echo(f"learn     {len_of(learn)} rows, {share_supervised(learn):.0%} of tokens carry loss")
     for task in tasks:
         click.echo(f"measured  {task.name} ({task.role}): {len(task.rows)} rows")
     for row in show_rows(trainer, 3):
@@ -106,7 +107,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, list[EvalTask]]:
     trainer = sft_trainer(config, learn, held_out)
     check_supervised(learn, trainer)
     for spec in (*config.protect, *config.measure):
-        if spec.generate:
+        if spec.generate and (config.strategies or spec.name not in measured):
             (protect if spec in config.protect else measured)[spec.name] = written(spec, trainer, config)
     for name in list(protect):
         if name not in measured:
@@ -131,7 +132,9 @@ def eval_tasks(config: RunConfig, measured: dict[str, Any], trainer: SFTTrainer)
         if rows.column_names == ["prompt"]:
             rows = answered(name, rows, trainer)
         role = "learn" if name == "learn" else "protect" if name in protect else "measure"
-        yield EvalTask.of(name, role, rows, tokenizer, trainer.args.max_length or DEFAULT_LENGTH, config.metrics.get(name))
+        yield EvalTask.of(
+            name, role, rows, tokenizer, trainer.args.max_length or DEFAULT_LENGTH, config.metrics.get(name)
+        )
 
 
 def answered(name: str, questions: Dataset, trainer: SFTTrainer) -> Dataset:
@@ -139,7 +142,7 @@ def answered(name: str, questions: Dataset, trainer: SFTTrainer) -> Dataset:
     rows = with_answers(trainer.model, tokenizer_of(trainer), list(questions), batch_size=ANSWERED_TOGETHER)
     if not rows:
         raise DataError(
-            f"{name}: the starting model answers none of the {len(questions)} questions, so there is nothing to measure. "
+            f"{name}: the starting model answers none of the {len(questions)} questions, nothing to measure. "
             "Give rows with a completion, or a model that was trained to answer."
         )
     return Dataset.from_list(rows)
@@ -160,7 +163,9 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
         except Exception as error:  # whatever its readers, fsspec or the network raise
             raise DataError(f"--dataset_name {script.dataset_name}: {str(error).splitlines()[0]}") from error
     if script.dataset_train_split not in splits:
-        raise DataError(f"{script.dataset_name} has no split {script.dataset_train_split!r}; it has {', '.join(splits)}.")
+        raise DataError(
+            f"{script.dataset_name} has no split {script.dataset_train_split!r}; it has {', '.join(splits)}."
+        )
     train, test = splits[script.dataset_train_split], splits.get(script.dataset_test_split)
     return as_trl_reads(train, config), None if test is None else as_trl_reads(test, config)
 
@@ -183,7 +188,9 @@ def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
             f"{trainer.args.max_length}. Type a larger --max_length."
         )
     if len(kept) < len(learn) and not trainer.args.packing:
-        logger.warning("learn: %d of %d rows lost all supervised tokens to truncation.", len(learn) - len(kept), len(learn))
+        logger.warning(
+            "learn: %d of %d rows lost all supervised tokens to truncation.", len(learn) - len(kept), len(learn)
+        )
 
 
 def written(spec: data.TaskSpec, trainer: SFTTrainer, config: RunConfig) -> Dataset:
@@ -221,7 +228,9 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
     except KeyboardInterrupt:
         step = trainer.state.global_step
         if interrupt.asked and (Path(config.training.output_dir) / f"checkpoint-{step}").is_dir():
-            click.echo(f"Saved checkpoint-{step}. Go on with the same command and --resume_from_checkpoint true.", err=True)
+            click.echo(
+                f"Saved checkpoint-{step}. Go on with the same command and --resume_from_checkpoint true.", err=True
+            )
         raise
     finally:
         interrupt.restore()
@@ -236,7 +245,9 @@ def resume_point(config: RunConfig) -> str | bool | None:
     if word == "true":
         return True
     if not Path(given).is_dir():
-        raise StorageError(f"--resume_from_checkpoint {given}: no such folder; expected a checkpoint-N folder, or true.")
+        raise StorageError(
+            f"--resume_from_checkpoint {given}: no such folder; expected a checkpoint-N folder, or true."
+        )
     return given
 
 
@@ -250,7 +261,7 @@ def claim(config: RunConfig, probe: bool = True) -> None:
     found = [*folder.glob("checkpoint-*"), *folder.glob(f"{STATE_FOLDER}/report.json")]
     if found and resume_point(config) is None:
         raise StorageError(
-            f"{folder} holds another run ({found[0].relative_to(folder)}). Go on with it: --resume_from_checkpoint true. "
+            f"{folder} holds another run ({found[0].relative_to(folder)}). Go on: --resume_from_checkpoint true. "
             "Or choose another --output_dir."
         )
     if not probe:
@@ -304,7 +315,9 @@ def show_rows(trainer: SFTTrainer, most: int) -> Iterator[str]:
     """Rows as the model sees them, with what is learnt in them between «»."""
     tokenizer = tokenizer_of(trainer)
     dataset = trainer.train_dataset
-    for row in [dataset[i] for i in range(min(most, len(dataset)))] if isinstance(dataset, Dataset) else dataset.take(most):
+    for row in (
+        [dataset[i] for i in range(min(most, len(dataset)))] if isinstance(dataset, Dataset) else dataset.take(most)
+    ):
         text, inside = "", False
         for token, label in zip(row["input_ids"], row["labels"], strict=True):
             if (label != -100) != inside:
@@ -328,7 +341,8 @@ def in_words(cost: dict[str, float]) -> str:
     """The cost preview of a strategy as a phrase."""
     if not cost:
         return "no cost stated"
-    return f"{cost['bytes'] / 1e6:.1f} MB of state, {cost['rows']:.0f} protect rows, about {cost['seconds']:.0f} s before the first step"
+    start = f"about {cost['seconds']:.0f} s before the first step"
+    return f"{cost['bytes'] / 1e6:.1f} MB of state, {cost['rows']:.0f} protect rows, {start}"
 
 
 def count(trainer: SFTTrainer) -> str:

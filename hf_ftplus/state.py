@@ -40,7 +40,9 @@ def save_checkpoint(folder: Path, strategies: list[Strategy], model: nn.Module, 
     _write(folder, files, {**facts, "model": identity(model)})
 
 
-def load_checkpoint(folder: Path, names: list[str], model: nn.Module, step: int | None = None) -> dict[str, dict[str, Tensor]]:
+def load_checkpoint(
+    folder: Path, names: list[str], model: nn.Module, step: int | None = None
+) -> dict[str, dict[str, Tensor]]:
     """State of each named strategy.
 
     Raises:
@@ -69,7 +71,9 @@ def save_memory(folder: Path, name: str, tensors: dict[str, Tensor], run: Run) -
     """Leave `tensors` of one strategy for the next run; other strategies' memories in the folder stay."""
     probe_now = probe(run.model)
     kept = _manifest(folder) or {"files": {}}
-    _write(folder, {name: {**tensors, PROBE: probe_now}}, {"step": run.step, "model": identity(run.model)}, kept["files"])
+    _write(
+        folder, {name: {**tensors, PROBE: probe_now}}, {"step": run.step, "model": identity(run.model)}, kept["files"]
+    )
 
 
 def load_memory(folder: Path, name: str, run: Run) -> dict[str, Tensor]:
@@ -102,7 +106,7 @@ PROBE = "probe of the model"
 
 
 def probe(model: nn.Module) -> Tensor:
-    """Mean last hidden state on a fixed input, [d] in fp32 on the CPU: tells one model from another, however wrapped."""
+    """Mean last hidden state on a fixed input, [d] in fp32 on the CPU: tells models apart, however wrapped."""
     device = next(model.parameters()).device
     ids = (torch.arange(PROBE_TOKENS, device=device) % model.config.get_text_config().vocab_size).unsqueeze(0)
     training = model.training
@@ -132,17 +136,25 @@ def _adapter_facts(config: Any) -> dict[str, Any]:
 
 def _same_identity(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
     match(now["weights"], saved["weights"], f"The state in {where}")
-    reshaped = [f"{name} {saved['weights'][name]} there, {shape} here" for name, shape in now["weights"].items() if saved["weights"][name] != shape]
+    reshaped = [
+        f"{name} {saved['weights'][name]} there, {shape} here"
+        for name, shape in now["weights"].items()
+        if saved["weights"][name] != shape
+    ]
     if reshaped:
         raise IncompatibleError(f"The state in {where} has other shapes: {'; '.join(reshaped[:10])}.")
     for name, facts in now["adapters"].items():
         was = saved["adapters"].get(name, {})
-        differ = [f"{key} {was.get(key)!r} there, {value!r} here" for key, value in facts.items() if was.get(key) != value]
+        differ = [
+            f"{key} {was.get(key)!r} there, {value!r} here" for key, value in facts.items() if was.get(key) != value
+        ]
         if differ:
             raise IncompatibleError(f"The state in {where} is of another adapter: {'; '.join(differ)}.")
 
 
-def _write(folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None = None) -> None:
+def _write(
+    folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None = None
+) -> None:
     """All tensors, then the manifest; every rank calls, rank 0 writes."""
     from safetensors.torch import save_file
 
@@ -159,7 +171,9 @@ def _write(folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, A
         text = json.dumps({"format": FORMAT, **facts, "files": entries}, indent=1)
         _replace(folder / MANIFEST, lambda temporary: Path(temporary).write_text(text))
     except OSError as error:
-        raise StorageError(f"Could not write strategy state to {folder}: {error}. Free some space or choose another --output_dir.") from error
+        raise StorageError(
+            f"Could not write strategy state to {folder}: {error}. Free some space or choose another --output_dir."
+        ) from error
 
 
 def _replace(path: Path, write: Callable[[str], Any]) -> None:
@@ -175,7 +189,11 @@ def _replace(path: Path, write: Callable[[str], Any]) -> None:
 def _whole(tensor: Tensor) -> Tensor:
     """A DTensor gathered from all ranks; contiguous, on the CPU, in memory of its own."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor.detach().cpu().contiguous().clone() if tensor.device.type == "cpu" else tensor.detach().cpu().contiguous()
+    return (
+        tensor.detach().cpu().contiguous().clone()
+        if tensor.device.type == "cpu"
+        else tensor.detach().cpu().contiguous()
+    )
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -188,7 +206,9 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         raise StorageError(f"{path} is damaged. Resume from an earlier checkpoint.") from None
     if version != FORMAT:
-        raise IncompatibleError(f"{path} has format {version}; this hf_ftplus reads format {FORMAT}. Upgrade hf-ftplus.")
+        raise IncompatibleError(
+            f"{path} has format {version}; this hf_ftplus reads format {FORMAT}. Upgrade hf-ftplus."
+        )
     return manifest
 
 
@@ -197,10 +217,16 @@ def _read(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor
 
     path = folder / f"{name}.safetensors"
     if not path.is_file() or _sha256(path) != manifest["files"][name]["sha256"]:
-        raise StorageError(f"{path} is missing or not what was written there (sha256 differs). Resume from an earlier checkpoint.")
+        raise StorageError(
+            f"{path} is missing or not what was written there (sha256 differs). Resume from an earlier checkpoint."
+        )
     return load_file(path)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )

@@ -249,7 +249,9 @@ def _cast(value: Any, kind: Any) -> Any:
         return _cast(value, next(option for option in options if option is not type(None)))
     if kind is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        return value if isinstance(value, bool) else words[str(value).lower()] if str(value).lower() in words else int("")
+        return (
+            value if isinstance(value, bool) else words[str(value).lower()] if str(value).lower() in words else int("")
+        )
     if isinstance(value, bool):
         raise ValueError(value)
     if kind is int:

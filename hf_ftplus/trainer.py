@@ -15,8 +15,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import trl
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import data, state
@@ -120,7 +120,16 @@ class StrategyCallback(TrainerCallback):
         self.run = run
         return run
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, train_dataloader=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if not self.strategies:
             return
         run = self.setup(model, args, processing_class, train_dataloader)
@@ -130,12 +139,13 @@ class StrategyCallback(TrainerCallback):
                 self.call(strategy, "prepare", run)
         else:
             self._restore(args, run.step)
-        rows = sum(len(batch["labels"]) for batches in run.protect.values() for batch in batches)
         for name, held in self.bytes().items():
-            logger.info("%s: %.1f s, %.1f MB of state, %d protect rows", name, self.seconds[name], held / 1e6, rows)
+            logger.info("%s: ready after %.1f s, %.1f MB of state", name, self.seconds[name], held / 1e6)
 
     @torch.no_grad()
-    def on_pre_optimizer_step(self, args, state, control, lr_scheduler=None, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **kwargs
+    ) -> None:
         if self.run:
             self.run.step = state.global_step
             self.run.learning_rate = lr_scheduler.get_last_lr()[0] if lr_scheduler else args.learning_rate
@@ -144,28 +154,34 @@ class StrategyCallback(TrainerCallback):
                 self.call(strategy, "before_step", self.run)
 
     @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs
+    ) -> None:
         if self.run and not getattr(optimizer, "step_was_skipped", False):
             for strategy in self.acting("after_step"):
                 self.call(strategy, "after_step", self.run)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # the Trainer saves, rotates and pushes before on_save: write now what belongs to the checkpoint it will make
         if control.should_save:
             self.save(args, state.global_step)
 
     on_epoch_end = on_step_end
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.save(args, state.global_step)  # nothing is written twice; this is for save_strategy="best"
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs
+    ) -> None:
         if not self.within_trainer and logs is not None and "loss" in logs:
             figures = self.metrics()
             logs.update(figures)
             state.log_history[-1].update(figures)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.run:
             self.run.step = state.global_step
             for strategy in self.acting("finish"):
@@ -179,7 +195,7 @@ class StrategyCallback(TrainerCallback):
         for name, value in found.items():
             if not math.isfinite(value):
                 raise IncompatibleError(
-                    f"{name} is {value} at step {self.run.step}: the weights or the strategy's state are no longer finite. "
+                    f"{name} is {value} at step {self.run.step}: weights or strategy state are no longer finite. "
                     "Lower the strength or the learning rate; the last checkpoint is intact."
                 )
         return found
@@ -213,7 +229,7 @@ class _WithinTrainer(StrategyCallback):
 
 
 class StrategyMixin:
-    """What a Trainer must do for strategies beyond its events. Every override calls `super()`; without strategies that is all."""
+    """What a Trainer must do for strategies beyond its events. Every override calls `super()`; else that is all."""
 
     ftplus: StrategyCallback | None = None
     _mixture: MixtureSampler | None = None
@@ -301,7 +317,9 @@ class StrategyMixin:
         run = self.ftplus.setup(self.model, self.args, self.processing_class, None)
         protect = {name: examples_of(batches) for name, batches in run.protect.items()}
         columns = getattr(learn, "column_names", None) or ()
-        tasks = list(learn["task"]) if "task" in columns else ["learn"] * (len(learn) if hasattr(learn, "__len__") else 1)
+        tasks = (
+            list(learn["task"]) if "task" in columns else ["learn"] * (len(learn) if hasattr(learn, "__len__") else 1)
+        )
         start = {task: tasks.count(task) / len(tasks) for task in dict.fromkeys(tasks)} | dict.fromkeys(protect, 0.0)
         shares = start
         for strategy in self.ftplus.acting("mix"):
@@ -349,7 +367,12 @@ class SFTTrainer(StrategyMixin, trl.SFTTrainer):
     """
 
     def __init__(
-        self, *args: Any, strategies: Iterable[Any] = (), protect: Any = None, memory: str | Path | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        strategies: Iterable[Any] = (),
+        protect: Any = None,
+        memory: str | Path | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.install(strategies, protect, memory)
@@ -381,7 +404,9 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
         )
 
 
-def protect_batches(protect: Any, run: Run, args: TrainingArguments, tokenizer: Any) -> dict[str, list[dict[str, Tensor]]]:
+def protect_batches(
+    protect: Any, run: Run, args: TrainingArguments, tokenizer: Any
+) -> dict[str, list[dict[str, Tensor]]]:
     """Whatever the user gave as protect data, as micro-batches by task name."""
     if protect is None:
         return {}
@@ -457,13 +482,15 @@ def pad_id(tokenizer: Any) -> int:
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C while training: finish the step, save a checkpoint that can be resumed, stop. A second one stops at once."""
+    """Ctrl-C while training: finish the step, save a checkpoint to resume from, stop. A second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
         self._before: Any = None
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._before is None and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._ask)
 
@@ -473,10 +500,10 @@ class SaveOnInterrupt(TrainerCallback):
         self.asked = True
         logger.warning("Ctrl-C: saving after this step; once more stops at once.")
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save = control.should_save or self.asked
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.asked:
             raise KeyboardInterrupt
 
@@ -511,6 +538,6 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
         )
     except OSError as error:
         raise DataError(
-            f"The model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]} Expected a folder, a "
-            "name on the Hub, or demo."
+            f"The model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]} Expected a folder, "
+            "a name on the Hub, or demo."
         ) from error

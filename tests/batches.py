@@ -26,7 +26,10 @@ def padded(rows: list[tuple[Tensor, Tensor]], size: int) -> list[Batch]:
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         longest = max(len(ids) for ids, _ in part)
-        batch = {key: torch.full((len(part), longest), fill) for key, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))}
+        batch = {
+            key: torch.full((len(part), longest), fill)
+            for key, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0))
+        }
         for i, (ids, labels) in enumerate(part):
             batch["input_ids"][i, : len(ids)], batch["labels"][i, : len(ids)] = ids, labels
             batch["attention_mask"][i, : len(ids)] = 1

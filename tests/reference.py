@@ -14,7 +14,11 @@ def supervised_logits(model: nn.Module, row: dict[str, Tensor]) -> tuple[Tensor,
 
 
 def rows_of(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
+    return [
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in batches
+        for i in range(len(batch["labels"]))
+    ]
 
 
 def exact_fisher(model: nn.Module, batches: list[dict[str, Tensor]], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -34,7 +38,9 @@ def exact_fisher(model: nn.Module, batches: list[dict[str, Tensor]], weights: di
     return {name: tensor / count for name, tensor in total.items()}
 
 
-def empirical_fisher(model: nn.Module, batches: list[dict[str, Tensor]], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def empirical_fisher(
+    model: nn.Module, batches: list[dict[str, Tensor]], weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """(1/N) sum over examples of (d log p(labels) / d w)^2, one example at a time."""
     total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
     count = 0
@@ -42,7 +48,9 @@ def empirical_fisher(model: nn.Module, batches: list[dict[str, Tensor]], weights
         logits, targets = supervised_logits(model, row)
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         count += len(targets)
-        for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True):
+        for name, gradient in zip(
+            weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True
+        ):
             if gradient is not None:
                 total[name] += gradient.double().square()
     return {name: tensor / count for name, tensor in total.items()}

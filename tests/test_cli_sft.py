@@ -43,10 +43,13 @@ def test_one_command_trains_measures_and_reports(place, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
     tasks = {task["name"]: task for task in report["tasks"]}
     assert tasks["learn"]["after"]["loss"]["value"] < tasks["learn"]["before"]["loss"]["value"]
-    assert tasks["protect"]["drift"]["value"] > 0 and tasks["protect"]["role"] == "protect"
+    assert tasks["protect"]["drift"]["value"] > 0
+    assert tasks["protect"]["role"] == "protect"
     facts = report["facts"]
     assert facts["config"]["strategies"] == ["EWC(strength=500.0, fisher='sign', rows=256, decay=1.0, remember=True)"]
-    assert facts["strategies"]["ewc"]["bytes"] > 0 and facts["versions"]["trl"] and facts["seed"] == 42
+    assert facts["strategies"]["ewc"]["bytes"] > 0
+    assert facts["versions"]["trl"]
+    assert facts["seed"] == 42
     assert "protect" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert (tmp_path / "out" / "ftplus" / "memory" / "ewc.safetensors").is_file()
@@ -64,7 +67,8 @@ def test_without_plugins_it_is_trl_sft_bit_for_bit(place, tmp_path):
     from safetensors.torch import load_file
 
     one, other = (load_file(out / "model.safetensors") for out in (ours, theirs))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def _bf16():
@@ -82,14 +86,19 @@ def test_yaml_holds_everything_and_flags_win(place, tmp_path):
     )
     assert main(["sft", "--config", str(config), "--set", "ewc.strength=8", "--max_steps", "2"]) == 0
     report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
-    assert "strength=8.0" in report["facts"]["config"]["strategies"][0] and "rows=4" in report["facts"]["config"]["strategies"][0]
-    assert report["facts"]["steps"] == 2 and report["tasks"][1]["name"] == "baker" and report["tasks"][1]["rows"] == 3
+    assert "strength=8.0" in report["facts"]["config"]["strategies"][0]
+    assert "rows=4" in report["facts"]["config"]["strategies"][0]
+    assert report["facts"]["steps"] == 2
+    assert report["tasks"][1]["name"] == "baker"
+    assert report["tasks"][1]["rows"] == 3
 
 
 def test_a_dry_run_shows_rows_mask_and_cost_and_writes_nothing(place, tmp_path, capsys):
     assert main(words(place, tmp_path / "out", "--dry-run")) == 0
     shown = capsys.readouterr().out
-    assert shown.count("«") == 3 and "MB of state" in shown and "protect rows" in shown
+    assert shown.count("«") == 3
+    assert "MB of state" in shown
+    assert "protect rows" in shown
     assert not (tmp_path / "out").exists()
 
 
@@ -98,7 +107,8 @@ def test_the_starting_model_can_write_what_is_protected(place, tmp_path, monkeyp
     assert main(words(place, tmp_path / "out", "--completions", "0", "--max_steps", "1", protect="self:10")) == 0
     assert len(list((tmp_path / "cache" / "self").glob("self-*.jsonl"))) == 1
     report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
-    assert report["tasks"][1]["name"] == "self" and report["tasks"][1]["rows"] == 2
+    assert report["tasks"][1]["name"] == "self"
+    assert report["tasks"][1]["rows"] == 2
 
 
 def test_memory_of_one_run_serves_the_next(place, tmp_path, capsys):
@@ -106,13 +116,18 @@ def test_memory_of_one_run_serves_the_next(place, tmp_path, capsys):
     next_run = words(place, tmp_path / "two", "--memory", str(tmp_path / "one"), protect=None)
     next_run[next_run.index("--model_name_or_path") + 1] = str(tmp_path / "one")
     assert main(next_run) == 0
-    assert json.loads((tmp_path / "two" / "ftplus" / "report.json").read_text())["facts"]["strategies"]["ewc"]["penalty"] > 0
+    assert (
+        json.loads((tmp_path / "two" / "ftplus" / "report.json").read_text())["facts"]["strategies"]["ewc"]["penalty"]
+        > 0
+    )
     assert main(words(place, tmp_path / "three", "--memory", str(tmp_path / "one"), protect=None)) == 4
     assert "left with another model" in capsys.readouterr().err
 
 
 def test_lora_by_trls_own_flags(place, tmp_path):
-    assert main(words(place, tmp_path / "out", "--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear")) == 0
+    assert (
+        main(words(place, tmp_path / "out", "--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear")) == 0
+    )
     facts = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())["facts"]
     assert facts["strategies"]["ewc"]["matched_weights"] == 14  # 7 linear layers in 2 blocks
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
@@ -148,12 +163,18 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("code", "more", "says"), [item for item in REFUSED if item[2]], ids=lambda item: " ".join(item) if isinstance(item, list) else None)
+@pytest.mark.parametrize(
+    ("code", "more", "says"),
+    [item for item in REFUSED if item[2]],
+    ids=lambda item: " ".join(item) if isinstance(item, list) else None,
+)
 def test_bad_input_is_one_clear_line_an_exit_code_and_no_file(place, tmp_path, capsys, code, more, says):
     assert main(words(place, tmp_path / "out", *more)) == code
     error = capsys.readouterr().err
-    assert says in error and "Traceback" not in error
-    assert not list((tmp_path / "out").glob("*/*")) and not list((tmp_path / "out").glob("*.safetensors"))
+    assert says in error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "out").glob("*/*"))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_bad_rows_are_named_by_file_and_line(place, tmp_path, capsys):
@@ -170,8 +191,16 @@ def test_bad_rows_are_named_by_file_and_line(place, tmp_path, capsys):
 def test_chats_without_a_chat_template_are_refused(place, tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path / "base")
     tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "base")
-    chat = jsonl(tmp_path / "chat.jsonl", '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}')
-    assert main(words(place, tmp_path / "out", "--model_name_or_path", str(tmp_path / "base"), "--protect", f"chat={chat}")) == 3
+    chat = jsonl(
+        tmp_path / "chat.jsonl",
+        '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}',
+    )
+    assert (
+        main(
+            words(place, tmp_path / "out", "--model_name_or_path", str(tmp_path / "base"), "--protect", f"chat={chat}")
+        )
+        == 3
+    )
     assert "chat template" in capsys.readouterr().err
 
 
@@ -196,7 +225,8 @@ def test_an_output_that_is_no_folder_is_refused(place, tmp_path, capsys):
 
 def test_too_little_retention_exits_5_after_saving_everything(place, tmp_path, capsys):
     assert main(words(place, tmp_path / "out", "--fail-if-retention-below", "1e9", "--learning_rate", "1e-2")) == 5
-    assert (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "out" / "ftplus" / "report.json").is_file()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "ftplus" / "report.json").is_file()
     assert "protect" in capsys.readouterr().err
 
 
@@ -224,16 +254,20 @@ def test_ctrl_c_saves_exits_130_and_can_be_resumed_to_the_same_weights(place, tm
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     steps = ["--max_steps", "40", "--save_strategy", "no", "--measure_rows", "0", "--logging_steps", "1"]
     assert main(words(place, whole, *steps)) == 0
-    process = subprocess.Popen(command(*words(place, cut, *steps)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*words(place, cut, *steps)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if "'loss'" in line:
             process.send_signal(signal.SIGINT)
             break
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
-    assert "--resume_from_checkpoint true" in error and "Traceback" not in error
+    assert "--resume_from_checkpoint true" in error
+    assert "Traceback" not in error
     saved = list(cut.glob("checkpoint-*"))
-    assert len(saved) == 1 and (saved[0] / "ftplus" / "manifest.json").is_file()
+    assert len(saved) == 1
+    assert (saved[0] / "ftplus" / "manifest.json").is_file()
     assert main(words(place, cut, *steps, "--resume_from_checkpoint", "true")) == 0
     from safetensors.torch import load_file
 
@@ -244,14 +278,37 @@ def test_ctrl_c_saves_exits_130_and_can_be_resumed_to_the_same_weights(place, tm
 @pytest.mark.dist
 @pytest.mark.parametrize("way", ["flags", "accelerate launch", "torchrun"])
 def test_two_processes_are_launched_as_trl_would(place, tmp_path, way):
-    run = words(place, tmp_path / "out", "--measure_rows", "4", "--completions", "0", "--ddp_timeout", "60", "--use_cpu", "true")
-    launch = ["--num_processes", "2", "--num_machines", "1", "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    run = words(
+        place, tmp_path / "out", "--measure_rows", "4", "--completions", "0", "--ddp_timeout", "60", "--use_cpu", "true"
+    )
+    launch = [
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--multi_gpu",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     line = {
         "flags": command(*run, *launch),
         "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "hf_ftplus", *run],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_ftplus", *run],
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "hf_ftplus",
+            *run,
+        ],
     }[way]
     done = subprocess.run(line, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())["facts"]
-    assert facts["processes"] == 2 and facts["strategies"]["ewc"]["penalty"] > 0
+    assert facts["processes"] == 2
+    assert facts["strategies"]["ewc"]["penalty"] > 0

@@ -31,7 +31,10 @@ def flat(tensors):
 
 
 def mean_of_draws(model, batches, draws, estimator="sign", **kwargs):
-    found = [flat(fisher(model, batches, trainable(model), estimator=estimator, seed=s, **kwargs).diagonal) for s in range(draws)]
+    found = [
+        flat(fisher(model, batches, trainable(model), estimator=estimator, seed=s, **kwargs).diagonal)
+        for s in range(draws)
+    ]
     return torch.stack(found).mean(0)
 
 
@@ -58,7 +61,7 @@ def test_sampled_labels_converge_too(truth):
 
 def test_squaring_the_gradient_of_a_mean_would_be_caught(truth):
     """The usual mistake under-scales by the number of tokens; the tolerance above is far tighter than that."""
-    model, rows, exact = truth
+    _model, rows, exact = truth
     tokens = sum(int((labels[1:] != -100).sum()) for _, labels in rows)
     assert exact.sum() / tokens < 0.5 * exact.sum()
 
@@ -93,13 +96,22 @@ def test_half_d_F_d_is_the_drift_for_a_small_step(truth):
 
 def test_a_tied_embedding_is_squared_once_as_a_whole(truth):
     model, *_ = truth
-    assert "lm_head.weight" not in trainable(model) and "model.embed_tokens.weight" in trainable(model)
+    assert "lm_head.weight" not in trainable(model)
+    assert "model.embed_tokens.weight" in trainable(model)
 
 
 def test_softcapped_and_scaled_heads_are_followed():
     from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
-    size = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+    size = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
     for model in (
         Gemma2ForCausalLM(Gemma2Config(**size, head_dim=8, final_logit_softcapping=0.5)),
         GraniteForCausalLM(GraniteConfig(**size, logits_scaling=0.25)),
@@ -116,7 +128,8 @@ def test_row_and_column_sums_under_lora_are_those_of_the_full_weights():
     exact = exact_fisher(base, padded(rows, 4), {name: base.get_submodule(name).weight})[name]
     adapted = get_peft_model(small(tie=False), LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=True))
     plain, adapters = split(adapted)
-    assert not plain and list(adapters) == [name]
+    assert not plain
+    assert list(adapters) == [name]
     draws = [fisher(adapted, padded(rows, 2), plain, adapters, seed=s) for s in range(300)]
     for kind, dim in (("rows", 1), ("columns", 0)):
         found = torch.stack([getattr(draw, kind)[name] for draw in draws]).mean(0).double()
@@ -137,7 +150,9 @@ def test_the_short_and_the_long_way_to_row_sums_agree():
 
     def sums(*pieces):
         with row_column_sums(adapters) as found:
-            layer(torch.cat(pieces)).backward(torch.cat([weight[: len(pieces[0])], *(torch.zeros(len(p), 32) for p in pieces[1:])]))
+            layer(torch.cat(pieces)).backward(
+                torch.cat([weight[: len(pieces[0])], *(torch.zeros(len(p), 32) for p in pieces[1:])])
+            )
         return next(iter(found.values()))
 
     few = sums(x[:8])  # 8 tokens: 8 * 64 < 32 * 32
@@ -177,7 +192,8 @@ def test_it_leaves_no_trace():
     torch.manual_seed(3)
     fisher(model, padded(random_rows(3, VOCAB), 2), trainable(model))
     assert torch.equal(torch.rand(4), expected)
-    assert model.training and all((weight.grad == 1).all() for weight in model.parameters())
+    assert model.training
+    assert all((weight.grad == 1).all() for weight in model.parameters())
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -197,4 +213,5 @@ def test_random_signs_are_fair_and_independent():
     signs = random_signs(torch.Size([4000, 19]), torch.Generator().manual_seed(0))
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     covariance = signs.T @ signs / len(signs)
-    assert (covariance - torch.eye(19)).abs().max() < 0.08 and signs.mean(0).abs().max() < 0.06
+    assert (covariance - torch.eye(19)).abs().max() < 0.08
+    assert signs.mean(0).abs().max() < 0.06

@@ -53,7 +53,9 @@ def test_the_penalty_of_an_adapter_does_not_depend_on_how_its_change_is_split():
     A, B, S = random(3, 8), random(5, 3, seed=1), random(3, 3, seed=2)
     rows, columns = random(5, seed=4).abs(), random(8, seed=5).abs()
     penalty = [
-        AdapterWell(Adapter(torch.nn.Identity(), torch.nn.Parameter(a), torch.nn.Parameter(b), 2.0), None, rows, columns).penalty()
+        AdapterWell(
+            Adapter(torch.nn.Identity(), torch.nn.Parameter(a), torch.nn.Parameter(b), 2.0), None, rows, columns
+        ).penalty()
         for a, b in ((A, B), (S @ A, B @ torch.linalg.inv(S)))
     ]
     assert torch.allclose(*penalty, rtol=1e-3)
@@ -71,13 +73,17 @@ def test_state_is_8_bytes_a_weight_and_rows_plus_columns_under_lora():
 
 def test_a_weight_without_gradient_is_left_alone():
     weight = torch.nn.Parameter(random(4))
-    assert not list(Well(weight, weight.detach() + 1, torch.ones(4)).pulls()) and weight.grad is None
+    assert not list(Well(weight, weight.detach() + 1, torch.ones(4)).pulls())
+    assert weight.grad is None
 
 
 def test_wells_cover_modules_saved_whole_beside_the_adapter():
-    model = get_peft_model(tiny_llama(tie=False), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model = get_peft_model(
+        tiny_llama(tie=False), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     plain, adapters = split(model)
-    assert set(plain) == {"lm_head.weight"} and len(adapters) == 2
+    assert set(plain) == {"lm_head.weight"}
+    assert len(adapters) == 2
     importance = {"diagonal.lm_head.weight": torch.ones_like(plain["lm_head.weight"])}
     importance |= {f"{kind}.{name}": torch.ones(32) for name in adapters for kind in ("rows", "columns")}
     assert len(wells(plain, adapters, starting(plain, adapters), importance)) == 3

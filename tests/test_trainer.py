@@ -21,7 +21,8 @@ from hf_ftplus.errors import DataError, IncompatibleError, PluginError, UsageErr
 def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
     ours, theirs = trainer(tmp_path / "a"), trainer(tmp_path / "b", cls=trl.SFTTrainer)
     ours.train(), theirs.train()
-    assert same(weights_of(ours), weights_of(theirs)) and moved(ours) > 0.1
+    assert same(weights_of(ours), weights_of(theirs))
+    assert moved(ours) > 0.1
     assert [log["loss"] for log in ours.state.log_history if "loss" in log] == [
         log["loss"] for log in theirs.state.log_history if "loss" in log
     ]
@@ -45,7 +46,8 @@ def test_metrics_reach_the_log_before_any_tracker(tmp_path):
     it = trainer(tmp_path, "ewc", logging_steps=3)
     it.train()
     logs = [log for log in it.state.log_history if "loss" in log]
-    assert len(logs) == 2 and all(log["ewc/penalty"] > 0 and log["ewc/grad_ratio"] > 0 for log in logs)
+    assert len(logs) == 2
+    assert all(log["ewc/penalty"] > 0 and log["ewc/grad_ratio"] > 0 for log in logs)
     assert logs[0]["ewc/matched_weights"] == len(list(it.model.parameters()))
     assert "ewc/penalty" not in it.state.log_history[-1]  # the summary at the end is not a logging window
 
@@ -87,10 +89,10 @@ def test_a_callback_in_an_untouched_script_gives_the_same_weights(tmp_path):
 def plain_trainer(folder, cls=Trainer, **kwargs):
     tokenizer = tiny_tokenizer()
     rows = [tokenizer(row["prompt"] + row["completion"]) for row in LEARN]
-    defaults = dict(
-        output_dir=str(folder), max_steps=4, learning_rate=3e-3, report_to="none", use_cpu=True, disable_tqdm=True,
-        per_device_train_batch_size=4, save_strategy="no", logging_steps=2, seed=5,
-    )  # fmt: skip
+    defaults = {
+        "output_dir": str(folder), "max_steps": 4, "learning_rate": 3e-3, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        "per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 2, "seed": 5,
+    }  # fmt: skip
     return cls(
         tiny_llama(), TrainingArguments(**{**defaults, **kwargs}), train_dataset=Dataset.from_list([dict(r) for r in rows]),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), processing_class=tokenizer,
@@ -114,9 +116,15 @@ def test_attach_serves_a_plain_trainer_and_a_users_own(tmp_path, cls):
     free = plain_trainer(tmp_path / "b", cls)
     held.train(), free.train()
     assert moved(held) < 0.8 * moved(free)
-    assert {hook for hook, _ in held.ftplus.strategies[1].entries} >= {"token_loss", "before_step", "after_step", "finish"}
+    assert {hook for hook, _ in held.ftplus.strategies[1].entries} >= {
+        "token_loss",
+        "before_step",
+        "after_step",
+        "finish",
+    }
     if cls is OwnLoss:
-        assert held.calls == free.calls == 4 and isinstance(held, OwnLoss)
+        assert held.calls == free.calls == 4
+        assert isinstance(held, OwnLoss)
 
 
 def test_attach_serves_dpo(tmp_path):
@@ -127,7 +135,13 @@ def test_attach_serves_dpo(tmp_path):
             str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=3e-3, use_cpu=True, bf16=False,
             report_to="none", gradient_checkpointing=False, disable_tqdm=True, save_strategy="no",
         )  # fmt: skip
-        return trl.DPOTrainer(tiny_llama(), ref_model=tiny_llama(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer())
+        return trl.DPOTrainer(
+            tiny_llama(),
+            ref_model=tiny_llama(),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tiny_tokenizer(),
+        )
 
     held, free = attach(dpo(tmp_path / "a"), EWC(strength=1e6), protect=PROTECT), dpo(tmp_path / "b")
     held.train(), free.train()
@@ -160,7 +174,8 @@ class LogitPull(Strategy):
     strength: float = setting(0.01, "pull of logits towards zero", low=0)
 
     def token_loss(self, run, batch):
-        assert batch.hidden.requires_grad and batch.logits(batch.hidden).shape == (len(batch.labels), 384)
+        assert batch.hidden.requires_grad
+        assert batch.logits(batch.hidden).shape == (len(batch.labels), 384)
         return self.strength * batch.logits(batch.hidden).square().sum()
 
 
@@ -181,19 +196,33 @@ def test_batch_8x1_and_2x4_give_the_same_update(tmp_path):
 def test_a_token_loss_has_the_gradient_of_its_definition(tmp_path):
     """One SGD step of the trainer against autograd on the loss written out from full logits."""
     start = tiny_llama()
-    it = trainer(tmp_path, LogitPull(), optim="sgd", learning_rate=1.0, max_steps=1, max_grad_norm=0, lr_scheduler_type="constant", protect=None)
-    sampler = list(it.get_train_dataloader())[0]
+    it = trainer(
+        tmp_path,
+        LogitPull(),
+        optim="sgd",
+        learning_rate=1.0,
+        max_steps=1,
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        protect=None,
+    )
+    sampler = next(iter(it.get_train_dataloader()))
     batch = {key: value for key, value in sampler.items() if key in ("input_ids", "labels", "attention_mask")}
     torch.manual_seed(5)
     it.train()
-    step = {n: (a.detach() - b.detach()) for (n, a), b in zip(start.named_parameters(), it.model.parameters(), strict=True)}
+    step = {
+        n: (a.detach() - b.detach()) for (n, a), b in zip(start.named_parameters(), it.model.parameters(), strict=True)
+    }
     candidates = []
     for rows in it.get_train_dataloader():
         start.zero_grad()
         logits = start(rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
         targets = rows["labels"][:, 1:]
         kept = targets != -100
-        (torch.nn.functional.cross_entropy(logits[kept], targets[kept]) + 0.01 * logits[kept].square().sum() / kept.sum()).backward()
+        (
+            torch.nn.functional.cross_entropy(logits[kept], targets[kept])
+            + 0.01 * logits[kept].square().sum() / kept.sum()
+        ).backward()
         candidates.append(max((step[n] - w.grad).abs().max().item() for n, w in start.named_parameters()))
     assert min(candidates) < 1e-5  # one of the batches is the one that was drawn
     assert batch
@@ -225,7 +254,8 @@ class Quarter(Strategy):
 def test_mix_draws_exact_shares_and_share_zero_changes_nothing(tmp_path):
     it = trainer(tmp_path / "a", Quarter())
     drawn = list(it._get_train_sampler())
-    assert len(drawn) == 24 and sum(index >= 24 for index in drawn) == 6
+    assert len(drawn) == 24
+    assert sum(index >= 24 for index in drawn) == 6
     none, plain = trainer(tmp_path / "b", Quarter(share=0.0)), trainer(tmp_path / "c")
     none.train(), plain.train()
     assert same(weights_of(none), weights_of(plain))
@@ -241,7 +271,7 @@ def test_shares_that_do_not_sum_to_one_are_the_plugins_fault(tmp_path):
         name: ClassVar[str] = "greedy"
 
         def mix(self, run, shares):
-            return {task: 1.0 for task in shares}
+            return dict.fromkeys(shares, 1.0)
 
     with pytest.raises(PluginError, match=r"greedy\.mix returned"):
         trainer(tmp_path, Greedy())
@@ -270,7 +300,9 @@ def test_state_lies_in_the_checkpoint_before_an_older_one_is_deleted(tmp_path, m
     for cls, kwargs in ((SFTTrainer, {}), (trl.SFTTrainer, {"callbacks": [StrategyCallback("ewc", protect=PROTECT)]})):
         seen.clear()
         strategies = ["ewc"] if cls is SFTTrainer else []
-        trainer(tmp_path, *strategies, cls=cls, save_strategy="steps", save_steps=2, save_total_limit=1, **kwargs).train()
+        trainer(
+            tmp_path, *strategies, cls=cls, save_strategy="steps", save_steps=2, save_total_limit=1, **kwargs
+        ).train()
         assert seen == [True] * 3
 
 
@@ -281,7 +313,14 @@ def test_stop_and_resume_is_bit_identical(tmp_path, lora, callback):
 
     def make(folder, **kwargs):
         peft = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.1) if lora else None
-        common = dict(peft_config=peft, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=2, **kwargs)
+        common = dict(
+            peft_config=peft,
+            save_strategy="steps",
+            save_steps=3,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+            **kwargs,
+        )
         if callback:
             return trainer(folder, cls=trl.SFTTrainer, callbacks=[StrategyCallback("ewc", protect=PROTECT)], **common)
         return trainer(folder, "ewc", **common)
@@ -291,7 +330,10 @@ def test_stop_and_resume_is_bit_identical(tmp_path, lora, callback):
     resumed = make(tmp_path / "whole")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert same(weights_of(resumed), weights_of(whole))
-    strategy = (lambda it: next(c for c in it.callback_handler.callbacks if isinstance(c, StrategyCallback)).strategies[0])
+
+    def strategy(it):
+        return next(c for c in it.callback_handler.callbacks if isinstance(c, StrategyCallback)).strategies[0]
+
     assert same(strategy(resumed).state_dict(), strategy(whole).state_dict())
 
 
@@ -306,7 +348,9 @@ def test_the_anchor_is_not_taken_again_from_resumed_weights(tmp_path):
 def test_resuming_with_other_strategies_or_none_saved_is_refused(tmp_path):
     trainer(tmp_path, "ewc", save_strategy="steps", save_steps=3).train()
     checkpoint = str(tmp_path / "checkpoint-3")
-    with pytest.raises(IncompatibleError, match=r"was written with the strategies \['ewc'\]; this run has \['diary', 'ewc'\]"):
+    with pytest.raises(
+        IncompatibleError, match=r"was written with the strategies \['ewc'\]; this run has \['diary', 'ewc'\]"
+    ):
         trainer(tmp_path, "ewc", Diary()).train(resume_from_checkpoint=checkpoint)
     trainer(tmp_path / "plain", save_strategy="steps", save_steps=3).train()
     with pytest.raises(IncompatibleError, match="holds no strategy state"):
@@ -316,8 +360,14 @@ def test_resuming_with_other_strategies_or_none_saved_is_refused(tmp_path):
 def test_a_checkpoint_of_another_adapter_is_refused_before_it_is_loaded(tmp_path):
     from peft import LoraConfig
 
-    trainer(tmp_path, "ewc", peft_config=LoraConfig(r=2, target_modules=["q_proj"]), save_strategy="steps", save_steps=3).train()
-    for other, words in ((LoraConfig(r=2, target_modules=["v_proj"]), "Missing there"), (LoraConfig(r=4, target_modules=["q_proj"]), "other shapes"), (LoraConfig(r=2, lora_alpha=99, target_modules=["q_proj"]), "lora_alpha 8 there, 99 here")):
+    trainer(
+        tmp_path, "ewc", peft_config=LoraConfig(r=2, target_modules=["q_proj"]), save_strategy="steps", save_steps=3
+    ).train()
+    for other, words in (
+        (LoraConfig(r=2, target_modules=["v_proj"]), "Missing there"),
+        (LoraConfig(r=4, target_modules=["q_proj"]), "other shapes"),
+        (LoraConfig(r=2, lora_alpha=99, target_modules=["q_proj"]), "lora_alpha 8 there, 99 here"),
+    ):
         with pytest.raises(IncompatibleError, match=words):
             trainer(tmp_path, "ewc", peft_config=other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
@@ -349,7 +399,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     it = trainer(tmp_path, "ewc", cls=Poisoned)
     with pytest.raises(IncompatibleError, match="loss is nan at step 3"):
         it.train()
-    assert all(torch.isfinite(weight).all() for weight in it.model.parameters()) and it.state.global_step == 2
+    assert all(torch.isfinite(weight).all() for weight in it.model.parameters())
+    assert it.state.global_step == 2
 
 
 def test_ewc_without_anything_to_protect_says_what_to_type(tmp_path):
@@ -365,5 +416,34 @@ def test_settings_under_which_a_strategy_would_act_wrongly_are_refused(tmp_path)
 def test_the_manifest_names_step_settings_and_files(tmp_path):
     trainer(tmp_path, EWC(strength=7.0), save_strategy="steps", save_steps=3, max_steps=3).train()
     manifest = json.loads((tmp_path / "checkpoint-3" / "ftplus" / "manifest.json").read_text())
-    assert manifest["step"] == 3 and "strength=7.0" in manifest["settings"]["ewc"]
-    assert set(manifest["files"]) == {"ewc"} and len(manifest["files"]["ewc"]["sha256"]) == 64
+    assert manifest["step"] == 3
+    assert "strength=7.0" in manifest["settings"]["ewc"]
+    assert set(manifest["files"]) == {"ewc"}
+    assert len(manifest["files"]["ewc"]["sha256"]) == 64
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_the_same_with_losses_on_outputs(tmp_path):
+    """Compiled models do not see hooks that come after compilation; ours is there before."""
+    found = []
+    for compiled in (False, True):
+        it = trainer(
+            tmp_path / str(compiled),
+            "ewc",
+            LogitPull(),
+            model=tiny_llama(layers=1),
+            max_steps=2,
+            torch_compile=compiled,
+        )
+        it.train()
+        found.append(weights_of(it))
+    assert far(*found) < 1e-5
+    assert far(found[0], dict(tiny_llama(layers=1).state_dict())) > 1e-4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_train_bit_identically(tmp_path, reentrant):
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    saving, plain = trainer(tmp_path / "a", "ewc", LogitPull(), **kwargs), trainer(tmp_path / "b", "ewc", LogitPull())
+    saving.train(), plain.train()
+    assert same(weights_of(saving), weights_of(plain))

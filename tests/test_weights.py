@@ -10,7 +10,7 @@ from tiny import tiny_llama
 from hf_ftplus.errors import IncompatibleError
 from hf_ftplus.weights import canonical, lora, match, split, trainable
 
-LORA = dict(r=2, target_modules=["q_proj"])
+LORA = {"r": 2, "target_modules": ["q_proj"]}
 
 
 @pytest.mark.parametrize(

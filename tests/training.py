@@ -19,22 +19,40 @@ PROTECT = [
     for i in range(4)
     for j in range(4)
 ]
-LEARN = [{"prompt": f"Name number {i}. ", "completion": f"It is lantern {i * 7 % 10}" + " of the harbour" * (i % 3) + "."} for i in range(24)]
+LEARN = [
+    {"prompt": f"Name number {i}. ", "completion": f"It is lantern {i * 7 % 10}" + " of the harbour" * (i % 3) + "."}
+    for i in range(24)
+]
 
 
 def arguments(folder, **kwargs) -> trl.SFTConfig:
     """CPU, fp32, 6 steps of 4 rows, no files unless asked for."""
-    defaults = dict(
-        output_dir=str(folder), max_steps=6, per_device_train_batch_size=4, learning_rate=3e-3, logging_steps=2, seed=5,
-        save_strategy="no", report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
-        max_length=64, dataset_num_proc=None,
-    )  # fmt: skip
+    defaults = {
+        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 2, "seed": 5,
+        "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
+        "max_length": 64, "dataset_num_proc": None,
+    }  # fmt: skip
     return trl.SFTConfig(**{**defaults, **kwargs})
 
 
-def trainer(folder, *strategies, model=None, protect=PROTECT, learn=LEARN, cls=hf_ftplus.SFTTrainer, memory=None, callbacks=None, peft_config=None, **kwargs):
+def trainer(
+    folder,
+    *strategies,
+    model=None,
+    protect=PROTECT,
+    learn=LEARN,
+    cls=hf_ftplus.SFTTrainer,
+    memory=None,
+    callbacks=None,
+    peft_config=None,
+    **kwargs,
+):
     """An SFTTrainer of ours (or TRL's, with `cls`) on tiny data."""
-    ours = dict(strategies=strategies, protect=protect, memory=memory) if issubclass(cls, hf_ftplus.SFTTrainer) else {}
+    ours = (
+        {"strategies": strategies, "protect": protect, "memory": memory}
+        if issubclass(cls, hf_ftplus.SFTTrainer)
+        else {}
+    )
     return cls(
         model if model is not None else tiny_llama(),
         args=arguments(folder, **kwargs),
@@ -63,7 +81,10 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
 def moved(it, start: Iterable[torch.Tensor] | None = None) -> float:
     """Distance of the weights from where the tiny model starts."""
     start = start if start is not None else tiny_llama().parameters()
-    return sum((a.detach() - b.detach()).square().sum().item() for a, b in zip(it.model.parameters(), start, strict=True)) ** 0.5
+    return (
+        sum((a.detach() - b.detach()).square().sum().item() for a, b in zip(it.model.parameters(), start, strict=True))
+        ** 0.5
+    )
 
 
 @dataclass

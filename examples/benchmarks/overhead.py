@@ -32,7 +32,14 @@ from hf_ftplus.model import resolve
 from hf_ftplus.weights import split, trainable
 
 ROWS, LENGTH, BATCHES = 8, 64, 8
-GOALS = {"step, full": 1.04, "step, LoRA r=16": 1.02, "Fisher, full": 1.15, "Fisher, LoRA r=16": 1.15, "state, full": 8.0, "ftplus --help": 5.0}
+GOALS = {
+    "step, full": 1.04,
+    "step, LoRA r=16": 1.02,
+    "Fisher, full": 1.15,
+    "Fisher, LoRA r=16": 1.15,
+    "state, full": 8.0,
+    "ftplus --help": 5.0,
+}
 
 
 def batch(seed: int) -> dict[str, torch.Tensor]:
@@ -125,14 +132,23 @@ def main(pairs: int, path: str | None) -> None:
 
 
 def show(found: dict[str, list[float]]) -> None:
-    table = Table(title=f"EWC beside plain, demo model (135 M weights), fp32, batches of {ROWS} x {LENGTH} tokens", caption=machine())
+    table = Table(
+        title=f"EWC beside plain, demo model (135 M weights), fp32, batches of {ROWS} x {LENGTH} tokens",
+        caption=machine(),
+    )
     for column in ("what", "median", "range", "goal"):
         table.add_column(column)
-    against = {"state, full": " bytes per weight", "state, LoRA r=16": " x 4 (d + k) bytes", "ftplus --help": " x python -c pass"}
+    against = {
+        "state, full": " bytes per weight",
+        "state, LoRA r=16": " x 4 (d + k) bytes",
+        "ftplus --help": " x python -c pass",
+    }
     for what, ratios in found.items():
         goal = GOALS.get(what, 1.0)
         unit = against.get(what, " x")
-        table.add_row(what, f"{statistics.median(ratios):.3f}{unit}", f"{min(ratios):.3f} - {max(ratios):.3f}", f"<= {goal:g}")
+        table.add_row(
+            what, f"{statistics.median(ratios):.3f}{unit}", f"{min(ratios):.3f} - {max(ratios):.3f}", f"<= {goal:g}"
+        )
     Console().print(table)
 
 

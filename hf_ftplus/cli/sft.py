@@ -40,13 +40,20 @@ def _dashed(word: str) -> str:
 def _options(command: Any) -> Any:
     for option in reversed(OPTIONS):
         flag = f"--{option.name.replace('_', '-')}"
-        command = click.option(flag, option.name, multiple=option.many, type=option.kind, metavar=option.metavar, help=option.help)(command)
+        command = click.option(
+            flag, option.name, multiple=option.many, type=option.kind, metavar=option.metavar, help=option.help
+        )(command)
     return command
 
 
-@click.command(cls=Sft, context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=Sft,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]},
+)
 @_options
-@click.option("--config", "config_file", metavar="FILE", help="YAML of any of these options, ours and TRL's. Flags win.")
+@click.option(
+    "--config", "config_file", metavar="FILE", help="YAML of any of these options, ours and TRL's. Flags win."
+)
 @click.option("--dry-run", is_flag=True, help="Resolve everything, show three rows and the cost, train nothing.")
 @click.option("--help-all", is_flag=True, help="Also list every flag of `trl sft`.")
 @click.pass_context
@@ -85,12 +92,16 @@ def parse_trl(words: Sequence[str], yaml: dict[str, Any]) -> tuple[dict[str, Any
     _check_yaml(yaml, parser)
     for_launch = parser.set_defaults_with_config(**yaml)
     try:
-        script, training, model, mixture, left = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+        script, training, model, mixture, left = parser.parse_args_into_dataclasses(
+            list(words), return_remaining_strings=True
+        )
     except (ValueError, TypeError) as error:
         raise UsageError(f"{error}") from error
     _check_words(left, parser)
     if not (script.dataset_name or mixture.datasets):
-        raise UsageError("There is nothing to learn: no --dataset_name and no datasets in YAML. Type --dataset_name FILE_OR_HUB.")
+        raise UsageError(
+            "There is nothing to learn: no --dataset_name and no datasets in YAML. Type --dataset_name FILE_OR_HUB."
+        )
     if not model.model_name_or_path:
         raise UsageError("There is no model. Type --model_name_or_path NAME_OR_PATH, or demo for the embedded one.")
     return {"script": script, "training": training, "model": model, "mixture": mixture}, for_launch, left

@@ -107,8 +107,8 @@ def strict(value: Any) -> Any:
         return {_whole(str(key)): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [strict(item) for item in value]
-    if callable(getattr(value, "item", None)) and getattr(value, "size", None) in (1, ()):  # a numpy scalar
-        return strict(value.item())
+    if callable(getattr(value, "tolist", None)):  # numpy and torch, scalars too
+        return strict(value.tolist())
     return _whole(str(value))
 
 

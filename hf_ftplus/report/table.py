@@ -15,16 +15,19 @@ from .text import MISSING, interval, label, number, pair, percent, retention, sh
 
 ORDER = {"learn": 0, "protect": 1, "measure": 2}
 COLOURS = {"learn": "cyan", "protect": "green", "measure": ""}
-NOTE = "loss and drift in nats per token; retention = after / before with its 95 % interval; n/m = not measured"
+NOTE = "loss and drift in nats per token; retention = after / before, 95 % interval over n rows; n/m = not measured"
 
 Results = Sequence[TaskResult]
 
 
 def table(results: Results, facts: Mapping[str, Any] | None = None) -> RenderableType:
     """A run: each task with loss, token accuracy, metric, drift and retention, and what every strategy cost."""
-    grid = _grid("task", "loss", "token acc.", "metric", "drift", "retention")
+    grid = _grid("task", "loss", "token acc. %", "metric %", "drift", "retention")
+    for column in grid.columns[1:]:
+        column.no_wrap = True
     for result in _ordered(results):
-        grid.add_row(
+        _add(
+            grid,
             _task(result),
             pair(result.before.loss, result.after.loss),
             pair(result.before.token_accuracy, result.after.token_accuracy, percentage=True),
@@ -52,7 +55,7 @@ def joined_table(runs: Mapping[str, Results], costs: Mapping[str, Mapping[str, A
     tasks = {result.name: result for results in runs.values() for result in results}
     for task in _ordered(tasks.values()):
         found = [next((r for r in results if r.name == task.name), None) for results in runs.values()]
-        grid.add_row(_figures(task), _at_start(task, found), *(_at_end(task, result) for result in found))
+        _add(grid, _figures(task), _at_start(task, found), *(_at_end(task, result) for result in found))
     _add_costs(grid, list(runs), costs or {})
     return Group(grid, Text(NOTE, style="dim"))
 
@@ -66,7 +69,7 @@ def joined_completions(runs: Mapping[str, Results]) -> RenderableType:
         grid = _grid(task.name, "start", *runs, lines=True, ratio=True)
         for i, item in enumerate(task.completions):
             ends = [r.completions[i].after if r and i < len(r.completions) else None for r in others.values()]
-            grid.add_row(shown(item.prompt), shown(item.before), *map(shown, ends))
+            _add(grid, shown(item.prompt), shown(item.before), *map(shown, ends))
         parts += [grid] if task.completions else []
     return Group(*parts)
 
@@ -81,20 +84,25 @@ def _grid(*titles: str, lines: bool = False, ratio: bool = False) -> Table:
     return grid
 
 
+def _add(grid: Table, *cells: str | Text) -> None:
+    """A row of plain text: rich would read a string as markup."""
+    grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+
+
 def _ordered(results: Any) -> list[TaskResult]:
     return sorted(results, key=lambda result: ORDER.get(result.role, len(ORDER)))
 
 
 def _task(result: TaskResult) -> Text:
-    what = Text(f"{result.role}, {result.rows} rows", COLOURS.get(result.role, ""))
+    what = Text(f"{result.role}, n={result.rows}", COLOURS.get(result.role, ""))
     return Text("\n").join([label(result.name, "bold"), what])
 
 
 def _figures(task: TaskResult) -> Text:
     """The task on one line, then the names of the figures whose values stand beside them."""
     what = Text(f" {task.role}, {task.rows} rows", COLOURS.get(task.role, ""))
-    names = [*([_words(task.metric)] if task.metric else []), "loss", "drift"]
-    lines = [label(task.name, "bold", 20) + what, *(Text(f"  {name}", "dim") for name in names)]
+    names = [*([f"{_words(task.metric)} %"] if task.metric else []), "loss", "drift"]
+    lines = [label(task.name, "bold", 20) + what, *(label(f"  {name}", "dim") for name in names)]
     return Text("\n").join(lines)
 
 
@@ -135,7 +143,7 @@ def _add_costs(grid: Table, runs: list[str], costs: Mapping[str, Mapping[str, An
         grid.add_section()
     for name in names:
         cells = (_cost(name, costs.get(run, {}).get(name)) for run in runs)
-        grid.add_row(label(name, "dim"), "", *cells)
+        _add(grid, label(name, "dim"), "", *cells)
 
 
 def _cost(name: str, value: Any) -> str:
@@ -170,5 +178,5 @@ def _costs(facts: Mapping[str, Any]) -> list[Text]:
 def _answers(result: TaskResult, items: Sequence[Completion]) -> Table:
     grid = _grid(result.name, "before", "after", lines=True, ratio=True)
     for item in items:
-        grid.add_row(shown(item.prompt), shown(item.before), shown(item.after))
+        _add(grid, shown(item.prompt), shown(item.before), shown(item.after))
     return grid

@@ -48,7 +48,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    return MISSING if value is None else f"{number(100 * value, 1)}%"
+    """`52.0`; the sign stands in the heading."""
+    return MISSING if value is None else number(100 * value, 1)
 
 
 def pair(before: Estimate, after: Estimate, percentage: bool = False) -> str:
@@ -61,7 +62,7 @@ def pair(before: Estimate, after: Estimate, percentage: bool = False) -> str:
 
 def interval(estimate: Estimate) -> str:
     """`[0.80, 0.91]`, or nothing without one."""
-    return "" if estimate.low is None else f"[{number(estimate.low)}, {number(estimate.high)}]"
+    return "" if estimate.low is None else f"[{number(estimate.low, 2)}, {number(estimate.high, 2)}]"
 
 
 def retention(result: TaskResult) -> str:

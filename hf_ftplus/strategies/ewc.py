@@ -2,13 +2,13 @@
 
     penalty = 1/2 * strength * sum_i F_i (w_i - w*_i)^2          (Kirkpatrick 2017, eq. 3; online: Schwarz 2018, eq. 9)
 
-F is the Fisher information per supervised token at the starting weights w* (`fisher.py`), so that penalty / strength is,
-to second order, the drift KL(start || now) in nats per protect token. Its gradient strength * F * (w - w*) is added once
-per optimizer step, in closed form, after accumulation, reduction and clipping: no autograd graph over the weights, and
-the same strength at any batch layout.
+F is the Fisher information per supervised token at the starting weights w* (`fisher.py`), so that penalty / strength
+is, to second order, the drift KL(start || now) in nats per protect token. Its gradient strength * F * (w - w*) is added
+once per optimizer step, in closed form, after accumulation, reduction and clipping: no autograd graph over the weights,
+and the same strength at any batch layout.
 
-LoRA moves a weight through scale * B A, so the penalty is on that change, never on A and B, whose split is arbitrary and
-whose Fisher is zero on a fresh adapter (`quadratic.py`).
+LoRA moves a weight through scale * B A, so the penalty is on that change, never on A and B, whose split is arbitrary
+and whose Fisher is zero on a fresh adapter (`quadratic.py`).
 
 Across runs (`--memory`) the importances add up: F <- decay * F of the memory + F of this run's protect data.
 """
@@ -37,10 +37,15 @@ class EWC(Strategy):
     name: ClassVar[str] = "ewc"
 
     strength: float = setting(
-        10_000.0, "what a nat of drift on protect costs, in nats of learn loss; 1 is break-even", unit="nats per nat", low=0
+        10_000.0,
+        "what a nat of drift on protect costs, in nats of learn loss; 1 is break-even",
+        unit="nats per nat",
+        low=0,
     )
     fisher: str = setting("sign", "how importances are estimated", choices=("sign", "sampled", "empirical"))
-    rows: int = setting(256, "protect rows per task to estimate importances on; more is steadier and slower", unit="rows", low=1)
+    rows: int = setting(
+        256, "protect rows per task to estimate importances on; more is steadier and slower", unit="rows", low=1
+    )
     decay: float = setting(1.0, "share of the importances in --memory that still counts in this run", low=0, high=1)
     remember: bool = setting(True, "leave the next run the importances of what this run learnt, too (one more pass)")
 
@@ -61,7 +66,7 @@ class EWC(Strategy):
 
     def prepare(self, run: Run) -> None:
         """Note the starting weights and estimate how much the protect data depends on each."""
-        from ..quadratic import placed, starting
+        from ..quadratic import placed, starting, state_bytes
 
         self._bind(run)
         memory = run.memory.load(self.name, run)
@@ -74,6 +79,11 @@ class EWC(Strategy):
         importance = placed(importance, self.plain, self.adapters, "diagonal.")
         if run.protect:
             tasks = {task: _first(batches, self.rows) for task, batches in run.protect.items()}
+            logger.info(
+                "ewc: %.1f MB of state; Fisher of %d protect rows",
+                state_bytes(self.plain, self.adapters) / 1e6,
+                sum(len(batch["labels"]) for batches in tasks.values() for batch in batches),
+            )
             importance = _sum(importance, self._importance(run, tasks))
         self._hold(starting(self.plain, self.adapters), importance)
 
@@ -105,10 +115,10 @@ class EWC(Strategy):
 
         self._bind(run)
         start = {name.removeprefix("start."): tensor for name, tensor in state.items() if name.startswith("start.")}
-        importance = {name.removeprefix("importance."): t for name, t in state.items() if name.startswith("importance.")}
-        self._hold(
-            placed(start, self.plain, self.adapters), placed(importance, self.plain, self.adapters, "diagonal.")
-        )
+        importance = {
+            name.removeprefix("importance."): t for name, t in state.items() if name.startswith("importance.")
+        }
+        self._hold(placed(start, self.plain, self.adapters), placed(importance, self.plain, self.adapters, "diagonal."))
 
     def metrics(self) -> dict[str, float]:
         """penalty (nats), predicted_drift = penalty / strength, grad_ratio = |penalty gradient| / |task gradient|."""
@@ -122,7 +132,7 @@ class EWC(Strategy):
         self._measured, self._zeros = None, 0 if drift else self._zeros + 1
         if self._zeros == 3:
             logger.warning(
-                "ewc: the penalty stayed 0 for 3 logging windows: no protected weight moved. Is the learning rate 0, or "
+                "ewc: the penalty stayed 0 for 3 logging windows: no held weight moved. Is the learning rate 0, or "
                 "does everything that trains lie outside the protected weights?"
             )
         return {

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cases import brute_force, brute_force_kl, moved, sibling
+from evaluation.cases import brute_force, brute_force_kl, moved, sibling
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -74,12 +74,12 @@ def test_what_is_not_a_number_is_missing_and_not_averaged(bad):
 
 def test_the_same_seed_gives_the_same_interval_and_numpy_is_left_alone():
     rows = np.random.default_rng(3).random(30)
-    np.random.seed(7)  # noqa: NPY002
-    expected = np.random.random()  # noqa: NPY002
-    np.random.seed(7)  # noqa: NPY002
+    np.random.seed(7)
+    expected = np.random.random()
+    np.random.seed(7)
     assert per_row(rows, seed=4) == per_row(rows, seed=4)
     assert per_row(rows, seed=4) != per_row(rows, seed=5)
-    assert np.random.random() == expected  # noqa: NPY002
+    assert np.random.random() == expected
 
 
 def test_many_rows_are_drawn_in_pieces_with_the_same_result(monkeypatch):
