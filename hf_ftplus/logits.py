@@ -70,6 +70,11 @@ def lm_head(model: nn.Module) -> Head:
         raise IncompatibleError(
             f"{type(inner).__name__} has no LM head (get_output_embeddings() is None); expected a causal LM."
         )
+    if hasattr(layer, "base_layer") and not hasattr(layer, "modules_to_save"):
+        raise IncompatibleError(
+            "The LM head carries an adapter, which logits from its weight would leave out (TRL refuses it for the same "
+            "reason). Take 'lm_head' out of target_modules, or train it whole: modules_to_save=['lm_head']."
+        )
     config = inner.config.get_text_config()
     scale = next(
         (

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from .errors import UsageError
 from .strategy import Batch, Run, Setting, Strategy, setting, settings
 from .trainer import NEEDS_TRAINER, SFTTrainer, StrategyCallback
-from .weights import canonical, trainable
+from .weights import trainable
 
 VOCAB = 64
 """Tokens of the laws' model: protect data of your own uses ids below this."""
@@ -45,6 +45,8 @@ ZEROS = ("strength", "share", "weight")
 SPAWN_SECONDS = 120.0
 BYTES_PER_WEIGHT = 16
 """State allowed for each trainable weight: four numbers in fp32."""
+
+WRAPPED = r"\b(base_model\.model|_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|lora_[AB]\.default)\."
 
 Weights = dict[str, Tensor]
 
@@ -75,7 +77,7 @@ def check_strategy(
     Raises:
         AssertionError: a law is broken; names law, strategy and figure.
     """
-    with tempfile.TemporaryDirectory(prefix="ftplus-laws-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="ftplus-laws-") as folder, _quiet(), _rng_restored():
         bench = Bench(strategy, Path(folder), protect, peft, processes, second_run, from_start, zero)
         for law in LAWS if laws is None else laws:
             try:
@@ -153,7 +155,7 @@ def law_travels_light(bench: Bench) -> None:
         state = _own(trainer).state_dict()
         odd = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
         _demand(not odd, bench, law_travels_light, f"state_dict() holds {odd[:1]}, expected only {{str: Tensor}}")
-        named = [key for key in state if canonical(key) != key or re.search(r"\b(base_model|_orig_mod|module)\.", key)]
+        named = [key for key in state if re.search(WRAPPED, key)]
         _demand(not named, bench, law_travels_light, f"state_dict() calls a tensor {named[:1]}, expected canonical names as in run.weights")
         graphs = [key for key, value in state.items() if value.requires_grad]
         _demand(not graphs, bench, law_travels_light, f"{graphs[:1]} in state_dict() requires a gradient, expected detached tensors")
@@ -168,7 +170,8 @@ def law_introduces_itself(bench: Bench) -> None:
     _demand(bool(re.fullmatch(r"[a-z][a-z0-9_-]*", kind.name or "")), bench, law, f"its name is {kind.name!r}, expected lower-case letters, digits, - and _")
     _demand(bool((kind.__doc__ or "").strip()) and not kind.__doc__.startswith(f"{kind.__name__}("), bench, law, "its class has no docstring, expected a line of help")
     try:
-        pasted = eval(repr(strategy), {kind.__name__: kind, "nan": math.nan, "inf": math.inf})
+        written = repr(strategy).replace(kind.__qualname__, kind.__name__, 1)
+        pasted = eval(written, {kind.__name__: kind, "nan": math.nan, "inf": math.inf})
     except Exception as error:
         pasted = error
     _demand(pasted == strategy, bench, law, f"{strategy!r} pastes back as {pasted!r}, expected an equal strategy")
@@ -304,8 +307,7 @@ class Bench:
             kind, extra = SFTTrainer, {"strategies": strategies, **ours}
         trainer = kind(self.model(lora, dropout), args=self._arguments(args), **known, **extra)
         trainer.remove_callback(PrinterCallback)
-        with _rng_restored():
-            trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=resume)
         return trainer
 
     def _arguments(self, changes: dict[str, Any]) -> trl.SFTConfig:
@@ -379,8 +381,11 @@ class Companion(Strategy):
                 weight.grad.add_(weight.detach() - self.start[name], alpha=self.strength)
 
 
+@dataclass
 class Look(Strategy):
     """Notes the state of the world at each hook, to be compared with what another one sees after the strategy between."""
+
+    name = "look"
 
     def __init__(self, name: str) -> None:
         self.name, self.seen = name, []
@@ -596,13 +601,19 @@ def _fixtures(model: nn.Module) -> dict[str, Any]:
     """What somebody may have hung onto each module and weight: numbers of hooks, and methods put over its own."""
     kinds = [key for key in vars(nn.Module()) if key.endswith("_hooks")]
     found: dict[str, Any] = {
-        name: ([len(getattr(module, kind)) for kind in kinds], sorted(key for key, value in vars(module).items() if callable(value)), module.training)
+        name: ([len(getattr(module, kind)) for kind in kinds], _patches(module), module.training)
         for name, module in model.named_modules()
     }
     for name, weight in model.named_parameters():
         hooks = (weight._backward_hooks, getattr(weight, "_post_accumulate_grad_hooks", None))
         found[f"weight {name}"] = ([len(kept) for kept in hooks if kept], weight.requires_grad)
     return found
+
+
+def _patches(module: nn.Module) -> dict[str, str]:
+    """Methods put over the module's own, by who wrote them; the trainer itself puts some."""
+    own = {key: value for key, value in vars(module).items() if callable(value) and not isinstance(value, type)}
+    return {key: getattr(value, "__qualname__", type(value).__name__) for key, value in own.items()}
 
 
 @contextlib.contextmanager

@@ -100,7 +100,12 @@ class StrategyCallback(TrainerCallback):
 
     def bytes(self) -> dict[str, int]:
         """Bytes of state that each strategy holds."""
-        return {s.name: sum(t.numel() * t.element_size() for t in s.state_dict().values()) for s in self.strategies}
+        states = {strategy.name: self.call(strategy, "state_dict") for strategy in self.strategies}
+        for name, tensors in states.items():
+            odd = [f"{key!r}: {type(value).__name__}" for key, value in tensors.items() if not isinstance(value, Tensor)]
+            if odd:
+                raise PluginError(f"{name}.state_dict() holds {odd[0]}; expected only {{str: Tensor}}.")
+        return {name: sum(t.numel() * t.element_size() for t in tensors.values()) for name, tensors in states.items()}
 
     def setup(self, model: torch.nn.Module, args: TrainingArguments, tokenizer: Any, train_dataloader: Any) -> Run:
         """Make the Run: live weights, protect data as micro-batches, where memory is read and written."""
@@ -133,7 +138,13 @@ class StrategyCallback(TrainerCallback):
         if not self.strategies:
             return
         run = self.setup(model, args, processing_class, train_dataloader)
-        run.step = state.global_step
+        run.step, self._saved = state.global_step, None
+        if args.max_grad_norm and self.acting("before_step"):
+            logger.info(
+                "gradients are clipped to %g before strategies add to them, which makes a strength weigh more than it "
+                "says; --max_grad_norm 0 keeps it to its word",
+                args.max_grad_norm,
+            )
         if run.step == 0:
             for strategy in self.strategies:
                 self.call(strategy, "prepare", run)
@@ -144,7 +155,12 @@ class StrategyCallback(TrainerCallback):
 
     @torch.no_grad()
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
     ) -> None:
         if self.run:
             self.run.step = state.global_step
@@ -155,7 +171,12 @@ class StrategyCallback(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         if self.run and not getattr(optimizer, "step_was_skipped", False):
             for strategy in self.acting("after_step"):
@@ -172,7 +193,7 @@ class StrategyCallback(TrainerCallback):
         self.save(args, state.global_step)  # nothing is written twice; this is for save_strategy="best"
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if not self.within_trainer and logs is not None and "loss" in logs:
             figures = self.metrics()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,9 @@ from .statistics import NOT_MEASURED
 from .tasks import EvalTask, asked_text, expected, question
 
 SPARE = 4
-"""Tokens beyond the longest expected answer, so that one full stop more does not cut an answer off."""
+"""Tokens beyond the longest expected answer: the end of the turn, and a full stop more or less."""
+TOGETHER = 4
+"""Micro-batches answered at once: writing needs no logits of the prompt, and its time goes into reading the weights."""
 
 
 @dataclass
@@ -32,8 +34,8 @@ class Moment:
     """One task at one moment: sums per row, the metric of each row, and the answers to the rows shown."""
 
     scores: Scores
-    metric: NDArray | None
-    answers: dict[int, str]
+    metric: NDArray | None = None
+    answers: dict[int, str] = field(default_factory=dict)
 
 
 class Evaluation:
@@ -50,10 +52,10 @@ class Evaluation:
     Args:
         tasks: what to measure.
         tokenizer: of the model, with its chat template if the rows are chats.
-        batch_size: rows in a micro-batch, for scoring and for answering.
+        batch_size: rows in a micro-batch when scoring; four times as many are answered at once.
         seed: of the bootstrap and of the choice of completions.
         completions: rows of each task whose greedy answers are kept side by side.
-        max_new_tokens: length of an answer; exact match allows for the longest expected answer if that is longer.
+        max_new_tokens: length of a completion; exact match allows for the longest expected answer of its task.
         autocast: the context of the forward passes, such as `partial(torch.autocast, "cuda", torch.bfloat16)`.
     """
 
@@ -84,6 +86,7 @@ class Evaluation:
         with as_found(model, self.seed):
             for task in self.tasks:
                 self._before[task.name] = self._measure(model, task, "before")
+            self._show(model, self._before)
         return self.results()
 
     def after(self, model: nn.Module) -> list[TaskResult]:
@@ -93,6 +96,7 @@ class Evaluation:
         with as_found(model, self.seed):
             for task in self.tasks:
                 self._after[task.name] = self._measure(model, task, "after")
+            self._show(model, self._after)
         return self.results()
 
     def results(self) -> list[TaskResult]:
@@ -113,31 +117,34 @@ class Evaluation:
             autocast=self.autocast,
             label=f"{task.name}: score {when}",
         )
-        shown = self.shown(task)
         if task.metric == "exact_match":
-            said = self._ask(model, task, range(len(task.rows)), self._longest(task))
-            return Moment(scores, metrics.exact_match(said, task), {i: said[i] for i in shown})
-        said = dict(zip(shown, self._ask(model, task, shown, self.max_new_tokens), strict=True))
+            said = self._ask(model, [(task, i) for i in range(len(task.rows))], self._longest(task), task.name)
+            return Moment(scores, metrics.exact_match(said, task))
         if task.metric == "choice":
-            found = metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast)
-            return Moment(scores, found, said)
-        return Moment(scores, None, said)
+            return Moment(scores, metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast))
+        return Moment(scores)
 
-    def _ask(self, model: nn.Module, task: EvalTask, rows: Iterable[int], tokens: int) -> list[str]:
-        questions = [question(task.rows[i], self.tokenizer) for i in rows]
+    def _show(self, model: nn.Module, moments: dict[str, Moment]) -> None:
+        """Ask for the completions of all tasks together: a step costs little more for twelve rows than for four."""
+        shown = [(task, i) for task in self.tasks for i in self.shown(task)]
+        for (task, i), said in zip(shown, self._ask(model, shown, self.max_new_tokens, "completions"), strict=True):
+            moments[task.name].answers[i] = said
+
+    def _ask(self, model: nn.Module, rows: list[tuple[EvalTask, int]], tokens: int, label: str) -> list[str]:
         return answers(
             model,
             self.tokenizer,
-            questions,
-            batch_size=self.batch_size,
+            [question(task.rows[i], self.tokenizer) for task, i in rows],
+            batch_size=TOGETHER * self.batch_size,
             max_new_tokens=tokens,
             autocast=self.autocast,
-            label=f"{task.name}: answers",
+            label=f"{label}: answers",
         )
 
     def _longest(self, task: EvalTask) -> int:
+        """Tokens of the longest expected answer and some more: an answer that is longer still is wrong anyway."""
         wanted = (self.tokenizer(expected(row), add_special_tokens=False)["input_ids"] for row in task.rows)
-        return max(self.max_new_tokens, SPARE + max(map(len, wanted)))
+        return SPARE + max(map(len, wanted))
 
     def shown(self, task: EvalTask) -> list[int]:
         """Rows whose completions are kept: drawn by seed and name, so the same in every run and strategy."""

@@ -1,0 +1,131 @@
+"""What each of two gloo processes does; started by test_two_ranks.py as `ranks.py WHAT FOLDER RANK`."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from batches import padded, random_rows
+from safetensors.torch import save_file
+from tiny import tiny_llama
+from torch import Tensor
+
+from hf_ftplus import EWC, state
+from hf_ftplus.fisher import fisher
+from hf_ftplus.strategy import Memory, Run
+from hf_ftplus.weights import split, trainable
+
+ROWS = 5
+"""An odd number, so that one rank has a row less than the other."""
+
+
+def protect(size: int = 1) -> list[dict[str, Tensor]]:
+    return padded(random_rows(ROWS, 384), size)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().clone().contiguous()
+
+
+def importances(model: torch.nn.Module, **kwargs) -> dict[str, Tensor]:
+    """Fisher of the three estimators; what is random depends on the batch alone."""
+    plain, adapters = split(model)
+    found = {}
+    for estimator in ("empirical", "sign"):
+        result = fisher(model, protect(), plain, adapters, estimator=estimator, **kwargs)
+        found |= {f"{estimator}.{name}": whole(tensor) for name, tensor in result.named()}
+    return found
+
+
+def lora() -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+
+
+def trained(folder: Path, model: torch.nn.Module, size: int, **kwargs) -> dict[str, Tensor]:
+    """Weights and EWC's state after 3 steps of 8 rows in all."""
+    from training import trainer
+
+    it = trainer(
+        folder, EWC(strength=100.0), model=model, protect=protect(), max_steps=3, per_device_train_batch_size=size,
+        optim="sgd", learning_rate=0.05, max_grad_norm=0.5, **kwargs,
+    )  # fmt: skip
+    it.train()
+    found = {f"weights.{name}": whole(weight) for name, weight in trainable(it.model).items()}
+    return found | {f"state.{name}": whole(tensor) for name, tensor in it.ftplus.strategies[0].state_dict().items()}
+
+
+def everywhere(folder: Path, size: int) -> dict[str, dict[str, Tensor]]:
+    """The runs that must end alike on one process (`size` 8) and two (`size` 4)."""
+    reentrant = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    return {
+        "fisher": importances(tiny_llama()),
+        "fisher of LoRA": importances(lora()),
+        "full": trained(folder / "full", tiny_llama(), size),
+        "reentrant checkpointing": trained(folder / "reentrant", tiny_llama(), size, **reentrant),
+        "LoRA": trained(folder / "lora", lora(), size),
+    }
+
+
+def ddp(folder: Path, rank: int) -> dict[str, Tensor]:
+    found = everywhere(folder, 4)
+    return {f"{part}/{name}": tensor for part, tensors in found.items() for name, tensor in tensors.items()}
+
+
+def held(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
+    """EWC by hand: prepare, a step away, the pull, the figures, the state through a checkpoint and back."""
+    strategy = EWC(strength=50.0, fisher="empirical")
+    run = Run(model=model, weights=trainable(model), protect={"it": protect()}, learn=lambda rows: [], device=torch.device("cpu"), seed=0, memory=Memory())
+    strategy.prepare(run)
+    with torch.no_grad():
+        for weight in run.weights.values():
+            weight.mul_(1.01)
+            weight.grad = torch.zeros_like(weight)
+        strategy.before_step(run)
+    found = {f"pull.{name}": whole(weight.grad) for name, weight in run.weights.items()}
+    found |= {f"figure.{name}": torch.tensor(value) for name, value in strategy.metrics().items() if name != "grad_ratio"}
+    state.save_checkpoint(folder / "saved", [strategy], model, step=3)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    back = EWC(strength=50.0, fisher="empirical")
+    back.load_state_dict(state.load_checkpoint(folder / "saved", ["ewc"], model)["ewc"], run)
+    with torch.no_grad():
+        for weight in run.weights.values():
+            weight.grad = torch.zeros_like(weight)
+        back.before_step(run)
+    found |= {f"pull after resume.{name}": whole(weight.grad) for name, weight in run.weights.items()}
+    return found | {f"saved.{name}": whole(tensor) for name, tensor in back.state_dict().items()}
+
+
+def fsdp(folder: Path, rank: int) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model, mesh = tiny_llama(), init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    weights = trainable(model)
+    assert all(isinstance(weight, DTensor) and weight.to_local().shape[0] == weight.shape[0] // 2 for weight in weights.values())
+    found = importances(model)
+    found |= held(model, folder)
+    assert all(isinstance(weight, DTensor) for weight in trainable(model).values())
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, folder, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    assert torch.distributed.get_world_size() == 2
+    assert torch.distributed.get_backend() == "gloo"
+    save_file({"ddp": ddp, "fsdp": fsdp}[what](folder, rank), folder / f"rank{rank}.safetensors")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

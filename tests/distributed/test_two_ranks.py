@@ -1,0 +1,121 @@
+"""EWC on two gloo processes, data-parallel and sharded, is EWC on one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_llama
+
+pytestmark = pytest.mark.dist
+SCRIPT = Path(__file__).with_name("ranks.py")
+SECONDS = 120
+
+
+def launch(what: str, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """What both ranks found; no process of ours outlives the call."""
+    ranks = []
+    try:
+        for rank in range(2):
+            inside = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+            environment = {**os.environ, **{key: str(value) for key, value in inside.items()}, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            command = [sys.executable, str(SCRIPT), what, str(folder), str(rank)]
+            ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        for process in ranks:
+            errors = process.communicate(timeout=SECONDS)[1]
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+
+
+def alone():
+    spec = importlib.util.spec_from_file_location("ranks", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def far(one, other) -> float:
+    assert one.keys() == other.keys() and one
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def part(found, name):
+    return {key.removeprefix(name): tensor for key, tensor in found.items() if key.startswith(name)}
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory):
+    """Both ranks' results, and one process's."""
+    return launch("ddp", tmp_path_factory.mktemp("two")), alone().everywhere(tmp_path_factory.mktemp("one"), 8)
+
+
+def test_ranks_agree_bit_for_bit_on_weights_and_state(parallel):
+    (first, second), _ = parallel
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["full", "LoRA"])
+def test_two_processes_train_as_one_does_on_the_same_rows(parallel, kind):
+    (first, _), one = parallel
+    assert far(part(first, f"{kind}/weights."), part(one[kind], "weights.")) < 1e-6
+
+
+def test_ddp_with_reentrant_checkpointing_works_and_gives_the_same(parallel):
+    """A penalty in the loss uses parameters outside the forward pass, and DDP then marks a variable ready twice."""
+    (first, _), one = parallel
+    assert far(part(first, "reentrant checkpointing/weights."), part(one["full"], "weights.")) < 1e-6
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "sign"])
+@pytest.mark.parametrize("kind", ["fisher", "fisher of LoRA"])
+def test_each_rank_does_its_share_of_the_fisher_and_the_sum_is_the_same(parallel, kind, estimator):
+    (first, _), one = parallel
+    two = part(first, f"{kind}/{estimator}.")
+    for name, tensor in part(one[kind], f"{estimator}.").items():
+        assert torch.allclose(two[name], tensor, rtol=1e-4, atol=1e-9), name
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    module, model = alone(), tiny_llama()
+    one = module.importances(model) | module.held(model, tmp_path_factory.mktemp("one"))
+    return launch("fsdp", tmp_path_factory.mktemp("two")), one
+
+
+def test_the_empirical_fisher_of_a_sharded_model_is_that_of_a_whole_one(sharded):
+    """Sharding sums gradients over ranks before anybody can square them; examples must still be squared apart."""
+    (first, _), one = sharded
+    for name, tensor in part(one, "empirical.").items():
+        assert torch.allclose(part(first, "empirical.")[name], tensor, rtol=1e-4, atol=1e-8), name
+
+
+def test_the_random_sign_fisher_of_a_sharded_model_has_the_same_trace(sharded):
+    """Two ranks' batches are squared together, which is unbiased and not equal; five rows leave some noise."""
+    (first, _), one = sharded
+    traces = [sum(tensor.double().sum().item() for tensor in part(found, "sign.").values()) for found in (first, one)]
+    assert traces[0] == pytest.approx(traces[1], rel=0.3)
+
+
+@pytest.mark.parametrize("what", ["pull.", "figure.", "saved."])
+def test_pulls_figures_and_saved_state_of_a_sharded_model_are_those_of_a_whole_one(sharded, what):
+    (first, second), one = sharded
+    for found in (first, second):
+        for name, tensor in part(one, what).items():
+            assert torch.allclose(part(found, what)[name], tensor, rtol=1e-3, atol=1e-7), name
+
+
+def test_a_sharded_model_resumes_from_gathered_state_bit_for_bit(sharded):
+    (first, _), _ = sharded
+    before, after = part(first, "pull."), part(first, "pull after resume.")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert any(tensor.any() for tensor in before.values())

@@ -1,0 +1,379 @@
+"""The laws pass strategies that keep them, and each law catches one that breaks it, naming law, strategy and figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+import torch
+from lawful import L2SP, Lopsided, Path, Quarter, SmallLogits
+
+from hf_ftplus import EWC, Strategy, setting, testing
+from hf_ftplus.testing import check_strategy
+
+
+@pytest.mark.dist
+def test_ewc_keeps_every_law_on_one_process_and_two():
+    check_strategy(EWC())
+
+
+def test_ewc_keeps_the_laws_with_another_estimator():
+    check_strategy(EWC(fisher="empirical", strength=3000), processes=False, laws=[testing.law_acts, testing.law_same_anywhere])
+
+
+def test_a_pull_on_weights_keeps_the_laws():
+    check_strategy(L2SP(), processes=False)
+
+
+def test_a_loss_on_outputs_keeps_the_laws():
+    check_strategy(SmallLogits(), from_start=False, processes=False)
+
+
+def test_a_mixture_keeps_the_laws():
+    check_strategy(Quarter(), processes=False)
+
+
+def test_what_only_records_in_a_first_run_is_judged_in_a_second():
+    check_strategy(Path(), second_run=True, processes=False)
+    with pytest.raises(AssertionError, match="'acts' is broken by 'path'.*its gradient is 0"):
+        check_strategy(Path(), processes=False)
+
+
+def broken(strategy, words, *laws, **kwargs):
+    """Every other law may hold; these must not, and the message must say so."""
+    with pytest.raises(AssertionError, match=words):
+        check_strategy(strategy, laws=laws, processes=kwargs.pop("processes", False), **kwargs)
+
+
+# ---- silent at zero, acts --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Noisy(L2SP):
+    """Decays weights even when told not to."""
+
+    name: ClassVar[str] = "noisy"
+
+    def before_step(self, run):
+        super().before_step(run)
+        for weight in run.weights.values():
+            weight.grad.add_(weight.detach(), alpha=1e-3)
+
+
+@dataclass
+class Idle(Strategy):
+    """Nothing at all, with a strength."""
+
+    name: ClassVar[str] = "idle"
+    strength: float = setting(1.0, "nothing", unit="nothings", low=0)
+
+    def metrics(self):
+        return {"penalty": 0.0}
+
+
+def test_noise_at_strength_zero_is_caught():
+    broken(Noisy(), r"Law 'silent at zero' is broken by 'noisy': with \{'strength': 0\} weights end up to \d\.\de-0\d from", testing.law_silent_at_zero)
+
+
+def test_a_strategy_that_cannot_be_turned_off_is_told_how_to_say_so():
+    @dataclass
+    class Endless(Strategy):
+        """No zero."""
+
+        name: ClassVar[str] = "endless"
+
+    broken(Endless(), r"none of its settings is called strength, share or weight.*zero=", testing.law_silent_at_zero)
+    check_strategy(Endless(), zero={}, laws=[testing.law_silent_at_zero])
+
+
+def test_a_strategy_that_does_nothing_is_caught():
+    broken(Idle(), r"Law 'acts' is broken by 'idle': after 6 steps weights are 0\.0e\+00 from plain", testing.law_acts)
+
+
+def test_a_penalty_that_pulls_at_the_start_is_caught():
+    broken(Noisy(), r"Law 'acts' is broken by 'noisy': it moves weights by \d\.\de-0\d at the start", testing.law_acts)
+
+
+# ---- same anywhere ---------------------------------------------------------------------------------------------------
+
+
+def test_a_mean_where_a_sum_belongs_is_caught():
+    @dataclass
+    class Mean(SmallLogits):
+        """Averages over the micro-batch, so it grows with their number."""
+
+        name: ClassVar[str] = "mean"
+
+        def token_loss(self, run, batch):
+            return super().token_loss(run, batch) / len(batch.labels)
+
+    broken(Mean(), "Law 'same anywhere' is broken by 'mean': 8 rows at once and 2 rows four times", testing.law_same_anywhere)
+
+
+def test_a_strategy_that_behaves_otherwise_as_a_callback_is_caught():
+    @dataclass
+    class Snob(L2SP):
+        """Works only where the learn rows came ready for mixing."""
+
+        name: ClassVar[str] = "snob"
+
+        def before_step(self, run):
+            import inspect
+
+            callback = next(frame.frame.f_locals["self"] for frame in inspect.stack() if frame.function == "call")
+            if callback.within_trainer:
+                super().before_step(run)
+
+    broken(Snob(), "Law 'same anywhere' is broken by 'snob': as a callback", testing.law_same_anywhere)
+
+
+@pytest.mark.dist
+def test_ranks_that_part_are_caught():
+    broken(Lopsided(), "'lopsided': two processes end with weights and state up to .* apart", testing.law_same_anywhere, processes=True)
+
+
+def test_a_class_that_no_other_process_can_import_is_told_so():
+    @dataclass
+    class Hidden(L2SP):
+        """Lives in a function."""
+
+        name: ClassVar[str] = "hidden"
+
+    broken(Hidden(), "move it to a module, or give processes=False", testing.law_same_anywhere, processes=True)
+
+
+# ---- remembers, travels light ----------------------------------------------------------------------------------------
+
+
+def test_an_anchor_taken_again_on_resume_is_caught():
+    @dataclass
+    class Forgetful(L2SP):
+        """Takes the resumed weights for the start."""
+
+        name: ClassVar[str] = "forgetful"
+
+        def load_state_dict(self, state, run):
+            self.prepare(run)
+
+    broken(Forgetful(), "Law 'remembers' is broken by 'forgetful': stopped at step 3 and resumed, weights", testing.law_remembers)
+
+
+def test_a_counter_that_restarts_is_caught():
+    @dataclass
+    class Counter(Idle):
+        """Counts steps, and forgets."""
+
+        name: ClassVar[str] = "counter"
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.count = 0
+
+        def after_step(self, run):
+            self.count += 1
+
+        def state_dict(self):
+            return {"count": torch.tensor(float(self.count))}
+
+    broken(Counter(), "Law 'remembers' is broken by 'counter': .* its state ends up to 3.0e", testing.law_remembers)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (lambda run: {"a": {"b": torch.ones(1)}}, "expected only"),
+        (lambda run: {"steps": 3}, "expected only"),
+        (lambda run: {f"base_model.model.{n}": w.detach() for n, w in run.weights.items()}, "expected canonical names"),
+        (lambda run: dict(run.weights), "requires a gradient"),
+        (lambda run: {n: w.detach().clone() for n, w in run.model.named_parameters() if "lora" not in n and "base_layer" not in n} if hasattr(run.model, "peft_config") else {}, r"bytes \(LoRA\), expected at most"),
+    ],
+    ids=["nested", "a number", "wrapped names", "live weights", "the whole model under LoRA"],
+)  # fmt: skip
+def test_heavy_or_crooked_state_is_caught(state, words):
+    @dataclass
+    class Heavy(Idle):
+        """Carries too much."""
+
+        name: ClassVar[str] = "heavy"
+
+        def prepare(self, run):
+            self.load = {key.replace("base_model.model.", "", "lora" not in words): value for key, value in state(run).items()} if "LoRA" in words else state(run)
+
+        def state_dict(self):
+            return self.load
+
+    broken(Heavy(), words, testing.law_travels_light)
+
+
+# ---- leaves no trace -------------------------------------------------------------------------------------------------
+
+
+def _forward_hook(run):
+    run.model.register_forward_hook(lambda *_: None)
+
+
+def _patched_forward(run):
+    forward = run.model.forward
+    run.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def _moves(run):
+    with torch.no_grad():
+        next(iter(run.weights.values())).add_(1e-3)
+
+
+def _clears(run):
+    for weight in run.weights.values():
+        weight.grad = None
+
+
+def _freezes(run):
+    next(iter(run.weights.values())).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("trace", "words"),
+    [
+        (lambda run: run.model.eval(), "its prepare changed training mode"),
+        (lambda run: torch.rand(1), "its prepare changed torch's random numbers"),
+        (_moves, "its prepare changed weights"),
+        (_clears, "its prepare changed gradients"),
+        (_freezes, "its prepare changed requires_grad"),
+        (_forward_hook, "after training something of it stays"),
+        (_patched_forward, "the evaluation loss|after training something of it stays"),
+    ],
+    ids=["mode", "RNG", "weights", "gradients", "requires_grad", "hook", "patched forward"],
+)
+def test_every_trace_is_caught(trace, words):
+    @dataclass
+    class Messy(Idle):
+        """Leaves something lying about."""
+
+        name: ClassVar[str] = "messy"
+
+        def prepare(self, run):
+            trace(run)
+
+    broken(Messy(), words, testing.law_leaves_no_trace, peft=False)
+
+
+def test_random_numbers_drawn_while_training_are_caught():
+    @dataclass
+    class Gambler(Idle):
+        """Rolls the trainer's dice."""
+
+        name: ClassVar[str] = "gambler"
+
+        def after_step(self, run):
+            torch.rand(1)
+
+    broken(Gambler(), "its after_step changed torch's random numbers", testing.law_leaves_no_trace, peft=False)
+
+
+# ---- introduces itself, gets along -----------------------------------------------------------------------------------
+
+
+def test_every_way_of_not_introducing_oneself_is_caught():
+    @dataclass
+    class Unitless(Strategy):
+        """A number of what?"""
+
+        name: ClassVar[str] = "unitless"
+        strength: float = setting(1.0, "how hard", low=0)
+
+    @dataclass
+    class Helpless(Strategy):
+        """No word of help."""
+
+        name: ClassVar[str] = "helpless"
+        strength: float = setting(1.0, " ", unit="nats", low=0)
+
+    @dataclass
+    class Bare(Strategy):
+        """A field that nobody declared."""
+
+        name: ClassVar[str] = "bare"
+        strength: float = 1.0
+
+    @dataclass
+    class Credulous(Idle):
+        """Takes any value."""
+
+        name: ClassVar[str] = "credulous"
+
+        def __post_init__(self):
+            pass
+
+    @dataclass
+    class Mumbling(Idle):
+        """Cannot be pasted back."""
+
+        name: ClassVar[str] = "mumbling"
+
+        def __repr__(self):
+            return "<Mumbling>"
+
+    @dataclass
+    class Shouting(Idle):
+        """A name that no flag could take."""
+
+        name: ClassVar[str] = "Shouting Loud"
+
+    @dataclass
+    class Silent(Strategy):
+        name: ClassVar[str] = "silent"
+        things: list = field(default_factory=list, init=False)
+
+    for strategy, words in (
+        (Unitless(), "'unitless': setting strength is a number without a unit"),
+        (Helpless(), "'helpless': setting strength has no help"),
+        (Bare(), r"'bare': \['strength'\] is a field without setting"),
+        (Credulous(), r"'credulous': strength=-1 gives .*names credulous\.strength"),
+        (Mumbling(), "'mumbling': <Mumbling> pastes back as"),
+        (Shouting(), "its name is 'Shouting Loud'"),
+        (Silent(), "'silent': its class has no docstring"),
+    ):
+        broken(strategy, f"Law 'introduces itself' is broken by .*{words.split(':', 1)[-1]}", testing.law_introduces_itself)
+
+
+def test_a_strategy_that_overwrites_what_others_did_is_caught():
+    @dataclass
+    class Bully(L2SP):
+        """Replaces gradients instead of adding to them."""
+
+        name: ClassVar[str] = "bully"
+
+        def before_step(self, run):
+            for name, weight in run.weights.items():
+                weight.grad.copy_(weight.detach() - self.start[name] + 1e-3)
+
+    broken(Bully(), "Law 'gets along' is broken by 'bully': a strategy that comes before it no longer acts", testing.law_gets_along)
+
+
+def test_what_a_strategy_raises_is_told_with_law_and_name():
+    @dataclass
+    class Crash(Idle):
+        """Raises."""
+
+        name: ClassVar[str] = "crash"
+
+        def prepare(self, run):
+            raise KeyError("lost")
+
+    broken(Crash(), "Law 'acts' cannot be tried on 'crash': PluginError: .*KeyError", testing.law_acts)
+
+
+def test_the_strategy_given_is_never_trained_itself():
+    given = EWC()
+    check_strategy(given, laws=[testing.law_acts])
+    assert vars(given) == vars(EWC())
+
+
+def test_nothing_of_the_laws_stays_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    check_strategy(L2SP(), laws=[testing.law_acts])
+    assert torch.equal(torch.rand(3), expected) and not list(tmp_path.iterdir())
