@@ -110,7 +110,16 @@ def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, T
 
 
 def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [B, T, d] and labels [B, T], shifted by one and cut to supervised positions: ([N, d], [N])."""
+    """Hidden states [B, T, d] and labels [B, T], shifted by one and cut to supervised positions: ([N, d], [N]).
+
+    Raises:
+        IncompatibleError: the model saw more positions than there are labels.
+    """
+    if hidden.shape[1] != labels.shape[1]:
+        raise IncompatibleError(
+            f"The model ran over {hidden.shape[1]} positions for {labels.shape[1]} labels, as adapters that prepend virtual "
+            "tokens do (prompt tuning, prefix tuning, p-tuning). Use LoRA or full fine-tuning."
+        )
     targets = labels[:, 1:]
     mask = targets != -100
     return hidden[:, :-1][mask], targets[mask]

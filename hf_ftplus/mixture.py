@@ -7,6 +7,7 @@ alone, so a resumed run needs no state and every rank draws the same one.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -60,5 +61,5 @@ class MixtureSampler(Sampler[int]):
         return chosen
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
-        salt = int.from_bytes(purpose.encode()[:4].ljust(4, b"\0"), "big") + sum(purpose.encode())
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + salt) * 1_000_003 + number)
+        mixed = (self.seed * 1_000_003 + zlib.crc32(purpose.encode())) * 1_000_003 + number
+        return torch.Generator().manual_seed(mixed % 2**63)

@@ -80,14 +80,16 @@ def check_strategy(
     with tempfile.TemporaryDirectory(prefix="ftplus-laws-") as folder, _quiet(), _rng_restored():
         bench = Bench(strategy, Path(folder), protect, peft, processes, second_run, from_start, zero)
         for law in LAWS if laws is None else laws:
+            bench.law = law.__name__.removeprefix("law_").replace("_", " ")
             try:
                 if second_run and not bench.first:
-                    bench.first = {lora: bench.first_run(lora) for lora in bench.kinds}
+                    bench.first = {kind.lora: bench.first_run(kind.lora) for kind in bench.kinds}
                 law(bench)
             except AssertionError:
                 raise
             except Exception as error:
-                raise AssertionError(f"{_law(law)} cannot be tried on {bench.name!r}: {type(error).__name__}: {error}") from error
+                said = f"{type(error).__name__}: {error}"
+                raise AssertionError(f"Law {bench.law!r} cannot be tried on {bench.name!r}: {said}") from error
 
 
 # ---- the laws --------------------------------------------------------------------------------------------------------
@@ -95,126 +97,156 @@ def check_strategy(
 
 def law_silent_at_zero(bench: Bench) -> None:
     """Turned off, it trains bit-identically to plain TRL, dropout and all."""
-    off = bench.zero if bench.zero is not None else _zero(bench.strategy)
-    for lora in bench.kinds:
-        silent, plain = bench.train(bench.fresh(**off), lora=lora, dropout=0.1), bench.plain(lora=lora, dropout=0.1)
-        far = _far(_weights(silent), _weights(plain))
-        _demand(far == 0, bench, law_silent_at_zero, f"with {off} weights end up to {far:.1e} from plain TRL's ({_kind(lora)}), expected 0")
+    off = bench.zero if bench.zero is not None else _zero(bench)
+    for kind in bench.kinds:
+        silent, plain = (
+            bench.train(bench.fresh(**off), lora=kind.lora, dropout=0.1),
+            bench.plain(lora=kind.lora, dropout=0.1),
+        )
+        bench.equal(_weights(silent), _weights(plain), f"with {off} weights and plain TRL's ({kind})")
 
 
 def law_same_anywhere(bench: Bench) -> None:
     """8 rows at once = 2 rows four times; a callback = the trainer; one process = two."""
-    gentle = dict(optim="sgd", learning_rate=1e-3, max_grad_norm=0.0, max_steps=3)
-    whole = _weights(bench.train(bench.fresh(), **gentle, per_device_train_batch_size=8))
-    plain = _weights(bench.plain(**gentle, per_device_train_batch_size=8))
-    parts = _weights(bench.train(bench.fresh(), **gentle, per_device_train_batch_size=2, gradient_accumulation_steps=4))
-    _same_update(bench, whole, parts, plain, "8 rows at once and 2 rows four times")
+    gentle = {"optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0, "max_steps": 3}
+    at_once, in_four = (
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    )
+    whole = _weights(bench.train(bench.fresh(), **gentle, **at_once))
+    plain = _weights(bench.plain(**gentle, **at_once))
+    _same_update(
+        bench,
+        whole,
+        _weights(bench.train(bench.fresh(), **gentle, **in_four)),
+        plain,
+        "8 rows at once and 2 rows four times",
+    )
     if not any(bench.strategy.overrides(hook) for hook in NEEDS_TRAINER):
-        far = _far(_weights(bench.train(bench.fresh())), _weights(bench.train(bench.fresh(), callback=True)))
-        _demand(far == 0, bench, law_same_anywhere, f"as a callback, weights end up to {far:.1e} from the trainer's, expected 0")
+        inside, outside = bench.train(bench.fresh()), bench.train(bench.fresh(), callback=True)
+        bench.equal(_weights(inside), _weights(outside), "as a callback, weights and those of the trainer")
     if bench.processes:
         one, other = _two_processes(bench, {**gentle, "per_device_train_batch_size": 4})
-        far = _far(one, other)
-        _demand(far == 0, bench, law_same_anywhere, f"two processes end with weights and state up to {far:.1e} apart, expected 0")
+        bench.equal(one, other, "two processes' weights and state")
         _same_update(bench, whole, {name: one[f"weights.{name}"] for name in whole}, plain, "one process and two")
 
 
 def law_remembers(bench: Bench) -> None:
     """Stopped and resumed, it ends where it would have ended, bit for bit, and knows what it would have known."""
-    for lora in bench.kinds:
-        saving = dict(lora=lora, dropout=0.1, save_strategy="steps", save_steps=3, max_steps=6, output_dir=str(bench.new_folder()))
-        whole = bench.train(bench.fresh(), **saving)
-        resumed = bench.train(bench.fresh(), **saving, resume=f"{saving['output_dir']}/checkpoint-3")
-        far = _far(_weights(whole), _weights(resumed))
-        _demand(far == 0, bench, law_remembers, f"stopped at step 3 and resumed, weights end up to {far:.1e} off ({_kind(lora)}), expected 0")
-        far = _far(_state(whole), _state(resumed))
-        _demand(far == 0, bench, law_remembers, f"stopped and resumed, its state ends up to {far:.1e} off ({_kind(lora)}), expected 0")
+    for kind in bench.kinds:
+        folder = str(bench.new_folder())
+        saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "output_dir": folder}
+        whole = bench.train(bench.fresh(), lora=kind.lora, dropout=0.1, **saving)
+        resumed = bench.train(bench.fresh(), lora=kind.lora, dropout=0.1, resume=f"{folder}/checkpoint-3", **saving)
+        bench.equal(
+            _weights(whole),
+            _weights(resumed),
+            f"stopped at step 3 and resumed, weights and uninterrupted ones ({kind})",
+        )
+        bench.equal(
+            _state(whole),
+            _state(resumed),
+            f"stopped at step 3 and resumed, its state and an uninterrupted one ({kind})",
+        )
 
 
 def law_leaves_no_trace(bench: Bench) -> None:
     """Model, gradients and random numbers are as found after each hook; nothing stays in the model after training."""
-    for lora in bench.kinds:
+    for kind in bench.kinds:
         before, after = Look("look before"), Look("look after")
-        trainer = bench.train(before, bench.fresh(), after, lora=lora, dropout=0.1)
+        trainer = bench.train(before, bench.fresh(), after, lora=kind.lora, dropout=0.1)
         for (hook, found), (_, left) in zip(before.seen, after.seen, strict=True):
-            changed = sorted(key for key in found if found[key] != left[key])
-            _demand(not changed, bench, law_leaves_no_trace, f"its {hook} changed {', '.join(changed)} ({_kind(lora)}), expected nothing")
-        plain = bench.plain(lora=lora, dropout=0.1)
-        stays = [name for name, now in _fixtures(trainer.model).items() if now != _fixtures(plain.model)[name]]
-        _demand(not stays, bench, law_leaves_no_trace, f"after training something of it stays on {stays[:3] and ', '.join(stays[:3])}, expected no hook and no patch")
+            changed = ", ".join(sorted(key for key in found if found[key] != left[key]))
+            bench.demand(not changed, f"its {hook} changed {changed} ({kind}), expected nothing")
+        plain = bench.plain(lora=kind.lora, dropout=0.1)
+        usual = _fixtures(plain.model)
+        stays = [name or "the model" for name, now in _fixtures(trainer.model).items() if now != usual[name]]
+        bench.demand(
+            not stays, f"after training something of it stays on {', '.join(stays[:3])}, expected no hook, no patch"
+        )
         # the very same weights in both, so that only a trace could tell them apart
         plain.model.load_state_dict(trainer.model.state_dict())
-        losses = [it.evaluate()["eval_loss"] for it in (trainer, plain)]
-        _demand(losses[0] == losses[1], bench, law_leaves_no_trace, f"the evaluation loss is {losses[0]:.6f} with it and {losses[1]:.6f} without, expected the same")
+        mine, theirs = (it.evaluate()["eval_loss"] for it in (trainer, plain))
+        bench.demand(
+            mine == theirs, f"the evaluation loss is {mine:.6f} with it and {theirs:.6f} without, expected the same"
+        )
 
 
 def law_travels_light(bench: Bench) -> None:
     """Its state is a flat dict of tensors under canonical names, no larger than 16 bytes for each trainable weight."""
-    for lora in bench.kinds:
-        trainer = bench.train(bench.fresh(), lora=lora)
+    for kind in bench.kinds:
+        trainer = bench.train(bench.fresh(), lora=kind.lora)
         state = _own(trainer).state_dict()
         odd = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-        _demand(not odd, bench, law_travels_light, f"state_dict() holds {odd[:1]}, expected only {{str: Tensor}}")
-        named = [key for key in state if re.search(WRAPPED, key)]
-        _demand(not named, bench, law_travels_light, f"state_dict() calls a tensor {named[:1]}, expected canonical names as in run.weights")
+        bench.demand(not odd, f"state_dict() holds {odd[:1]}, expected only {{str: Tensor}}")
+        wrapped = [key for key in state if re.search(WRAPPED, key)]
+        bench.demand(
+            not wrapped, f"state_dict() calls a tensor {wrapped[:1]}, expected canonical names as in run.weights"
+        )
         graphs = [key for key, value in state.items() if value.requires_grad]
-        _demand(not graphs, bench, law_travels_light, f"{graphs[:1]} in state_dict() requires a gradient, expected detached tensors")
+        bench.demand(not graphs, f"{graphs[:1]} in state_dict() requires a gradient, expected detached tensors")
         held = sum(value.numel() * value.element_size() for value in state.values())
         allowed = BYTES_PER_WEIGHT * sum(weight.numel() for weight in trainable(trainer.model).values()) + 1024
-        _demand(held <= allowed, bench, law_travels_light, f"its state takes {held} bytes ({_kind(lora)}), expected at most {allowed}")
+        bench.demand(held <= allowed, f"its state takes {held} bytes ({kind}), expected at most {allowed}")
 
 
 def law_introduces_itself(bench: Bench) -> None:
     """`repr` pastes back; it, and each setting, has help; numbers have units; a bad value is refused by name."""
-    kind, strategy, law = type(bench.strategy), bench.strategy, law_introduces_itself
-    _demand(bool(re.fullmatch(r"[a-z][a-z0-9_-]*", kind.name or "")), bench, law, f"its name is {kind.name!r}, expected lower-case letters, digits, - and _")
-    _demand(bool((kind.__doc__ or "").strip()) and not kind.__doc__.startswith(f"{kind.__name__}("), bench, law, "its class has no docstring, expected a line of help")
-    try:
-        written = repr(strategy).replace(kind.__qualname__, kind.__name__, 1)
-        pasted = eval(written, {kind.__name__: kind, "nan": math.nan, "inf": math.inf})
-    except Exception as error:
-        pasted = error
-    _demand(pasted == strategy, bench, law, f"{strategy!r} pastes back as {pasted!r}, expected an equal strategy")
+    kind, strategy = type(bench.strategy), bench.strategy
+    named = re.fullmatch(r"[a-z][a-z0-9_-]*", kind.name or "")
+    bench.demand(bool(named), f"its name is {kind.name!r}, expected lower-case letters, digits, - and _")
+    help = (kind.__doc__ or "").strip()
+    bench.demand(
+        bool(help) and not help.startswith(f"{kind.__name__}("), "its class has no docstring, expected a line of help"
+    )
+    pasted = _pasted(strategy)
+    bench.demand(pasted == strategy, f"{strategy!r} pastes back as {pasted!r}, expected an equal strategy")
     known = {item.name: item for item in settings(kind)}
     bare = [item.name for item in dataclasses.fields(kind) if item.init and item.name not in known]
-    _demand(not bare, bench, law, f"{bare[:1]} is a field without setting(), expected default and help for each")
+    bench.demand(not bare, f"{bare[:1]} is a field without setting(), expected default and help for each")
     for item in known.values():
-        _demand(bool(item.help.strip()), bench, law, f"setting {item.name} has no help")
-        _demand(bool(item.unit) or not _needs_unit(item), bench, law, f"setting {item.name} is a number without a unit")
+        bench.demand(bool(item.help.strip()), f"setting {item.name} has no help")
+        bench.demand(bool(item.unit) or not _needs_unit(item), f"setting {item.name} is a number without a unit")
+        where = f"{kind.name}.{item.name}"
         for value in _bad_values(item):
             said = _refusal(kind, item.name, value)
-            _demand(f"{kind.name}.{item.name}" in said, bench, law, f"{item.name}={value!r} gives {said!r}, expected a UsageError that names {kind.name}.{item.name}")
+            bench.demand(
+                where in said, f"{item.name}={value!r} gives {said!r}, expected a UsageError that names {where}"
+            )
 
 
 def law_gets_along(bench: Bench) -> None:
     """Beside another strategy, before or after it, both act."""
-    gently = dict(max_steps=4)
-    alone, other = _weights(bench.train(bench.fresh(), **gently)), _weights(bench.train(Companion(), **gently))
-    plain = _weights(bench.plain(**gently))
-    for order in ("before", "after"):
-        pair = [bench.fresh(), Companion()] if order == "before" else [Companion(), bench.fresh()]
-        both = _weights(bench.train(*pair, **gently))
-        if _far(alone, plain) > 0:
-            _demand(_far(both, other) > 0, bench, law_gets_along, f"{order} another strategy it no longer acts: weights are {_far(both, other):.1e} from the other's alone")
-        _demand(_far(both, alone) > 0, bench, law_gets_along, f"a strategy that comes {'after' if order == 'before' else 'before'} it no longer acts: weights are {_far(both, alone):.1e} from without it")
+    alone, other = _weights(bench.train(bench.fresh())), _weights(bench.train(Companion()))
+    acts = _far(alone, _weights(bench.plain())) > 0
+    for order, pair in (("before", [bench.fresh(), Companion()]), ("after", [Companion(), bench.fresh()])):
+        both = _weights(bench.train(*pair))
+        bench.demand(
+            not acts or _far(both, other) > 0, f"{order} another strategy it no longer acts: nothing changes without it"
+        )
+        bench.demand(_far(both, alone) > 0, f"when it comes {order} another strategy, the other no longer acts")
 
 
 def law_acts(bench: Bench) -> None:
     """It does nothing at the starting weights, and something as soon as they move."""
-    for lora in bench.kinds:
-        if bench.from_start if bench.from_start is not None else not bench.strategy.overrides("mix"):
-            step = dict(lora=lora, max_steps=1, optim="sgd", learning_rate=1e-2, logging_steps=1, max_grad_norm=0.0)
-            first = bench.train(bench.fresh(), **step)
-            far = _far(_weights(first), _weights(bench.plain(**step)))
-            _demand(far <= 1e-6, bench, law_acts, f"it moves weights by {far:.1e} at the start, before any left it ({_kind(lora)}), expected 0")
+    from_start = bench.from_start if bench.from_start is not None else not bench.strategy.overrides("mix")
+    for kind in bench.kinds:
+        if from_start:
+            step = {"max_steps": 1, "optim": "sgd", "learning_rate": 1e-2, "logging_steps": 1, "max_grad_norm": 0.0}
+            first = bench.train(bench.fresh(), lora=kind.lora, **step)
+            far = _far(_weights(first), _weights(bench.plain(lora=kind.lora, **step)))
+            bench.demand(
+                far <= 1e-6, f"it moves weights by {far:.1e} at the start, before any left it ({kind}), expected 0"
+            )
             penalty = _logged(first, f"{bench.name}/penalty")
-            _demand(penalty in (None, 0), bench, law_acts, f"its penalty is {penalty} at the start ({_kind(lora)}), expected 0")
-        steps = dict(lora=lora, max_steps=6, logging_steps=6)
-        moved = bench.train(bench.fresh(), **steps)
-        far = _far(_weights(moved), _weights(bench.plain(**steps)))
-        _demand(far > 0, bench, law_acts, f"after 6 steps weights are {far:.1e} from plain TRL's ({_kind(lora)}): its gradient is 0")
+            bench.demand(not penalty, f"its penalty is {penalty} at the start ({kind}), expected 0")
+        moved = bench.train(bench.fresh(), lora=kind.lora, max_steps=6, logging_steps=6)
+        far = _far(_weights(moved), _weights(bench.plain(lora=kind.lora, max_steps=6)))
+        bench.demand(far > 0, f"after 6 steps weights are {far:.1e} from plain TRL's ({kind}): its gradient is 0")
         penalty = _logged(moved, f"{bench.name}/penalty")
-        _demand(penalty is None or penalty > 0, bench, law_acts, f"its penalty is {penalty} after 6 steps ({_kind(lora)}), expected more than 0")
+        bench.demand(
+            penalty is None or penalty > 0, f"its penalty is {penalty} after 6 steps ({kind}), expected more than 0"
+        )
 
 
 LAWS = (
@@ -232,6 +264,16 @@ LAWS = (
 # ---- where they are tried --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A way to train: all weights, or a LoRA adapter."""
+
+    lora: bool
+
+    def __str__(self) -> str:
+        return "LoRA" if self.lora else "full fine-tuning"
+
+
 @dataclass
 class Bench:
     """A strategy to judge, and the tiny world that it is judged in."""
@@ -246,15 +288,27 @@ class Bench:
     zero: dict[str, Any] | None = None
     first: dict[bool, Path] = field(default_factory=dict)
     """With `second_run`: output folders of the first run, full and LoRA."""
+    law: str = ""
+    """The law that is being tried."""
 
     @property
     def name(self) -> str:
         return self.strategy.name or type(self.strategy).__name__
 
     @property
-    def kinds(self) -> tuple[bool, ...]:
+    def kinds(self) -> tuple[Kind, ...]:
         """Full fine-tuning, and LoRA where wanted."""
-        return (False, True) if self.peft else (False,)
+        return (Kind(False), Kind(True)) if self.peft else (Kind(False),)
+
+    def demand(self, holds: bool, found: str) -> None:
+        """Raise in the name of the law unless it holds."""
+        if not holds:
+            raise AssertionError(f"Law {self.law!r} is broken by {self.name!r}: {found}.")
+
+    def equal(self, one: Weights, other: Weights, what: str) -> None:
+        """Demand that two sets of tensors agree bit for bit."""
+        far = _far(one, other)
+        self.demand(far == 0, f"{what} end up to {far:.1e} apart, expected 0")
 
     def fresh(self, **changes: Any) -> Strategy:
         """A strategy of the same settings that has not trained yet."""
@@ -298,25 +352,25 @@ class Bench:
         from transformers import PrinterCallback
 
         memory = self.first[lora] / "ftplus" / "memory" if lora in self.first else None
-        ours = dict(protect=tiny_batches(seed=1) if self.protect is None else self.protect, memory=memory)
-        known = dict(train_dataset=tiny_rows(seed=0), eval_dataset=tiny_rows(seed=2, count=4), processing_class=tiny_tokenizer())
+        ours = {"protect": tiny_batches(seed=1) if self.protect is None else self.protect, "memory": memory}
+        rows = {"train_dataset": tiny_rows(seed=0), "eval_dataset": tiny_rows(seed=2, count=4)}
         kind, extra = trl.SFTTrainer, {}
         if strategies and callback:
             extra = {"callbacks": [StrategyCallback(*strategies, **ours)]}
         elif strategies:
             kind, extra = SFTTrainer, {"strategies": strategies, **ours}
-        trainer = kind(self.model(lora, dropout), args=self._arguments(args), **known, **extra)
+        known = {"args": self._arguments(args), "processing_class": tiny_tokenizer(), **rows}
+        trainer = kind(self.model(lora, dropout), **known, **extra)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
     def _arguments(self, changes: dict[str, Any]) -> trl.SFTConfig:
-        usual = dict(
-            max_steps=4, per_device_train_batch_size=4, learning_rate=3e-3, logging_steps=2, seed=7, save_strategy="no",
-            report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, max_length=32,
-            dataloader_pin_memory=False,
-        )  # fmt: skip
-        return trl.SFTConfig(**{"output_dir": changes.get("output_dir") or str(self.new_folder()), **usual, **changes})
+        usual = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "max_length": 32, "seed": 7}
+        bare = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+        quiet = {"logging_steps": 2, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        folder = changes.get("output_dir") or str(self.new_folder())
+        return trl.SFTConfig(**{**usual, **bare, **quiet, **changes, "output_dir": folder})
 
 
 def tiny_model(lora: bool = False, dropout: float = 0.0) -> nn.Module:
@@ -343,7 +397,9 @@ def tiny_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t2"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t1", unk_token="t2")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t1", unk_token="t2"
+    )
 
 
 def tiny_rows(seed: int, count: int = 24) -> Any:
@@ -383,7 +439,7 @@ class Companion(Strategy):
 
 @dataclass
 class Look(Strategy):
-    """Notes the state of the world at each hook, to be compared with what another one sees after the strategy between."""
+    """Notes the state of the world at each hook, for comparison with one that looks after the strategy between."""
 
     name = "look"
 
@@ -438,13 +494,14 @@ def _two_processes(bench: Bench, args: dict[str, Any]) -> tuple[Weights, Weights
 
     folder = bench.new_folder()
     kind = type(bench.strategy)
-    _demand("<locals>" not in kind.__qualname__ and kind.__module__ != "__main__", bench, law_same_anywhere,
-            f"{kind.__qualname__} cannot be imported by another process: move it to a module, or give processes=False")  # fmt: skip
+    reachable = "<locals>" not in kind.__qualname__ and kind.__module__ != "__main__"
+    advice = "move it to a module, or give processes=False"
+    bench.demand(reachable, f"{kind.__qualname__} cannot be imported by another process: {advice}")
     protect = bench.protect if bench.protect is None or isinstance(bench.protect, dict) else {"protect": bench.protect}
     task = {
         "module": kind.__module__, "file": inspect.getfile(kind), "class": kind.__qualname__, "args": args,
         "settings": {item.name: getattr(bench.strategy, item.name) for item in settings(kind)},
-        "protect": protect and {n: [{k: v.tolist() for k, v in b.items()} for b in batches] for n, batches in protect.items()},
+        "protect": protect and {name: [_listed(batch) for batch in batches] for name, batches in protect.items()},
         "first": {str(int(lora)): str(path) for lora, path in bench.first.items()},
     }  # fmt: skip
     (folder / "task.json").write_text(json.dumps(task))
@@ -452,13 +509,16 @@ def _two_processes(bench: Bench, args: dict[str, Any]) -> tuple[Weights, Weights
     try:
         for rank in range(2):
             inside = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-            environment = {**os.environ, **{key: str(value) for key, value in inside.items()}, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            command = [sys.executable, "-c", f"from hf_ftplus.testing import _one_rank; _one_rank({str(folder)!r}, {rank})"]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            environment = {**os.environ, **path, **{key: str(value) for key, value in inside.items()}}
+            command = f"from hf_ftplus.testing import _one_rank; _one_rank({str(folder)!r}, {rank})"
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+            ranks.append(subprocess.Popen([sys.executable, "-c", command], env=environment, **pipes))
         for rank, process in enumerate(ranks):
-            errors = process.communicate(timeout=SPAWN_SECONDS)[1]
+            errors = process.communicate(timeout=SPAWN_SECONDS)[1].strip()
             if process.returncode:
-                raise RuntimeError(f"process {rank} of two failed: {errors.strip().splitlines()[-1] if errors.strip() else process.returncode}")
+                why = errors.splitlines()[-1] if errors else f"exit code {process.returncode}"
+                raise RuntimeError(f"process {rank} of two failed: {why}")
     finally:
         for process in ranks:
             process.kill()
@@ -475,18 +535,31 @@ def _one_rank(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
     task = json.loads((Path(folder) / "task.json").read_text())
     bound = timedelta(seconds=SPAWN_SECONDS / 2)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=bound)
-    protect = task["protect"] and {n: [{k: torch.tensor(v) for k, v in b.items()} for b in batches] for n, batches in task["protect"].items()}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=bound
+    )
+    given = task["protect"]
+    protect = given and {name: [_tensors(batch) for batch in batches] for name, batches in given.items()}
     first = {lora == "1": Path(path) for lora, path in task["first"].items()}
     bench = Bench(_class(task)(**task["settings"]), Path(folder), protect, first=first)
     trainer = bench.train(bench.fresh(), **task["args"])
     if trainer.accelerator.num_processes != 2:
         raise RuntimeError(f"trained on {trainer.accelerator.num_processes} processes, expected 2")
     found = {f"weights.{name}": weight for name, weight in _weights(trainer).items()}
-    found |= {f"state.{name}": tensor.detach().clone().contiguous() for name, tensor in _own(trainer).state_dict().items()}
+    found |= {
+        f"state.{name}": tensor.detach().clone().contiguous() for name, tensor in _own(trainer).state_dict().items()
+    }
     save_file(found, Path(folder) / f"rank{rank}.safetensors")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _listed(batch: dict[str, Tensor]) -> dict[str, list]:
+    return {key: tensor.tolist() for key, tensor in batch.items()}
+
+
+def _tensors(batch: dict[str, list]) -> dict[str, Tensor]:
+    return {key: torch.tensor(values) for key, values in batch.items()}
 
 
 def _class(task: dict[str, str]) -> type[Strategy]:
@@ -503,24 +576,11 @@ def _class(task: dict[str, str]) -> type[Strategy]:
 # ---- small things ----------------------------------------------------------------------------------------------------
 
 
-def _law(law: Callable[[Bench], None]) -> str:
-    return f"Law '{law.__name__.removeprefix('law_').replace('_', ' ')}'"
-
-
-def _demand(holds: bool, bench: Bench, law: Callable[[Bench], None], found: str) -> None:
-    if not holds:
-        raise AssertionError(f"{_law(law)} is broken by {bench.name!r}: {found}.")
-
-
 def _same_update(bench: Bench, one: Weights, other: Weights, plain: Weights, what: str) -> None:
     """Equal to rounding; and far closer than what the strategy does, where it does more than rounding."""
     far, effect = _far(one, other), _far(one, plain)
     allowed = min(1e-6, effect / 10) if effect > 2e-6 else 1e-6
-    _demand(far <= allowed, bench, law_same_anywhere, f"{what} end with weights up to {far:.1e} apart, expected at most {allowed:.1e}")
-
-
-def _kind(lora: bool) -> str:
-    return "LoRA" if lora else "full fine-tuning"
+    bench.demand(far <= allowed, f"{what} end with weights up to {far:.1e} apart, expected at most {allowed:.1e}")
 
 
 def _own(trainer: trl.SFTTrainer) -> Strategy:
@@ -550,16 +610,23 @@ def _logged(trainer: trl.SFTTrainer, key: str) -> float | None:
     return next((log[key] for log in reversed(trainer.state.log_history) if key in log), None)
 
 
-def _zero(strategy: Strategy) -> dict[str, Any]:
+def _zero(bench: Bench) -> dict[str, Any]:
     """The setting that turns a strategy off, at 0."""
-    known = [item.name for item in settings(type(strategy))]
-    found = next((name for name in ZEROS if name in known), None)
-    if found is None:
-        raise AssertionError(
-            f"{_law(law_silent_at_zero)} is broken by {strategy.name!r}: none of its settings is called "
-            f"{', '.join(ZEROS[:-1])} or {ZEROS[-1]}; give one, or say check_strategy(..., zero={{...}}) what turns it off."
-        )
-    return {found: 0}
+    known = [item.name for item in settings(type(bench.strategy))]
+    found = [name for name in ZEROS if name in known]
+    wanted = "strength, share or weight; give it one, or say check_strategy(..., zero={...}) what turns it off"
+    bench.demand(bool(found), f"none of its settings is called {wanted}")
+    return {found[0]: 0}
+
+
+def _pasted(strategy: Strategy) -> Any:
+    """What `repr` evaluates to; the error if it does not."""
+    kind = type(strategy)
+    try:
+        written = repr(strategy).replace(kind.__qualname__, kind.__name__, 1)  # classes inside functions, as in tests
+        return eval(written, {kind.__name__: kind, "nan": math.nan, "inf": math.inf})
+    except Exception as error:
+        return error
 
 
 def _needs_unit(item: Setting) -> bool:

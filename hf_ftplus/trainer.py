@@ -46,6 +46,8 @@ logger = logging.getLogger("hf_ftplus")
 STATE_FOLDER = "ftplus"
 NEEDS_TRAINER = ("token_loss", "mix")
 DEFAULT_LENGTH = 1024
+PROTECT_BATCH = 4
+"""Rows in a micro-batch of protect data. A batch is one sample of every weight's importance: small ones are steadier."""
 
 
 class StrategyCallback(TrainerCallback):
@@ -443,14 +445,14 @@ def protect_batches(
         elif isinstance(task, data.TaskSpec):
             task = data.load(task.source, task.split)
         examples = data.tokenize(data.normalise(task, name), tokenizer, length, name).examples
-        found[name] = data.collate(examples, pad_id(tokenizer), args.per_device_train_batch_size)
+        found[name] = data.collate(examples, pad_id(tokenizer), min(PROTECT_BATCH, args.per_device_train_batch_size))
     return found
 
 
 def learn_batches(dataloader: Any, batch_size: int, rows: int) -> list[dict[str, Tensor]]:
     """Micro-batches of the first `rows` training rows; none when the rows are not tokens and labels (DPO, streams)."""
     dataset = getattr(dataloader, "dataset", None)
-    if dataset is None or not hasattr(dataset, "__getitem__"):
+    if not hasattr(dataset, "__len__"):  # a stream; torch gives every dataset a __getitem__
         return []
     rows = min(rows, len(dataset))
     starts = range(0, rows, batch_size)

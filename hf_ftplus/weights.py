@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .errors import IncompatibleError
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
-_ADAPTER_NAME = re.compile(r"\b(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.[^.]+")
+_ADAPTER_NAME = re.compile(r"\b(lora_(?:A|B|magnitude_vector))\.[^.]+(?=\.)")
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+")
 
 

@@ -1,4 +1,4 @@
-"""Small strategies, one for each hook, that keep the laws; in a module of their own so that a second process finds them."""
+"""Small strategies, one for each hook, that keep the laws; in a module, so that a second process finds them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,11 @@ class Path(Strategy):
         self.path = {name: torch.zeros_like(weight) for name, weight in run.weights.items()}
 
     def before_step(self, run: Run) -> None:
-        self.before = {name: (weight.detach().clone(), weight.grad.clone()) for name, weight in run.weights.items() if weight.grad is not None}
+        self.before = {
+            name: (weight.detach().clone(), weight.grad.clone())
+            for name, weight in run.weights.items()
+            if weight.grad is not None
+        }
         for name, importance in self.held.items():
             run.weights[name].grad.add_(importance * (run.weights[name] - self.start[name]), alpha=self.strength)
 
@@ -86,7 +90,11 @@ class Path(Strategy):
 
     def load_state_dict(self, state: dict[str, torch.Tensor], run: Run) -> None:
         for part in ("held", "start", "path"):
-            setattr(self, part, {key.removeprefix(f"{part}."): tensor for key, tensor in state.items() if key.startswith(f"{part}.")})
+            setattr(
+                self,
+                part,
+                {key.removeprefix(f"{part}."): tensor for key, tensor in state.items() if key.startswith(f"{part}.")},
+            )
 
 
 @dataclass

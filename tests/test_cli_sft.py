@@ -312,3 +312,18 @@ def test_two_processes_are_launched_as_trl_would(place, tmp_path, way):
     facts = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())["facts"]
     assert facts["processes"] == 2
     assert facts["strategies"]["ewc"]["penalty"] > 0
+
+
+def test_a_strategy_from_a_file_runs_with_its_settings(place, tmp_path):
+    (tmp_path / "idea.py").write_text(
+        "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom hf_ftplus import Strategy, setting\n\n\n"
+        '@dataclass\nclass Shrink(Strategy):\n    """Shrink gradients."""\n\n    name: ClassVar[str] = "shrink"\n'
+        '    factor: float = setting(0.5, "gradients are multiplied by this", unit="of the gradient", low=0, high=1)\n\n'
+        "    def before_step(self, run):\n        for weight in run.weights.values():\n            weight.grad.mul_(self.factor)\n"
+    )
+    run = words(place, tmp_path / "out", "--set", "shrink.factor=0", plugin=str(tmp_path / "idea.py"), protect=None)
+    assert main([*run, "--weight_decay", "0"]) == 0
+    report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
+    assert report["facts"]["config"]["strategies"] == ["Shrink(factor=0.0)"]
+    learn = report["tasks"][0]
+    assert learn["after"]["loss"]["value"] == learn["before"]["loss"]["value"]  # nothing moved

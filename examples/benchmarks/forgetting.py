@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT / "examples" / "demo"))
 LEARNT = 0.9
 EWC = "--plugin ewc --set ewc.remember=false --set ewc.strength"
 ROWS = {
-    "plain 2e-5": "--learning_rate 2e-5 --max_steps 140 --lr_scheduler_kwargs {\"num_decay_steps\":40}",
-    "plain 5e-5": "--learning_rate 5e-5 --max_steps 100 --lr_scheduler_kwargs {\"num_decay_steps\":30}",
+    "plain 2e-5": "--learning_rate 2e-5 --max_steps 120 --lr_scheduler_kwargs {\"num_decay_steps\":36}",
+    "plain 5e-5": "--learning_rate 5e-5 --max_steps 90 --lr_scheduler_kwargs {\"num_decay_steps\":27}",
     "plain 1e-4": "--learning_rate 1e-4",
     "plain 2e-4": "--learning_rate 2e-4",
     "ewc 3e4, 2e-4": f"{EWC}=30000 --learning_rate 2e-4",
 }
-"""Low rates get up to twice the demo's 70 steps, to learn as much."""
+"""Low rates get up to twice the demo's 60 steps, to learn as much."""
 
 
 @dataclass

@@ -63,7 +63,7 @@ def trained(folder: Path, model: torch.nn.Module, size: int, **kwargs) -> dict[s
 
 def everywhere(folder: Path, size: int) -> dict[str, dict[str, Tensor]]:
     """The runs that must end alike on one process (`size` 8) and two (`size` 4)."""
-    reentrant = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     return {
         "fisher": importances(tiny_llama()),
         "fisher of LoRA": importances(lora()),
@@ -81,7 +81,15 @@ def ddp(folder: Path, rank: int) -> dict[str, Tensor]:
 def held(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
     """EWC by hand: prepare, a step away, the pull, the figures, the state through a checkpoint and back."""
     strategy = EWC(strength=50.0, fisher="empirical")
-    run = Run(model=model, weights=trainable(model), protect={"it": protect()}, learn=lambda rows: [], device=torch.device("cpu"), seed=0, memory=Memory())
+    run = Run(
+        model=model,
+        weights=trainable(model),
+        protect={"it": protect()},
+        learn=lambda rows: [],
+        device=torch.device("cpu"),
+        seed=0,
+        memory=Memory(),
+    )
     strategy.prepare(run)
     with torch.no_grad():
         for weight in run.weights.values():
@@ -89,7 +97,9 @@ def held(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
             weight.grad = torch.zeros_like(weight)
         strategy.before_step(run)
     found = {f"pull.{name}": whole(weight.grad) for name, weight in run.weights.items()}
-    found |= {f"figure.{name}": torch.tensor(value) for name, value in strategy.metrics().items() if name != "grad_ratio"}
+    found |= {
+        f"figure.{name}": torch.tensor(value) for name, value in strategy.metrics().items() if name != "grad_ratio"
+    }
     state.save_checkpoint(folder / "saved", [strategy], model, step=3)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -113,7 +123,10 @@ def fsdp(folder: Path, rank: int) -> dict[str, Tensor]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     weights = trainable(model)
-    assert all(isinstance(weight, DTensor) and weight.to_local().shape[0] == weight.shape[0] // 2 for weight in weights.values())
+    assert all(
+        isinstance(weight, DTensor) and weight.to_local().shape[0] == weight.shape[0] // 2
+        for weight in weights.values()
+    )
     found = importances(model)
     found |= held(model, folder)
     assert all(isinstance(weight, DTensor) for weight in trainable(model).values())
@@ -123,7 +136,9 @@ def fsdp(folder: Path, rank: int) -> dict[str, Tensor]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, folder, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     assert torch.distributed.get_world_size() == 2
     assert torch.distributed.get_backend() == "gloo"
     save_file({"ddp": ddp, "fsdp": fsdp}[what](folder, rank), folder / f"rank{rank}.safetensors")

@@ -24,9 +24,15 @@ def launch(what: str, folder: Path) -> list[dict[str, torch.Tensor]]:
     try:
         for rank in range(2):
             inside = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-            environment = {**os.environ, **{key: str(value) for key, value in inside.items()}, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            environment = {
+                **os.environ,
+                **{key: str(value) for key, value in inside.items()},
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            }
             command = [sys.executable, str(SCRIPT), what, str(folder), str(rank)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            ranks.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            )
         for process in ranks:
             errors = process.communicate(timeout=SECONDS)[1]
             assert process.returncode == 0, errors[-3000:]
@@ -45,7 +51,8 @@ def alone():
 
 
 def far(one, other) -> float:
-    assert one.keys() == other.keys() and one
+    assert one.keys() == other.keys()
+    assert one
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
@@ -61,7 +68,8 @@ def parallel(tmp_path_factory):
 
 def test_ranks_agree_bit_for_bit_on_weights_and_state(parallel):
     (first, second), _ = parallel
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("kind", ["full", "LoRA"])
@@ -117,5 +125,6 @@ def test_pulls_figures_and_saved_state_of_a_sharded_model_are_those_of_a_whole_o
 def test_a_sharded_model_resumes_from_gathered_state_bit_for_bit(sharded):
     (first, _), _ = sharded
     before, after = part(first, "pull."), part(first, "pull after resume.")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(tensor.any() for tensor in before.values())

@@ -1,0 +1,550 @@
+"""EWC adds exactly the gradient of its penalty, at any batch layout and precision, and holds what is protected."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from batches import padded, random_rows
+from peft import LoraConfig, get_peft_model
+from reference import drift, lora_penalty
+from tiny import tiny_llama
+from training import LEARN, PROTECT, far, trainer, weights_of
+
+from hf_ftplus import EWC, Run, Strategy
+from hf_ftplus.errors import DataError, IncompatibleError, UsageError
+from hf_ftplus.quadratic import importance_names
+from hf_ftplus.strategy import Memory
+from hf_ftplus.weights import split, trainable
+
+LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
+
+
+@dataclass
+class Gradients(Strategy):
+    """Keeps the gradient and the weights of every step as they are when its turn comes."""
+
+    name: ClassVar[str] = "gradients"
+
+    def __post_init__(self):
+        self.kept, self.weights = [], []
+
+    def before_step(self, run):
+        self.kept.append({name: weight.grad.clone() for name, weight in run.weights.items() if weight.grad is not None})
+        self.weights.append({name: weight.detach().clone() for name, weight in run.weights.items()})
+
+
+@dataclass
+class GradientsAfter(Gradients):
+    """The same, later."""
+
+    name: ClassVar[str] = "gradients-after"
+
+
+def added(folder, strategy, **kwargs):
+    """(what the strategy added to the gradients, the weights then) of each step, and the trainer."""
+    before, after = Gradients(), GradientsAfter()
+    it = trainer(folder, before, strategy, after, **{"max_steps": 3, **kwargs})
+    it.train()
+    steps = [
+        {name: b[name].float() - a[name].float() for name in a} for a, b in zip(before.kept, after.kept, strict=True)
+    ]
+    return steps, before.weights, it
+
+
+def penalty_gradient(strategy: EWC, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Autograd of 1/2 strength sum F (w - w*)^2, written out."""
+    leaves = {name: weights[name].float().clone().requires_grad_() for name in strategy.plain}
+    penalty = sum(
+        (strategy.importance[f"diagonal.{name}"] * (leaf - strategy.start[name].float()).square()).sum()
+        for name, leaf in leaves.items()
+    )
+    (0.5 * strategy.strength * penalty).backward()
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_autograds(found, expected, rel=1e-3):
+    """Equal up to the rounding of adding to a gradient and taking it away again."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        size = expected[name].abs().max()
+        assert (found[name] - expected[name]).abs().max() <= rel * size + 2e-7, name
+
+
+# ---- the gradient ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 4, 8])
+def test_the_gradient_added_is_autograds_at_any_accumulation(tmp_path, accumulation):
+    ewc = EWC(strength=1000)
+    steps, weights, _ = added(
+        tmp_path,
+        ewc,
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=8 // accumulation,
+        learn=LEARN,
+    )
+    assert all(not tensor.any() for tensor in steps[0].values())  # at the start
+    for step, now in list(zip(steps, weights, strict=True))[1:]:
+        expected = penalty_gradient(ewc, now)
+        assert max(tensor.abs().max() for tensor in expected.values()) > 1e-3
+        assert_autograds(step, expected)
+
+
+def test_the_last_short_accumulation_window_is_no_exception(tmp_path):
+    """24 rows by 2, five at a time: the third step accumulates two micro-batches only."""
+    ewc = EWC(strength=1000)
+    steps, weights, _ = added(tmp_path, ewc, gradient_accumulation_steps=5, per_device_train_batch_size=2)
+    assert_autograds(steps[2], penalty_gradient(ewc, weights[2]))
+
+
+def test_clipping_applies_to_the_task_and_not_to_the_penalty(tmp_path):
+    ewc = EWC(strength=1e5)
+    steps, weights, it = added(tmp_path, ewc, max_grad_norm=1e-3)
+    task = it.ftplus.strategies[0].kept
+    norms = [torch.stack([g.float().norm() for g in gradients.values()]).norm().item() for gradients in task]
+    assert max(norms) <= 1.001e-3
+    assert_autograds(steps[2], penalty_gradient(ewc, weights[2]))
+    assert torch.stack([g.norm() for g in steps[2].values()]).norm() > 10e-3
+
+
+def test_under_a_gradient_scaler_the_step_is_the_unscaled_one():
+    """fp16 training unscales before clipping, so hooks see true gradients. Here with the scaler itself, fp32 weights
+    and a bare loop: a trainer in fp16 wants an accelerator (see the test marked gpu)."""
+
+    def stepped(scaler):
+        model = tiny_llama()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        strategy, run = prepared(model, EWC(strength=100))
+        for _ in range(3):
+            batch = padded(random_rows(4, 384, seed=3), 4)[0]
+            loss = model(**batch).loss
+            (scaler.scale(loss) if scaler else loss).backward()
+            if scaler:
+                scaler.unscale_(optimizer)
+            with torch.no_grad():
+                strategy.before_step(run)
+            scaler.step(optimizer) if scaler else optimizer.step()
+            if scaler:
+                scaler.update()
+            optimizer.zero_grad()
+        return {name: weight.detach() for name, weight in model.named_parameters()}
+
+    scaled, plain = stepped(torch.amp.GradScaler("cpu", init_scale=2.0**12)), stepped(None)
+    assert far(scaled, plain) < 1e-6
+    assert far(plain, dict(tiny_llama().named_parameters())) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 training needs an accelerator")
+def test_fp16_training_adds_the_unscaled_gradient(tmp_path):
+    """Would prove that hooks come after the trainer's own unscaling, with weights on the device."""
+    ewc = EWC(strength=1000)
+    steps, weights, _ = added(tmp_path, ewc, use_cpu=False, fp16=True)
+    assert_autograds(steps[2], penalty_gradient(ewc, weights[2]))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_activations_change_nothing(tmp_path, reentrant):
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    saving, plain = trainer(tmp_path / "a", "ewc", **kwargs), trainer(tmp_path / "b", "ewc")
+    saving.train(), plain.train()
+    assert far(weights_of(saving), weights_of(plain)) < 1e-5
+
+
+def test_bf16_weights_are_held_by_fp32_arithmetic(tmp_path):
+    """The pull of a small move would vanish in bf16: importances stay fp32, and only the sum is rounded."""
+    ewc = EWC(strength=1000)
+    steps, weights, it = added(tmp_path, ewc, model=tiny_llama(dtype=torch.bfloat16), bf16=True)
+    assert {weight.dtype for weight in it.model.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in ewc.importance.values()} == {torch.float32}
+    expected = penalty_gradient(ewc, weights[2])
+    for name in expected:
+        error, allowed = (
+            (steps[2][name] - expected[name]).norm(),
+            0.02 * expected[name].norm() + 0.01 * 2**-8 * weights[2][name].numel() ** 0.5,
+        )
+        assert error <= allowed, name
+
+
+def test_bf16_autocast_changes_the_fisher_little_and_the_anchor_not_at_all(tmp_path):
+    half, full = trainer(tmp_path / "a", "ewc", bf16=True, max_steps=1), trainer(tmp_path / "b", "ewc", max_steps=1)
+    half.train(), full.train()
+    one, other = half.ftplus.strategies[0], full.ftplus.strategies[0]
+    assert all(tensor.dtype == torch.float32 for tensor in one.state_dict().values())
+    assert all(torch.equal(one.start[name], other.start[name]) for name in other.start)
+    flat = [
+        torch.cat([strategy.importance[name].flatten() for name in sorted(strategy.importance)])
+        for strategy in (one, other)
+    ]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.98
+    assert flat[0].sum() / flat[1].sum() == pytest.approx(1, abs=0.05)
+
+
+# ---- LoRA, frozen layers, tied embeddings ----------------------------------------------------------------------------
+
+
+def prepared(model, strategy, batches=None, memory=None):
+    """The strategy after prepare, without a trainer, and its Run."""
+    batches = padded(random_rows(6, 384), 3) if batches is None else batches
+    run = Run(
+        model,
+        trainable(model),
+        {"it": batches} if batches else {},
+        lambda rows: [],
+        torch.device("cpu"),
+        0,
+        memory or Memory(),
+    )
+    strategy.prepare(run)
+    return strategy, run
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_under_lora_the_gradient_is_autograds_through_the_change_of_the_weight(tmp_path, accumulation):
+    ewc = EWC(strength=1e5)
+    steps, weights, _ = added(
+        tmp_path, ewc, peft_config=LoraConfig(**LORA), gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=4 // accumulation, max_steps=4,
+    )  # fmt: skip
+    assert len(ewc.adapters) == 4
+    assert not ewc.plain
+    for name, adapter in ewc.adapters.items():
+        A, B = (weights[3][f"{name}.lora_{part}.weight"].clone().requires_grad_() for part in "AB")
+        rows, columns = ewc.importance[f"rows.{name}"], ewc.importance[f"columns.{name}"]
+        moved_adapter = type(adapter)(adapter.layer, A, B, adapter.scale)
+        (ewc.strength * lora_penalty(moved_adapter, None, rows, columns / columns.sum())).backward()
+        for part, leaf in (("A", A), ("B", B)):
+            assert leaf.grad.abs().max() > 1e-5
+            found = steps[3][f"{name}.lora_{part}.weight"]
+            assert (found - leaf.grad).abs().max() <= 2e-3 * leaf.grad.abs().max() + 1e-6, (name, part)
+
+
+def test_a_fresh_adapter_is_held_although_its_own_fisher_would_be_zero(tmp_path):
+    """B = 0 makes the gradient of A exactly 0, so a Fisher of A would hold nothing."""
+    held, free = (
+        trainer(tmp_path / str(i), *given, peft_config=LoraConfig(**LORA), learning_rate=0.02, max_steps=10)
+        for i, given in enumerate(([EWC(strength=1e6)], []))
+    )
+    held.train(), free.train()
+
+    def change(it):
+        return sum((a.scale * a.B @ a.A).square().sum().item() for a in split(it.model)[1].values()) ** 0.5
+
+    assert 0 < change(held) < 0.7 * change(free)
+
+
+def test_modules_saved_whole_beside_an_adapter_are_held_too(tmp_path):
+    ewc = EWC(strength=1000)
+    config = LoraConfig(**LORA, modules_to_save=["model.norm"], task_type="CAUSAL_LM")
+    steps, weights, _ = added(tmp_path, ewc, model=tiny_llama(tie=False), peft_config=config)
+    assert list(ewc.plain) == ["model.norm.weight"]
+    assert len(ewc.adapters) == 4
+    expected = penalty_gradient(ewc, weights[2])
+    assert_autograds({name: steps[2][name] for name in expected}, expected)
+
+
+def test_frozen_layers_cost_nothing_and_are_left_alone(tmp_path):
+    model = tiny_llama()
+    for layer in model.model.layers[:1]:
+        layer.requires_grad_(False)
+    ewc = EWC(strength=1000)
+    steps, weights, it = added(tmp_path, ewc, model=model)
+    assert ewc.start.keys() == trainable(it.model).keys()
+    assert not any("layers.0." in name for name in ewc.importance)
+    assert_autograds(steps[2], penalty_gradient(ewc, weights[2]))
+
+
+def test_a_tied_embedding_is_held_once(tmp_path):
+    ewc = EWC(strength=1000)
+    steps, weights, it = added(tmp_path, ewc)
+    assert it.model.lm_head.weight is it.model.model.embed_tokens.weight
+    assert "model.embed_tokens.weight" in ewc.start
+    assert "lm_head.weight" not in ewc.start
+    assert_autograds(steps[2], penalty_gradient(ewc, weights[2]))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"packing": True, "packing_strategy": "wrapped"}, {"packing": True}, {"padding_free": True, "max_length": None}],
+    ids=["wrapped", "packed", "padding-free"],
+)
+def test_packed_and_padding_free_training_is_held(tmp_path, layout):
+    """Without FlashAttention rows attend across borders, as TRL warns; the penalty is the same all the same."""
+    ewc = EWC(strength=1000)
+    learn = [{"text": row["prompt"] + row["completion"]} for row in LEARN]
+    steps, weights, _ = added(tmp_path, ewc, learn=learn, per_device_train_batch_size=2, **layout)
+    assert_autograds(steps[2], penalty_gradient(ewc, weights[2]))
+
+
+# ---- what it is for --------------------------------------------------------------------------------------------------
+
+
+def sequence(folder, strategy, steps=60):
+    """Learn one thing, then another with `strategy`; (loss on the first before and after, loss on the second)."""
+    first = [
+        {"prompt": f"Colour {i}: ", "completion": ["blue", "green", "amber"][i % 3] + " as ever."} for i in range(24)
+    ]
+    second = [
+        {"prompt": f"Fruit {i}: ", "completion": ["pear", "plum", "fig"][i % 3] + " of course!"} for i in range(24)
+    ]
+    common = {
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 8,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1000,
+    }
+    taught = trainer(folder / "first", learn=first, max_steps=40, **common)
+    taught.train()
+    again = trainer(
+        folder / "second", *strategy, model=taught.model, learn=second, protect=first, max_steps=steps, **common
+    )
+
+    def loss(rows):
+        judge = trainer(folder / "judge", model=again.model, learn=rows, **common)
+        return judge.evaluate(judge.train_dataset)["eval_loss"]
+
+    before = loss(first)
+    again.train()
+    return before, loss(first), loss(second)
+
+
+def test_ewc_forgets_less_than_plain_sft_at_equal_learning(tmp_path):
+    """Plain fine-tuning is stopped where it has learnt as much as EWC learns in all its steps."""
+    before, ewc_kept, ewc_learnt = sequence(tmp_path / "ewc", [EWC(strength=100)])
+    for steps in (15, 20, 30, 60):
+        _, plain_kept, plain_learnt = sequence(tmp_path / f"plain{steps}", [], steps)
+        if plain_learnt <= ewc_learnt:
+            break
+    assert plain_learnt <= ewc_learnt < 1.5
+    assert ewc_kept - before < 0.6 * (plain_kept - before), (
+        before,
+        ewc_kept,
+        plain_kept,
+        ewc_learnt,
+        plain_learnt,
+        steps,
+    )
+
+
+def test_more_strength_is_less_drift(tmp_path):
+    batches, drifts = padded(random_rows(8, 384), 4), []
+    for strength in (0, 1e3, 1e4, 1e5):
+        it = trainer(tmp_path / str(strength), EWC(strength=strength), protect=batches, max_steps=8)
+        it.train()
+        drifts.append(drift(tiny_llama(), it.model.eval(), batches))
+    assert drifts == sorted(drifts, reverse=True)
+    assert drifts[3] < 0.5 * drifts[0]
+
+
+def test_predicted_drift_is_measured_drift_for_small_moves(tmp_path):
+    """To second order and on average over directions; a diagonal cannot see how weights act together."""
+    batches, ratios = padded(random_rows(16, 384), 8), []
+    model, start = tiny_llama(), tiny_llama()
+    strategy, run = prepared(model, EWC(strength=1), batches)
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for (_, weight), origin in zip(model.named_parameters(), start.parameters(), strict=True):
+                weight.copy_(origin + 1e-3 * torch.randn(weight.shape, generator=generator))
+                weight.grad = torch.zeros_like(weight)
+            strategy.before_step(run)
+        ratios.append(strategy.metrics()["predicted_drift"] / drift(start, model, batches))
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.25)
+
+
+# ---- settings, figures, alarms ---------------------------------------------------------------------------------------
+
+
+def test_figures_are_penalty_over_strength_and_the_ratio_of_gradients(tmp_path):
+    ewc = EWC(strength=1000)
+    steps, _, it = added(tmp_path, ewc, max_steps=2, max_grad_norm=0, logging_steps=2)
+    (log,) = [log for log in it.state.log_history if "ewc/penalty" in log]
+    assert log["ewc/predicted_drift"] == pytest.approx(log["ewc/penalty"] / 1000)
+    task = it.ftplus.strategies[0].kept[1]
+    expected = (
+        torch.cat([g.flatten() for g in steps[1].values()]).norm()
+        / torch.cat([g.flatten() for g in task.values()]).norm()
+    )
+    assert log["ewc/grad_ratio"] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_rows_limits_the_rows_looked_at(tmp_path):
+    found = []
+    for given in ({"strategies": [EWC(rows=5)], "protect": PROTECT}, {"strategies": [EWC()], "protect": PROTECT[:5]}):
+        it = trainer(tmp_path, *given["strategies"], protect=given["protect"], max_steps=1)
+        it.train()
+        found.append(it.ftplus.strategies[0].importance)
+    assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-9) for name in found[0])
+    assert EWC(rows=5).preview(prepared(tiny_llama(), EWC())[1])["rows"] == 5
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_the_preview_says_the_bytes_that_the_state_will_have(lora):
+    model = get_peft_model(tiny_llama(), LoraConfig(**LORA)) if lora else tiny_llama()
+    strategy, run = prepared(model, EWC())
+    preview = EWC().preview(run)
+    assert preview["bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in strategy.state_dict().values())
+    assert preview["rows"] == 6
+    assert 0 < preview["seconds"] < 60
+
+
+def test_a_task_counts_the_same_however_many_rows_it_has():
+    one, many = padded(random_rows(2, 384, seed=1), 1), padded(random_rows(6, 384, seed=2), 1)
+    run = prepared(tiny_llama(), EWC(fisher="empirical"))[1]
+    alone = []
+    for tasks in ({"one": one}, {"many": many}, {"one": one, "many": many}):
+        run.protect = tasks
+        strategy = EWC(fisher="empirical")
+        strategy.prepare(run)
+        alone.append(strategy.importance)
+    for name, both in alone[2].items():
+        assert torch.allclose(both, (alone[0][name] + alone[1][name]) / 2, rtol=1e-4, atol=1e-10)
+
+
+def test_a_penalty_that_stays_zero_is_an_alarm(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "hf_ftplus"):
+        trainer(tmp_path, "ewc", learning_rate=0.0, logging_steps=1, max_steps=4).train()
+    assert (
+        len([record for record in caplog.records if "the penalty stayed 0 for 3 logging windows" in record.message])
+        == 1
+    )
+
+
+def test_no_alarm_while_it_acts(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "hf_ftplus"):
+        trainer(tmp_path, "ewc", logging_steps=1).train()
+    assert not [record for record in caplog.records if record.name == "hf_ftplus"]
+
+
+def test_protect_data_that_no_trained_weight_matters_for_is_refused():
+    class Deaf(torch.nn.Module):
+        """In front of the LM head: nothing below it matters."""
+
+        def forward(self, hidden):
+            return hidden.detach() * 0 + 1
+
+    model = tiny_llama(tie=False)
+    model.lm_head.requires_grad_(False)
+    model.model.norm = Deaf()
+    with pytest.raises((DataError, RuntimeError), match=r"every importance to be 0|does not require grad"):
+        prepared(model, EWC())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("strength", -1), ("strength", "nan"), ("rows", 0), ("decay", 1.5), ("fisher", "exact")]
+)
+def test_bad_settings_are_refused_by_name(setting, value):
+    with pytest.raises(UsageError, match=rf"ewc\.{setting} is "):
+        EWC(**{setting: value})
+
+
+# ---- memory: one run after another -----------------------------------------------------------------------------------
+
+
+def two_runs(folder, second=None, first=None, protect=PROTECT, **kwargs):
+    one = trainer(folder / "one", first or EWC(remember=False), **kwargs)
+    one.train()
+    two = trainer(
+        folder / "two",
+        second or EWC(remember=False),
+        model=one.model,
+        memory=folder / "one" / "ftplus" / "memory",
+        protect=protect,
+        max_steps=1,
+    )
+    two.train()
+    return one.ftplus.strategies[0], two.ftplus.strategies[0]
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.25, 0.0])
+def test_importances_add_up_over_runs_with_decay(tmp_path, decay):
+    one, two = two_runs(tmp_path, EWC(remember=False, decay=decay))
+    again = tiny_llama()
+    again.load_state_dict(two.start, strict=False)  # tied: the head comes with the embedding
+    fresh = trainer(tmp_path / "fresh", EWC(remember=False), model=again, max_steps=1)
+    fresh.train()
+    fresh = fresh.ftplus.strategies[0]
+    for name, tensor in two.importance.items():
+        assert torch.allclose(tensor, decay * one.importance[name] + fresh.importance[name], rtol=1e-4, atol=1e-9), name
+
+
+def test_the_anchor_of_the_second_run_is_where_the_first_ended(tmp_path):
+    one, two = two_runs(tmp_path)
+    assert far(one.start, dict(tiny_llama().named_parameters())) == 0
+    assert far(two.start, one.start) > 1e-3
+
+
+def test_memory_alone_protects_without_protect_data(tmp_path):
+    one, two = two_runs(tmp_path, protect=None)
+    assert all(torch.equal(two.importance[name], one.importance[name]) for name in one.importance)
+
+
+def test_remember_leaves_the_next_run_what_this_one_learnt(tmp_path):
+    (_, only), (_, learnt) = (
+        two_runs(tmp_path / "a", protect=None),
+        two_runs(tmp_path / "b", first=EWC(remember=True), protect=None),
+    )
+    more = [(learnt.importance[name] - only.importance[name]).min().item() for name in only.importance]
+    assert min(more) >= -1e-9
+    assert sum(tensor.sum() for tensor in learnt.importance.values()) > 1.2 * sum(
+        tensor.sum() for tensor in only.importance.values()
+    )
+
+
+def test_memory_of_another_model_is_refused(tmp_path):
+    trainer(tmp_path / "one", "ewc", max_steps=1).train()
+    with pytest.raises(IncompatibleError, match=r"left with another model.*agree to .*--model_name_or_path"):
+        trainer(
+            tmp_path / "two", "ewc", model=tiny_llama(seed=9), memory=tmp_path / "one" / "ftplus" / "memory"
+        ).train()
+
+
+def test_memory_of_the_same_model_in_another_precision_is_taken(tmp_path):
+    it = trainer(tmp_path / "one", "ewc")
+    it.train()
+    two = trainer(
+        tmp_path / "two",
+        "ewc",
+        model=it.model.to(torch.bfloat16),
+        memory=tmp_path / "one" / "ftplus" / "memory",
+        protect=None,
+        max_steps=1,
+        bf16=True,
+    )
+    two.train()
+    assert two.ftplus.strategies[0].importance.keys() == it.ftplus.strategies[0].importance.keys()
+
+
+def test_memory_of_an_adapter_serves_a_new_adapter_on_the_merged_model(tmp_path):
+    it = trainer(tmp_path / "one", "ewc", peft_config=LoraConfig(**LORA), learning_rate=0.02)
+    it.train()
+    merged = it.model.merge_and_unload()
+    two = trainer(
+        tmp_path / "two",
+        "ewc",
+        model=merged,
+        peft_config=LoraConfig(**LORA),
+        memory=tmp_path / "one" / "ftplus" / "memory",
+        protect=None,
+        max_steps=1,
+    )
+    two.train()
+    assert set(two.ftplus.strategies[0].importance) == set(importance_names(*split(two.model)))
+
+
+def test_memory_of_full_fine_tuning_does_not_fit_an_adapter(tmp_path):
+    it = trainer(tmp_path / "one", "ewc", max_steps=1)
+    it.train()
+    with pytest.raises(IncompatibleError, match="The memory of ewc fits 0 of"):
+        trainer(
+            tmp_path / "two",
+            "ewc",
+            model=it.model,
+            peft_config=LoraConfig(**LORA),
+            memory=tmp_path / "one" / "ftplus" / "memory",
+            protect=None,
+        ).train()

@@ -1,0 +1,182 @@
+"""What is on disk is verified before it is believed: whose it is, of what shape, and every byte of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama
+
+from hf_ftplus import Strategy, state
+from hf_ftplus.errors import IncompatibleError, StorageError
+from hf_ftplus.strategy import Memory, Run
+from hf_ftplus.weights import trainable
+
+
+@dataclass
+class Box(Strategy):
+    """Holds what it is given."""
+
+    name: ClassVar[str] = "box"
+
+    def __post_init__(self):
+        self.held = {
+            "w": torch.arange(6.0).reshape(2, 3),
+            "half": torch.ones(2, dtype=torch.bfloat16),
+            "n": torch.tensor(3),
+        }
+
+    def state_dict(self):
+        return self.held
+
+
+def run_of(model):
+    return Run(model, trainable(model), {}, lambda rows: [], torch.device("cpu"), 0, Memory())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    state.save_checkpoint(tmp_path / "ftplus", [Box()], tiny_llama(), step=3)
+    return tmp_path / "ftplus"
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_tensors_come_back_bit_for_bit_in_their_dtype(saved):
+    found = state.load_checkpoint(saved, ["box"], tiny_llama(), step=3)["box"]
+    for name, tensor in Box().held.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_views_that_share_memory_and_live_weights_can_be_saved(tmp_path):
+    box = Box()
+    base = torch.arange(12.0).reshape(3, 4)
+    box.held = {"a": base, "b": base.T, "c": base[1:], "weight": tiny_llama().lm_head.weight}
+    state.save_checkpoint(tmp_path / "ftplus", [box], tiny_llama(), step=1)
+    found = state.load_checkpoint(tmp_path / "ftplus", ["box"], tiny_llama())["box"]
+    assert torch.equal(found["b"], base.T)
+    assert torch.equal(found["c"], base[1:])
+
+
+def test_only_safetensors_and_json_are_written_and_no_half_file_stays(saved):
+    assert sorted(path.name for path in saved.iterdir()) == ["box.safetensors", "manifest.json"]
+
+
+def test_a_flipped_byte_is_noticed(saved):
+    path = saved / "box.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(StorageError, match=r"box\.safetensors is missing or not what was written there"):
+        state.load_checkpoint(saved, ["box"], tiny_llama())
+
+
+def test_a_missing_file_is_noticed(saved):
+    (saved / "box.safetensors").unlink()
+    with pytest.raises(StorageError, match="is missing"):
+        state.load_checkpoint(saved, ["box"], tiny_llama())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "?"'])
+def test_a_damaged_manifest_is_told_as_such(saved, text):
+    (saved / "manifest.json").write_text(text)
+    with pytest.raises(StorageError, match=r"damaged\. Resume from an earlier checkpoint"):
+        state.load_checkpoint(saved, ["box"], tiny_llama())
+
+
+def test_a_format_of_the_future_is_refused(saved):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    (saved / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(IncompatibleError, match=r"format 99.*Upgrade hf-ftplus"):
+        state.load_checkpoint(saved, ["box"], tiny_llama())
+
+
+def test_without_manifest_there_is_no_state_however_many_files(saved):
+    """The manifest is written last: a folder without one was never finished."""
+    (saved / "manifest.json").unlink()
+    with pytest.raises(
+        IncompatibleError, match="holds no strategy state, so box would start from the weights of the checkpoint"
+    ):
+        state.load_checkpoint(saved, ["box"], tiny_llama())
+
+
+def test_another_step_other_strategies_and_another_model_are_refused(saved):
+    with pytest.raises(IncompatibleError, match="is of step 3; the trainer resumes at step 4"):
+        state.load_checkpoint(saved, ["box"], tiny_llama(), step=4)
+    with pytest.raises(IncompatibleError, match=r"strategies \['box'\]; this run has \['ewc'\]"):
+        state.load_checkpoint(saved, ["ewc"], tiny_llama())
+    with pytest.raises(
+        IncompatibleError, match=r"other shapes: model\.embed_tokens\.weight \[384, 32\] there, \[384, 16\] here"
+    ):
+        state.load_checkpoint(saved, ["box"], tiny_llama(hidden=16))
+    with pytest.raises(IncompatibleError, match=r"Missing there: model\.layers\.2\."):
+        state.load_checkpoint(saved, ["box"], tiny_llama(layers=3))
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(IncompatibleError, match=r"fits 0 of 4 .*lora_A"):
+        state.load_checkpoint(saved, ["box"], adapted)
+
+
+def test_a_wrapped_model_is_the_same_model(saved):
+    assert state.load_checkpoint(saved, ["box"], torch.compile(tiny_llama()))
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "ftplus").write_text("a file")
+    with pytest.raises(StorageError, match=r"Could not write strategy state.*--output_dir"):
+        state.save_checkpoint(tmp_path / "ftplus", [Box()], tiny_llama(), step=1)
+
+
+def test_writing_again_replaces(saved):
+    box = Box()
+    box.held = {"w": torch.zeros(1)}
+    state.save_checkpoint(saved, [box], tiny_llama(), step=4)
+    assert state.load_checkpoint(saved, ["box"], tiny_llama(), step=4)["box"].keys() == {"w"}
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memories_of_several_strategies_live_in_one_folder(tmp_path):
+    run = run_of(tiny_llama())
+    state.save_memory(tmp_path, "one", {"a": torch.ones(2)}, run)
+    state.save_memory(tmp_path, "two", {"b": torch.zeros(3)}, run)
+    assert state.load_memory(tmp_path, "one", run).keys() == {"a"}
+    assert state.load_memory(tmp_path, "two", run).keys() == {"b"}
+
+
+def test_no_memory_says_what_is_there_and_what_to_give(tmp_path):
+    run = run_of(tiny_llama())
+    with pytest.raises(StorageError, match=r"found: nothing.*OUTPUT/ftplus/memory"):
+        state.load_memory(tmp_path, "ewc", run)
+    state.save_memory(tmp_path, "si", {"a": torch.ones(2)}, run)
+    with pytest.raises(StorageError, match=r"no memory of 'ewc' \(found: \['si'\]\)"):
+        state.load_memory(tmp_path, "ewc", run)
+
+
+def test_memory_knows_its_model_adapted_merged_or_in_bf16_and_no_other(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    state.save_memory(tmp_path, "box", {"a": torch.ones(2)}, run_of(model))
+    assert state.load_memory(tmp_path, "box", run_of(model)).keys() == {"a"}
+    merged = model.merge_and_unload().requires_grad_(True)
+    for same in (merged, merged.to(torch.bfloat16)):
+        assert state.load_memory(tmp_path, "box", run_of(same)).keys() == {"a"}
+    for other in (tiny_llama(seed=1), tiny_llama(hidden=16)):
+        with pytest.raises(IncompatibleError, match="left with another model"):
+            state.load_memory(tmp_path, "box", run_of(other))
+
+
+def test_the_probe_leaves_mode_and_random_numbers_as_found():
+    model = tiny_llama().train()
+    model.config.attention_dropout = 0.5
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    assert torch.equal(state.probe(model), state.probe(model))
+    assert model.training
+    assert torch.equal(torch.rand(2), expected)
