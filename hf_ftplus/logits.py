@@ -117,8 +117,8 @@ def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     if hidden.shape[1] != labels.shape[1]:
         raise IncompatibleError(
-            f"The model ran over {hidden.shape[1]} positions for {labels.shape[1]} labels, as adapters that prepend virtual "
-            "tokens do (prompt tuning, prefix tuning, p-tuning). Use LoRA or full fine-tuning."
+            f"The model ran over {hidden.shape[1]} positions for {labels.shape[1]} labels, as adapters that prepend "
+            "virtual tokens do (prompt tuning, prefix tuning, p-tuning). Use LoRA or full fine-tuning."
         )
     targets = labels[:, 1:]
     mask = targets != -100
