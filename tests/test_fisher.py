@@ -74,7 +74,7 @@ def test_empirical_is_per_example(truth):
 
 def test_empirical_refuses_padding_free_rows():
     model = small()
-    with pytest.raises(IncompatibleError, match="ewc.fisher=sign"):
+    with pytest.raises(IncompatibleError, match=r"ewc\.fisher=sign"):
         fisher(model, padding_free(random_rows(2, VOCAB), 2), trainable(model), estimator="empirical")
 
 

@@ -37,8 +37,9 @@ def test_every_flag_of_ours_that_the_readme_names_exists():
     from hf_ftplus.cli.sft import sft
 
     known = CliRunner().invoke(sft, ["--help"]).output
-    for flag in ("--plugin", "--protect", "--measure", "--metric", "--memory", "--dry-run", "--fail-if-retention-below"):
-        assert flag in README and flag in known
+    for flag in "--plugin --protect --measure --metric --memory --dry-run --fail-if-retention-below".split():
+        assert flag in README
+        assert flag in known
 
 
 def test_every_file_in_the_readmes_tree_exists():

@@ -1,4 +1,4 @@
-"""One name for a weight whoever wrapped it; a partial match is an error; adapters we cannot hold are refused by name."""
+"""One name for a weight whoever wrapped it; a partial match is an error; what cannot be held is refused."""
 
 from __future__ import annotations
 

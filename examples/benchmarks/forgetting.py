@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT / "examples" / "demo"))
 LEARNT = 0.9
 EWC = "--plugin ewc --set ewc.remember=false --set ewc.strength"
 ROWS = {
-    "plain 2e-5": "--learning_rate 2e-5 --max_steps 120 --lr_scheduler_kwargs {\"num_decay_steps\":36}",
-    "plain 5e-5": "--learning_rate 5e-5 --max_steps 90 --lr_scheduler_kwargs {\"num_decay_steps\":27}",
+    "plain 2e-5": '--learning_rate 2e-5 --max_steps 120 --lr_scheduler_kwargs {"num_decay_steps":36}',
+    "plain 5e-5": '--learning_rate 5e-5 --max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}',
     "plain 1e-4": "--learning_rate 1e-4",
     "plain 2e-4": "--learning_rate 2e-4",
     "ewc 3e4, 2e-4": f"{EWC}=30000 --learning_rate 2e-4",
@@ -39,7 +39,7 @@ ROWS = {
 
 @dataclass
 class Cell:
-    """One run: share of facts learnt, mean rise of loss over the protect tasks (nats per token), seconds of training."""
+    """One run: share of facts learnt, mean rise of loss over the protect tasks (nats per token), seconds."""
 
     learnt: float
     otherwise: float

@@ -153,7 +153,8 @@ def show(found: dict[str, list[float]]) -> None:
 
 
 def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, CPU only"
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{platform.machine()}, {threads}, torch {torch.__version__}, CPU only"
 
 
 if __name__ == "__main__":
