@@ -37,7 +37,7 @@ def test_every_flag_of_ours_that_the_readme_names_exists():
     from hf_ftplus.cli.sft import sft
 
     known = CliRunner().invoke(sft, ["--help"]).output
-    for flag in "--plugin --protect --measure --metric --memory --dry-run --fail-if-retention-below".split():
+    for flag in ["--plugin", "--protect", "--measure", "--metric", "--memory", "--dry-run", "--fail-if-retention-below"]:
         assert flag in README
         assert flag in known
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from ftplus_l2sp import L2SP, l2sp_gradient
+
 from hf_ftplus.testing import check_strategy
 
 
