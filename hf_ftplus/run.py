@@ -41,9 +41,9 @@ def sft(config: RunConfig) -> Report:
         FTPlusError: see the exit codes in `errors.py`; RetentionError when all is saved but too little was kept.
     """
     speak(config)
-    claim(config)
     seconds: dict[str, float] = {}
-    with timed(seconds, "preparing"):
+    with timed(seconds, "preparing"), no_empty_folder(config, unless_done=True):
+        claim(config)
         trainer, tasks = prepare(config)
     evaluation = Evaluation(
         tasks,
@@ -77,25 +77,35 @@ def sft(config: RunConfig) -> Report:
 def preview(config: RunConfig) -> None:
     """`--dry-run`: resolve everything, show three rows with what is learnt in them, and what strategies will cost."""
     speak(config)
-    folder = Path(config.training.output_dir)
-    existed = folder.exists()
-    claim(config, probe=False)
-    trainer, tasks = prepare(config)
-    click.echo(f"model     {config.model.model_name_or_path}: {count(trainer)}")
-    learn = trainer.train_dataset
-    click.echo(f"learn     {len_of(learn)} rows, {share_supervised(learn):.0%} of tokens carry loss")
-    for task in tasks:
-        click.echo(f"measured  {task.name} ({task.role}): {len(task.rows)} rows")
-    for row in show_rows(trainer, 3):
-        click.echo(f"row       {row}")
-    if trainer.ftplus is not None:
-        run = trainer.ftplus.setup(trainer.model, trainer.args, trainer.processing_class, None)
-        for strategy in trainer.ftplus.strategies:
-            cost = trainer.ftplus.call(strategy, "preview", run)
-            click.echo(f"strategy  {strategy!r}: {in_words(cost)}")
-    if not existed and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()  # the Trainer made it; a dry run leaves nothing
+    with no_empty_folder(config):
+        claim(config, probe=False)
+        trainer, tasks = prepare(config)
+        learn = trainer.train_dataset
+        click.echo(f"model     {config.model.model_name_or_path}: {count(trainer)}")
+        click.echo(f"learn     {len_of(learn)} rows, {share_supervised(learn):.0%} of tokens carry loss")
+        for task in tasks:
+            click.echo(f"measured  {task.name} ({task.role}): {len(task.rows)} rows")
+        for row in show_rows(trainer, 3):
+            click.echo(f"row       {row}")
+        if trainer.ftplus is not None:
+            run = trainer.ftplus.setup(trainer.model, trainer.args, trainer.processing_class, None)
+            for strategy in trainer.ftplus.strategies:
+                cost = trainer.ftplus.call(strategy, "preview", run)
+                click.echo(f"strategy  {strategy!r}: {in_words(cost)}")
     click.echo("Dry run: nothing was trained or written.")
+
+
+@contextmanager
+def no_empty_folder(config: RunConfig, unless_done: bool = False) -> Iterator[None]:
+    """The Trainer makes its folder at once; take an empty one away again that was not there before."""
+    folder, done = Path(config.training.output_dir), False
+    existed = folder.exists()
+    try:
+        yield
+        done = True
+    finally:
+        if not existed and not (done and unless_done) and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def prepare(config: RunConfig) -> tuple[SFTTrainer, list[EvalTask]]:
@@ -104,6 +114,12 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, list[EvalTask]]:
     learn, held_out = learn_rows(config)
     measured = {spec.name: data.load(spec.source, spec.split) for spec in config.measure if not spec.generate}
     protect = {spec.name: data.load(spec.source, spec.split) for spec in config.protect if not spec.generate}
+    for name, rows in protect.items():
+        if rows.column_names == ["prompt"]:
+            raise DataError(
+                f"--protect {name}: its rows are questions without completions, which say nothing about what to keep. "
+                "Give rows with completions, or measure with them: --measure."
+            )
     trainer = sft_trainer(config, learn, held_out)
     check_supervised(learn, trainer)
     for spec in (*config.protect, *config.measure):

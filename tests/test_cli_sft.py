@@ -327,3 +327,10 @@ def test_a_strategy_from_a_file_runs_with_its_settings(place, tmp_path):
     assert report["facts"]["config"]["strategies"] == ["Shrink(factor=0.0)"]
     learn = report["tasks"][0]
     assert learn["after"]["loss"]["value"] == learn["before"]["loss"]["value"]  # nothing moved
+
+
+def test_questions_alone_cannot_protect_and_nothing_is_left_behind(place, tmp_path, capsys):
+    questions = jsonl(tmp_path / "questions.jsonl", '{"prompt": "What is new?"}', '{"prompt": "And now?"}')
+    assert main(words(place, tmp_path / "out", "--protect", f"asked={questions}")) == 3
+    assert "--measure" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
