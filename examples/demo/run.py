@@ -36,6 +36,7 @@ ENVIRONMENT = {
 
 def main() -> None:
     """Write the data, run both commands, show both reports beside each other."""
+    os.chdir(HERE.parents[1])  # demo.yaml names its files from the top of the repository
     console = Console(highlight=False)
     make_data(OUT / "data")
     reports, costs = {}, {}
