@@ -41,7 +41,7 @@ def main() -> None:
     make_data(OUT / "data")
     reports, costs = {}, {}
     for number, (name, flags) in enumerate(RUNS.items(), 1):
-        command = ["ftplus", "sft", "--config", str(HERE / "demo.yaml"), "--output_dir", str(OUT / name), *flags]
+        command = ["ftplus", "sft", "--config", "examples/demo/demo.yaml", "--output_dir", str(OUT / name), *flags]
         console.print(f"[bold]{number}/{len(RUNS)} {name}[/]: {shlex.join(command)}")
         begin = time.perf_counter()
         run(command, OUT / name)
