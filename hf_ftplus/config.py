@@ -140,6 +140,12 @@ def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], 
         given = rest.pop(option.yaml, None)
         if option.name == "plugin":
             ours["plugin"], ours["settings"] = _plugins(given)
+            if flags.get(
+                "plugin"
+            ):  # other strategies than the file's: its settings stay for those that are named again
+                ours["settings"] = {
+                    name: values for name, values in ours["settings"].items() if name in flags["plugin"]
+                }
         elif given is not None:
             ours[option.name] = _listed(given, option) if option.many else _single(given, option)
         if flags.get(option.name) not in (None, ()):
@@ -161,6 +167,10 @@ def build(ours: dict[str, Any]) -> RunConfig:
         raise UsageError("A protect task is called 'learn', the name of the new data. Name it: --protect OTHER=DATA.")
     known = list(dict.fromkeys(["learn", *(spec.name for spec in (*protect, *measure))]))
     gate = ours.get("fail_if_retention_below")
+    if gate is not None and not 0 < gate < float("inf"):
+        raise UsageError(f"--fail-if-retention-below {gate}; expected a share above 0, such as 0.95.")
+    if gate is not None and ours["measure_rows"] == 0:
+        raise UsageError("--fail-if-retention-below needs a measurement, but --measure-rows is 0.")
     if gate is not None and not protect:
         raise UsageError("--fail-if-retention-below has no protect task to judge. Type --protect DATA or self:256.")
     return RunConfig(

@@ -154,7 +154,14 @@ def row_column_sums(adapters: dict[str, Adapter]) -> Iterator[dict[str, tuple[Te
     W is frozen and maybe quantised, so G is made from the layer's input x and the gradient delta of its output, and
     never kept. For few tokens it is not even formed: row sums are diag(D^T (X X^T) D), at N^2 (d + k) instead of N d k.
     """
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    # every target from the start: a rank without a batch takes part in the reduction all the same
+    sums = {
+        name: (
+            adapter.B.new_zeros(adapter.B.shape[0], dtype=torch.float32),
+            adapter.A.new_zeros(adapter.A.shape[1], dtype=torch.float32),
+        )
+        for name, adapter in adapters.items()
+    }
     hooks = []
 
     def watch(name: str) -> Callable:
@@ -173,8 +180,7 @@ def row_column_sums(adapters: dict[str, Adapter]) -> Iterator[dict[str, tuple[Te
         else:
             squared = (delta.T @ x).square_()
             rows, columns = squared.sum(1), squared.sum(0)
-        before = sums.get(name)
-        sums[name] = (rows, columns) if before is None else (before[0] + rows, before[1] + columns)
+        sums[name] = (sums[name][0] + rows, sums[name][1] + columns)
 
     try:
         for name, adapter in adapters.items():

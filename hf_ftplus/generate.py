@@ -65,7 +65,7 @@ def self_generate(
     count: int,
     *,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int = 32,
     max_new_tokens: int = 96,
     request_tokens: int = 64,
     temperature: float = 1.0,

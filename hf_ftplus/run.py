@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import data
 from .config import RunConfig
-from .errors import DataError, IncompatibleError, RetentionError, StorageError
+from .errors import DataError, FTPlusError, IncompatibleError, RetentionError, StorageError
 from .evaluation import EvalTask, Evaluation, retention_gate, with_answers
 from .generate import self_generate
 from .model import cache
@@ -57,10 +57,10 @@ def sft(config: RunConfig) -> Report:
         evaluation.before(trainer.model)
     with timed(seconds, "training"):
         train(trainer, config)
-    with timed(seconds, "measuring after"):
-        results = evaluation.after(trainer.model)
     with timed(seconds, "saving"):
         trainer.save_model(config.training.output_dir)
+    with timed(seconds, "measuring after"):
+        results = evaluation.after(trainer.model)
     report = Report(results, facts(config, trainer, seconds))
     if trainer.is_world_process_zero():
         report.save(Path(config.training.output_dir) / STATE_FOLDER / "report.json")
@@ -92,7 +92,7 @@ def preview(config: RunConfig) -> None:
             for strategy in trainer.ftplus.strategies:
                 cost = trainer.ftplus.call(strategy, "preview", run)
                 click.echo(f"strategy  {strategy!r}: {in_words(cost)}")
-    click.echo("Dry run: nothing was trained or written.")
+    click.echo(f"Dry run: nothing was trained, nothing written to {config.training.output_dir}.")
 
 
 @contextmanager
@@ -122,6 +122,11 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, list[EvalTask]]:
             )
     trainer = sft_trainer(config, learn, held_out)
     check_supervised(learn, trainer)
+    if trainer.is_fsdp_enabled and (config.measure_rows or any(spec.generate for spec in config.protect)):
+        raise IncompatibleError(
+            "Under FSDP the model is not whole before training starts, so nothing can be measured or written by it. "
+            "Type --measure-rows 0, and give protect data that exists instead of self:N."
+        )
     for spec in (*config.protect, *config.measure):
         if spec.generate and (config.strategies or spec.name not in measured):
             (protect if spec in config.protect else measured)[spec.name] = written(spec, trainer, config)
@@ -129,6 +134,8 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, list[EvalTask]]:
         if name not in measured:
             protect[name], measured[name] = hold_out(protect[name], config.measure_rows)
     trainer.install(config.strategies, protect or None, config.memory)
+    if "learn" not in measured and held_out is None:
+        logger.warning("learn is measured on the rows it trains on; for held-out figures give --measure learn=DATA")
     if "learn" not in measured:
         measured["learn"] = held_out if held_out is not None else learn
     return trainer, list(eval_tasks(config, measured, trainer))
@@ -241,6 +248,10 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
     trainer.add_callback(interrupt)
     try:
         trainer.train(resume_from_checkpoint=resume_point(config))
+    except FTPlusError:
+        if trainer.state.global_step >= trainer.state.max_steps > 0:  # trained to the end: what failed came after it
+            trainer.save_model(config.training.output_dir)
+        raise
     except KeyboardInterrupt:
         step = trainer.state.global_step
         if interrupt.asked and (Path(config.training.output_dir) / f"checkpoint-{step}").is_dir():
@@ -259,6 +270,11 @@ def resume_point(config: RunConfig) -> str | bool | None:
     if given is None or word == "false":
         return None
     if word == "true":
+        folder = Path(config.training.output_dir)
+        if not any(folder.glob("checkpoint-*")):
+            raise StorageError(
+                f"--resume_from_checkpoint true: {folder} holds no checkpoint-N. Leave the flag out to start."
+            )
         return True
     if not Path(given).is_dir():
         raise StorageError(
@@ -294,7 +310,7 @@ def claim(config: RunConfig, probe: bool = True) -> None:
 def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> dict[str, Any]:
     """What the report says beside the figures: how the run was made and what it cost."""
     return {
-        "command": ["ftplus", *sys.argv[1:]],
+        "command": ["ftplus", *without_secrets(sys.argv[1:])],
         "config": config.resolved(),
         "versions": versions(),
         "seed": config.training.seed,
@@ -304,6 +320,16 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
         "seconds": seconds,
         "strategies": {} if trainer.ftplus is None else strategy_facts(trainer),
     }
+
+
+def without_secrets(words: list[str]) -> list[str]:
+    """A command line with the value after every `--...token` flag masked."""
+    masked, secret = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        masked.append("***" if secret else f"{name}=***" if equals and name.endswith("token") else word)
+        secret = not equals and name.startswith("--") and name.endswith("token")
+    return masked
 
 
 def strategy_facts(trainer: SFTTrainer) -> dict[str, dict[str, Any]]:

@@ -187,13 +187,9 @@ def _replace(path: Path, write: Callable[[str], Any]) -> None:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A DTensor gathered from all ranks; contiguous, on the CPU, in memory of its own."""
+    """A DTensor gathered from all ranks; contiguous and on the CPU."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return (
-        tensor.detach().cpu().contiguous().clone()
-        if tensor.device.type == "cpu"
-        else tensor.detach().cpu().contiguous()
-    )
+    return tensor.detach().cpu().contiguous()
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ which it may act. All methods are optional; override those you need:
 
     state_dict / load_state_dict     tensors that must survive a stop; loaded instead of prepare() on resume
     metrics()                        figures for the training log, asked for once per logging window
-    preview(run)                     what prepare() will cost, shown before training and by --dry-run
+    preview(run)                     what prepare() will cost, shown by --dry-run
 
 The smallest useful one, L2-SP (Li 2018): pull the weights back to where they started.
 

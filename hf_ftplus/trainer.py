@@ -112,6 +112,11 @@ class StrategyCallback(TrainerCallback):
     def setup(self, model: torch.nn.Module, args: TrainingArguments, tokenizer: Any, train_dataloader: Any) -> Run:
         """Make the Run: live weights, protect data as micro-batches, where memory is read and written."""
         refuse(self.strategies, args)
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            raise IncompatibleError(
+                "FSDP version 1 flattens weights into one, so strategies cannot tell them apart. Set fsdp_version: 2 "
+                "in the accelerate config, or type --accelerate_config fsdp2."
+            )
         out = Path(args.output_dir) / STATE_FOLDER / "memory"
         run = Run(
             model=model,
@@ -291,7 +296,9 @@ class StrategyMixin:
             return
         self._hidden = []
         backbone = causal_lm(self.model).base_model  # hooked before training compiles: later hooks would not be seen
-        hook = backbone.register_forward_hook(lambda module, args, output: self._hidden.append(output[0]))
+        hook = backbone.register_forward_hook(
+            lambda module, args, output: self._hidden.append(output[0]) if module.training else None
+        )
         try:
             yield
         finally:
@@ -434,9 +441,15 @@ def protect_batches(
     if protect is None:
         return {}
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    tasks = data.as_tasks(protect)
+    if tokenizer is None and not all(data.is_batches(task) for task in tasks.values()):
+        raise UsageError(
+            "The trainer has no tokenizer to read protect data with. Give it processing_class=tokenizer, or give "
+            "protect as ready micro-batches of input_ids and labels."
+        )
     length = getattr(args, "max_length", None) or DEFAULT_LENGTH
     found = {}
-    for name, task in data.as_tasks(protect).items():
+    for name, task in tasks.items():
         if data.is_batches(task):
             found[name] = task
             continue

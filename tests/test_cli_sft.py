@@ -334,3 +334,17 @@ def test_questions_alone_cannot_protect_and_nothing_is_left_behind(place, tmp_pa
     assert main(words(place, tmp_path / "out", "--protect", f"asked={questions}")) == 3
     assert "--measure" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_tokens_never_reach_the_report():
+    from hf_ftplus.run import without_secrets
+
+    assert without_secrets(["--hub_token", "hf_x", "--a", "b"]) == ["--hub_token", "***", "--a", "b"]
+    assert without_secrets(["--hub_token=hf_x"]) == ["--hub_token=***"]
+
+
+def test_a_gate_that_cannot_judge_is_refused_before_training(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", "--fail-if-retention-below", "nan")) == 2
+    assert main(words(place, tmp_path / "out", "--fail-if-retention-below", "0.9", "--measure_rows", "0")) == 2
+    assert main(words(place, tmp_path / "out", "--resume_from_checkpoint", "true")) == 6
+    assert "holds no checkpoint-N" in capsys.readouterr().err

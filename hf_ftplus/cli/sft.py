@@ -68,7 +68,7 @@ def sft(ctx: click.Context, config_file: str | None, dry_run: bool, help_all: bo
         _trl_parser().print_help()
         return
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)  # TRL 1.16's own default
-    ours, rest = merge(flags, read_yaml(config_file))
+    ours, rest = merge(flags, take_environment(read_yaml(config_file)))
     config = build(ours)
     trl, launch_yaml, launch_words = parse_trl(ctx.args, rest)
     if (launch_yaml or launch_words) and not launched():
@@ -86,8 +86,6 @@ def parse_trl(words: Sequence[str], yaml: dict[str, Any]) -> tuple[dict[str, Any
         UsageError: a flag or key that neither knows, with the nearest one that they do; or a bad value.
     """
     parser = _trl_parser()
-    for key, value in (yaml.pop("env", None) or {}).items():
-        os.environ[str(key)] = str(value)
     parser.set_defaults(**_that_work_here([*words, *(f"--{key}" for key in yaml)]))
     _check_yaml(yaml, parser)
     for_launch = parser.set_defaults_with_config(**yaml)
@@ -105,6 +103,15 @@ def parse_trl(words: Sequence[str], yaml: dict[str, Any]) -> tuple[dict[str, Any
     if not model.model_name_or_path:
         raise UsageError("There is no model. Type --model_name_or_path NAME_OR_PATH, or demo for the embedded one.")
     return {"script": script, "training": training, "model": model, "mixture": mixture}, for_launch, left
+
+
+def take_environment(yaml: dict[str, Any]) -> dict[str, Any]:
+    """Set the variables under `env:`, before the libraries that read them are imported; the rest of the mapping."""
+    variables = yaml.get("env") or {}
+    if not isinstance(variables, dict):
+        raise UsageError(f"env: {variables!r} in the YAML file; expected a mapping of NAME: value.")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    return {key: value for key, value in yaml.items() if key != "env"}
 
 
 def _trl_parser() -> Any:
@@ -141,7 +148,7 @@ def has_bf16(on_cpu: bool) -> bool:
 
     if on_cpu:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _check_yaml(yaml: dict[str, Any], parser: Any) -> None:
