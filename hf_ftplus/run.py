@@ -151,6 +151,9 @@ def eval_tasks(config: RunConfig, measured: dict[str, Any], trainer: SFTTrainer)
         if not isinstance(rows, Dataset):
             logger.warning("%s is a stream and is not measured; give --measure %s=DATA.", name, name)
             continue
+        field = config.training.dataset_text_field
+        if name == "learn" and field != "text" and field in rows.column_names:
+            rows = rows.select_columns([field]).rename_column(field, "text")
         rows = data.normalise(spread(rows, config.measure_rows), name)
         if rows.column_names == ["prompt"]:
             rows = answered(name, rows, trainer)

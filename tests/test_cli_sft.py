@@ -348,3 +348,12 @@ def test_a_gate_that_cannot_judge_is_refused_before_training(place, tmp_path, ca
     assert main(words(place, tmp_path / "out", "--fail-if-retention-below", "0.9", "--measure_rows", "0")) == 2
     assert main(words(place, tmp_path / "out", "--resume_from_checkpoint", "true")) == 6
     assert "holds no checkpoint-N" in capsys.readouterr().err
+
+
+def test_a_text_field_of_another_name_trains_and_is_measured_as_trl_reads_it(place, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps({"content": row["completion"]}) + "\n" for row in LEARN))
+    flags = ["--dataset_name", str(tmp_path / "data"), "--dataset_text_field", "content"]
+    assert main(words(place, tmp_path / "out", *flags, plugin=None, protect=None)) == 0
+    report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
+    assert report["tasks"][0]["after"]["loss"]["value"] < report["tasks"][0]["before"]["loss"]["value"]
