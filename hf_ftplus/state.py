@@ -158,7 +158,7 @@ def _write(
     """All tensors, then the manifest; every rank calls, rank 0 writes."""
     from safetensors.torch import save_file
 
-    files = {name: {key: _whole(tensor) for key, tensor in tensors.items()} for name, tensors in files.items()}
+    files = {name: _apart({key: _whole(tensor) for key, tensor in tensors.items()}) for name, tensors in files.items()}
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     try:
@@ -190,6 +190,17 @@ def _whole(tensor: Tensor) -> Tensor:
     """A DTensor gathered from all ranks; contiguous and on the CPU."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return tensor.detach().cpu().contiguous()
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, copied only where two share memory, which safetensors refuses to write."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return found
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
