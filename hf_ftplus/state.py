@@ -30,7 +30,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PROBE_TOKENS = 64
 SAME_MODEL = 0.999
-"""Cosine of the probe above which two models count as one; survives merging an adapter and a change of precision."""
+"""Cosine of the probe above which two models count as one. On the demo model: its bf16 copy 0.9985, a child that EWC
+held 0.9986, a child of plain fine-tuning 0.976; so a change of precision is refused too, and a gentler child may pass."""
 
 
 def save_checkpoint(folder: Path, strategies: list[Strategy], model: nn.Module, step: int) -> None:
@@ -109,13 +110,14 @@ def probe(model: nn.Module) -> Tensor:
     """Mean last hidden state on a fixed input, [d] in fp32 on the CPU: tells models apart, however wrapped."""
     device = next(model.parameters()).device
     ids = (torch.arange(PROBE_TOKENS, device=device) % model.config.get_text_config().vocab_size).unsqueeze(0)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             hidden, _ = hidden_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     return hidden.float().mean(0).cpu()
 
 
