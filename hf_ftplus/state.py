@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 PROBE_TOKENS = 64
 SAME_MODEL = 0.999
 """Cosine of the probe above which two models count as one. On the demo model: its bf16 copy 0.9985, a child that EWC
-held 0.9986, a child of plain fine-tuning 0.976; so a change of precision is refused too, and a gentler child may pass."""
+held 0.9986, a child of plain fine-tuning 0.976; so bf16 is refused too, and a gentler child may pass."""
 
 
 def save_checkpoint(folder: Path, strategies: list[Strategy], model: nn.Module, step: int) -> None:
