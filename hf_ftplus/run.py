@@ -17,13 +17,14 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from transformers.utils import logging as transformers_logging
 
 from . import data
+from .batches import DEFAULT_LENGTH
 from .config import RunConfig
 from .errors import DataError, FTPlusError, IncompatibleError, RetentionError, StorageError
 from .evaluation import EvalTask, Evaluation, retention_gate, with_answers
 from .generate import self_generate
 from .model import cache
 from .report import Report
-from .trainer import DEFAULT_LENGTH, STATE_FOLDER, SaveOnInterrupt, SFTTrainer, autocast, refuse, sft_trainer
+from .trainer import STATE_FOLDER, SaveOnInterrupt, SFTTrainer, autocast, refuse, sft_trainer
 
 HELD_OUT = 5
 """One row in so many of a protect set is measured and never used to protect."""

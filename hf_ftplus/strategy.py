@@ -9,7 +9,8 @@ which it may act. All methods are optional; override those you need:
     |    forward
     |    token_loss(run, batch)      an extra loss, SUMMED over supervised tokens; the trainer divides
     |    backward
-    |- before_step(run)              gradients complete (accumulated, reduced, unscaled, clipped); weights not moved
+    |- read_gradients(run)           gradients complete (accumulated, reduced, unscaled, clipped); look, change nothing
+    |- before_step(run)              the same moment, after every strategy has looked: add to the gradients
     |    optimizer.step()
     |- after_step(run)               weights moved, gradients still there
     finish(run)                      last step done; write what the next run needs to run.memory
@@ -96,6 +97,12 @@ class Strategy:
         """An extra loss of one micro-batch: a scalar, summed over its supervised tokens, in nats."""
         raise NotImplementedError
 
+    def read_gradients(self, run: Run) -> None:
+        """Every gradient of this optimizer step is complete and no strategy has added to it: read `weight.grad` here.
+
+        Gradients may have been clipped: what training computed is `weight.grad / run.clip`.
+        """
+
     def before_step(self, run: Run) -> None:
         """Every gradient of this optimizer step is complete; add to `weight.grad` here."""
 
@@ -143,6 +150,8 @@ class Run:
     step: int = 0
     """Optimizer steps taken so far."""
     learning_rate: float = 0.0
+    clip: float | torch.Tensor | None = None
+    """Factor, 1 or less, by which clipping scaled the gradients of this step; None where a callback cannot know it."""
     measuring: bool = True
     """Whether this step ends a logging window, so that costly metrics are worth measuring now."""
 
@@ -286,7 +295,7 @@ def configure(strategy: type[Strategy], values: dict[str, Any]) -> Strategy:
 
 def refuse_deepspeed(strategies: list[Strategy]) -> None:
     """Raise for strategies that need the moment between backward and optimizer step, which DeepSpeed does not show."""
-    acting = [s.name for s in strategies if s.overrides("before_step") or s.overrides("after_step")]
+    acting = [s.name for s in strategies if any(map(s.overrides, ("read_gradients", "before_step", "after_step")))]
     if acting:
         raise IncompatibleError(
             f"{', '.join(acting)} acts on weights between backward and optimizer step, but DeepSpeed does both inside "

@@ -27,12 +27,11 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import data, state
+from . import state
+from .batches import examples_of, learn_batches, protect_batches
 from .errors import DataError, FTPlusError, IncompatibleError, PluginError, UsageError
-from .generate import self_generate
 from .logits import causal_lm, lm_head, supervised
 from .mixture import MixtureSampler
-from .model import cache
 from .model import resolve as resolve_model
 from .plugins import resolve
 from .strategy import Batch, Memory, Run, Strategy, refuse_deepspeed
@@ -45,9 +44,6 @@ logger = logging.getLogger("hf_ftplus")
 
 STATE_FOLDER = "ftplus"
 NEEDS_TRAINER = ("token_loss", "mix")
-DEFAULT_LENGTH = 1024
-PROTECT_BATCH = 4
-"""Rows in a micro-batch of protect data. Each batch is one sample of every weight's importance: small is steady."""
 
 
 class StrategyCallback(TrainerCallback):
@@ -160,6 +156,13 @@ class StrategyCallback(TrainerCallback):
         for name, held in self.bytes().items():
             logger.info("%s: ready after %.1f s, %.1f MB of state", name, self.seconds[name], held / 1e6)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.run:
+            self.run.step = state.global_step
+            self.run.clip = None if args.max_grad_norm else 1.0
+
     @torch.no_grad()
     def on_pre_optimizer_step(
         self,
@@ -170,11 +173,11 @@ class StrategyCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.run:
-            self.run.step = state.global_step
             self.run.learning_rate = lr_scheduler.get_last_lr()[0] if lr_scheduler else args.learning_rate
             self.run.measuring = ends_window(args, state)
-            for strategy in self.acting("before_step"):
-                self.call(strategy, "before_step", self.run)
+            for hook in ("read_gradients", "before_step"):
+                for strategy in self.acting(hook):
+                    self.call(strategy, hook, self.run)
 
     @torch.no_grad()
     def on_optimizer_step(
@@ -312,6 +315,12 @@ class StrategyMixin:
             raise not_finite("loss", loss.item(), self.state.global_step + 1)
         return loss
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if self.ftplus is not None and self.ftplus.run is not None:
+            self.ftplus.run.clip = (self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6)).clamp(max=1.0)  # as torch
+        return norm
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         extra = self.ftplus.acting("token_loss") if self.ftplus is not None and self.model.training else []
         if not extra:
@@ -434,64 +443,6 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
         )
 
 
-def protect_batches(
-    protect: Any, run: Run, args: TrainingArguments, tokenizer: Any
-) -> dict[str, list[dict[str, Tensor]]]:
-    """Whatever the user gave as protect data, as micro-batches by task name."""
-    if protect is None:
-        return {}
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    tasks = data.as_tasks(protect)
-    if tokenizer is None and not all(data.is_batches(task) for task in tasks.values()):
-        raise UsageError(
-            "The trainer has no tokenizer to read protect data with. Give it processing_class=tokenizer, or give "
-            "protect as ready micro-batches of input_ids and labels."
-        )
-    length = getattr(args, "max_length", None) or DEFAULT_LENGTH
-    found = {}
-    for name, task in tasks.items():
-        if data.is_batches(task):
-            found[name] = task
-            continue
-        if isinstance(task, data.TaskSpec) and task.generate:
-            task = self_generate(run.model, tokenizer, task.generate, seed=args.seed, cache=cache() / "self")
-        elif isinstance(task, data.TaskSpec):
-            task = data.load(task.source, task.split)
-        examples = by_length(data.tokenize(data.normalise(task, name), tokenizer, length, name).examples)
-        found[name] = data.collate(examples, pad_id(tokenizer), min(PROTECT_BATCH, args.per_device_train_batch_size))
-    return found
-
-
-def by_length(examples: list[data.Example], block: int = 64) -> list[data.Example]:
-    """Rows of like length side by side, to save padding; within blocks, so that the first rows stay a fair sample."""
-    blocks = (examples[start : start + block] for start in range(0, len(examples), block))
-    return [example for part in blocks for example in sorted(part, key=lambda example: len(example["input_ids"]))]
-
-
-def learn_batches(dataloader: Any, batch_size: int, rows: int) -> list[dict[str, Tensor]]:
-    """Micro-batches of the first `rows` training rows; none when the rows are not tokens and labels (DPO, streams)."""
-    dataset = getattr(dataloader, "dataset", None)
-    if not hasattr(dataset, "__len__"):  # a stream; torch gives every dataset a __getitem__
-        return []
-    rows = min(rows, len(dataset))
-    starts = range(0, rows, batch_size)
-    batches = (dataloader.collate_fn([dataset[i] for i in range(s, min(s + batch_size, rows))]) for s in starts)
-    kept = [{k: v for k, v in batch.items() if isinstance(v, Tensor)} for batch in batches]
-    return kept if all({"input_ids", "labels"} <= batch.keys() for batch in kept) else []
-
-
-def examples_of(batches: list[dict[str, Tensor]]) -> list[dict[str, list[int]]]:
-    """Micro-batches taken apart into unpadded `input_ids` and `labels`."""
-    rows = []
-    for batch in batches:
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        rows += [
-            {"input_ids": ids[keep].tolist(), "labels": labels[keep].tolist()}
-            for ids, labels, keep in zip(batch["input_ids"], batch["labels"], mask, strict=True)
-        ]
-    return rows
-
-
 def check_shares(name: str, shares: dict[str, float], start: dict[str, float]) -> None:
     """Shares are over the known tasks, none negative, and sum to one."""
     if shares.keys() != start.keys() or min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
@@ -515,12 +466,6 @@ def not_finite(what: str, value: float, step: int) -> FTPlusError:
         f"The {what} is {value} at step {step}. Training stopped before the update; the last checkpoint is intact. "
         "Lower the learning rate or the strength, or train in bf16 or fp32 instead of fp16."
     )
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The padding token's id; any id serves, since pads are masked and unsupervised."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return found if isinstance(found, int) else 0
 
 
 class SaveOnInterrupt(TrainerCallback):

@@ -31,9 +31,43 @@ def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
 def test_the_moments_come_in_the_order_of_the_contract(tmp_path):
     diary = Diary()
     trainer(tmp_path, diary, max_steps=2, gradient_accumulation_steps=2).train()
-    step = ["token_loss", "token_loss", "before_step", "after_step"]
+    step = ["token_loss", "token_loss", "read_gradients", "before_step", "after_step"]
     assert [hook for hook, _ in diary.entries] == ["mix", "prepare", *step, *step, "finish"]
     assert [s for hook, s in diary.entries if hook == "before_step"] == [0, 1]
+    assert [s for hook, s in diary.entries if hook == "token_loss"] == [0, 0, 1, 1]
+
+
+@dataclass
+class Reader(Strategy):
+    """Notes the gradients of each step, and by how much they were clipped."""
+
+    name: ClassVar[str] = "reader"
+
+    def __post_init__(self):
+        self.norms, self.clips = [], []
+
+    def read_gradients(self, run):
+        self.norms.append(torch.stack([w.grad.norm() for w in run.weights.values() if w.grad is not None]).norm())
+        self.clips.append(run.clip)
+
+
+def test_gradients_are_read_before_any_strategy_adds_to_them(tmp_path):
+    behind, alone = Reader(), Reader()
+    trainer(tmp_path / "a", EWC(strength=1e5), behind, max_steps=1, max_grad_norm=0.0).train()
+    trainer(tmp_path / "b", alone, max_steps=1, max_grad_norm=0.0).train()
+    assert behind.norms == alone.norms
+    assert alone.clips == [1.0]
+
+
+def test_the_clip_factor_undoes_clipping(tmp_path):
+    clipped, free = Reader(), Reader()
+    trainer(tmp_path / "a", clipped, max_steps=1, max_grad_norm=0.1).train()
+    trainer(tmp_path / "b", free, max_steps=1, max_grad_norm=0.0).train()
+    assert clipped.clips[0] < 0.5
+    torch.testing.assert_close(clipped.norms[0] / clipped.clips[0], free.norms[0], rtol=1e-6, atol=0)
+    unknown = Reader()
+    trainer(tmp_path / "c", cls=trl.SFTTrainer, callbacks=[StrategyCallback(unknown)], max_steps=1).train()
+    assert unknown.clips == [None]
 
 
 def test_a_strategy_that_only_watches_changes_nothing(tmp_path):

@@ -113,6 +113,9 @@ class Diary(Strategy):
         self.note("token_loss", run)
         return batch.hidden.sum() * 0.0
 
+    def read_gradients(self, run: Run) -> None:
+        self.note("read_gradients", run)
+
     def before_step(self, run: Run) -> None:
         self.note("before_step", run)
 
