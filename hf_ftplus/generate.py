@@ -12,9 +12,10 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -22,16 +23,21 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from .data import load
 from .errors import DataError, UsageError
 from .formats import Row
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache key: raise it when the same settings come to give other rows."""
 TRIES = 8
 """Batches sampled per batch wanted, before giving up."""
+SPARE = 4
+"""Rows written beyond those still wanted, since some are empty or were seen before."""
+CANDIDATES = 1024
+"""Likeliest tokens among which the nucleus is looked for first: it is nearly always there, and a vocabulary sorted at
+every step costs more than the model."""
 USER = "ftplususerturn"
 """Stands for the user's words while the template is cut open; plain letters, so that no template trims it."""
 
@@ -45,7 +51,7 @@ class Sampling:
     rest of the row.
     """
 
-    batch_size: int = 16
+    batch_size: int = 64
     max_new_tokens: int = 96
     """Longest answer, in tokens; text of a base model may be as long as request and answer together."""
     request_tokens: int = 64
@@ -65,18 +71,20 @@ def self_generate(
     count: int,
     *,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 64,
     max_new_tokens: int = 96,
     request_tokens: int = 64,
     temperature: float = 1.0,
     top_p: float = 0.95,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
     cache: Path | None = None,
     progress: bool = True,
 ) -> Dataset:
     """`count` rows written by `model` as it stands: prompt + completion (messages), or text without a chat template.
 
     The model's mode and settings and every global random generator are left as found. With `cache`, a folder, the rows
-    are kept there under a key made of the model's content, the tokenizer, the template and all settings.
+    are kept there under a key made of the model's content, the tokenizer, the template and all settings. `autocast` is
+    mixed precision to write in: in bf16 some words differ from fp32's, and the pass takes a fraction of the time.
 
     Raises:
         UsageError: a count or setting out of range.
@@ -85,10 +93,12 @@ def self_generate(
     how = Sampling(batch_size, max_new_tokens, request_tokens, temperature, top_p)
     if count < 1:
         raise UsageError(f"{count} rows of self-generated text; expected 1 or more, such as self:256.")
-    file = None if cache is None else Path(cache) / f"self-{_key(model, tokenizer, count, seed, how)}.jsonl"
+    with autocast():
+        file = None if cache is None else Path(cache) / f"self-{_key(model, tokenizer, count, seed, how)}.jsonl"
     if file is not None and (kept := _cached(file, count)) is not None:
         return kept
-    with _sampler(model, tokenizer, seed, how) as write, _bar(count, progress) as bar:
+    # around the whole of it: autocast forgets its copies of the weights when its outermost block ends
+    with autocast(), _sampler(model, tokenizer, seed, how) as write, _bar(count, progress) as bar:
         rows = _rows(write, tokenizer, count, how, bar)
     if file is not None:
         _store(file, rows)
@@ -104,7 +114,8 @@ def _rows(write: Write, tokenizer: PreTrainedTokenizerBase, count: int, how: Sam
     seen: set[str] = set()
     batches = -(-count // how.batch_size)
     for _ in range(TRIES * batches):
-        for row in _batch(write, tokenizer, how, seen):
+        wanted = min(how.batch_size, count - len(rows) + SPARE)
+        for row in _batch(write, tokenizer, wanted, how, seen):
             if len(rows) < count:
                 rows.append(row)
                 bar.update()
@@ -116,14 +127,12 @@ def _rows(write: Write, tokenizer: PreTrainedTokenizerBase, count: int, how: Sam
     )
 
 
-def _batch(write: Write, tokenizer: PreTrainedTokenizerBase, how: Sampling, seen: set[str]) -> list[Row]:
+def _batch(write: Write, tokenizer: PreTrainedTokenizerBase, size: int, how: Sampling, seen: set[str]) -> list[Row]:
     if not tokenizer.chat_template:
-        texts = _fresh(
-            write([_first_token(tokenizer)] * how.batch_size, how.request_tokens + how.max_new_tokens, ""), seen
-        )
+        texts = _fresh(write([_first_token(tokenizer)] * size, how.request_tokens + how.max_new_tokens, ""), seen)
         return [{"text": text} for text in texts]
     header, stop = open_user_turn(tokenizer)
-    requests = _fresh(write([header] * how.batch_size, how.request_tokens, stop), seen)
+    requests = _fresh(write([header] * size, how.request_tokens, stop), seen)
     chats = [[{"role": "user", "content": request}] for request in requests]
     openings = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     answers = write(openings, how.max_new_tokens, "") if openings else []
@@ -172,6 +181,32 @@ def _says_something(text: str) -> bool:
     return any(c.isalnum() for c in text) and (len(words) < 10 or len(set(words)) > len(words) / 5)
 
 
+class Nucleus(LogitsProcessor):
+    """Draw each next token from the likeliest ones that together hold `top_p` (Holtzman 2020); the rest is ruled out.
+
+    The same distribution as transformers' temperature and top_p, which sort the whole vocabulary.
+    """
+
+    def __init__(self, temperature: float, top_p: float) -> None:
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[B, T], [B, V] -> [B, V]: 0 at the token drawn, -inf elsewhere."""
+        probs = (scores.float() / self.temperature).softmax(-1)
+        if self.top_p == 1:
+            drawn = torch.multinomial(probs, 1)
+        else:
+            likely, tokens = probs.topk(min(CANDIDATES, probs.shape[-1]))
+            drawn, flat = self._draw(likely, tokens), likely.sum(-1) < self.top_p
+            if flat.any():
+                drawn[flat] = self._draw(*probs[flat].sort(-1, descending=True))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
+
+    def _draw(self, likely: Tensor, tokens: Tensor) -> Tensor:
+        nucleus = torch.where(likely.cumsum(-1) - likely < self.top_p, likely, 0.0)
+        return tokens.gather(-1, torch.multinomial(nucleus, 1))
+
+
 @contextmanager
 def _sampler(model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int, how: Sampling) -> Iterator[Write]:
     writer = model.get_base_model() if is_peft_model(model) else model
@@ -182,10 +217,8 @@ def _sampler(model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int, ho
         last = stops | _first_special(tokenizer, stop)
         # Every setting that a checkpoint's own generation_config could bring in (top_k, penalties) is off.
         writer.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            top_k=0,
+            do_sample=False,  # `Nucleus` draws
+            num_beams=1,
             max_new_tokens=tokens,
             eos_token_id=sorted(last),
             pad_token_id=_pad(tokenizer, last),
@@ -195,7 +228,8 @@ def _sampler(model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int, ho
             [tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings], tokenizer
         )
         device = next(model.parameters()).device
-        out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+        draw = LogitsProcessorList([Nucleus(how.temperature, how.top_p)])
+        out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), logits_processor=draw)
         return [_text(row, tokenizer, last, stop) for row in out[:, ids.shape[1] :].tolist()]
 
     try:
@@ -278,8 +312,13 @@ def fingerprint(model: nn.Module) -> str:
 
     About a second per GB. Under FSDP2 every rank must call it, since each tensor is gathered in turn.
     """
+    return fingerprint_of(model.state_dict())
+
+
+def fingerprint_of(tensors: dict[str, Any]) -> str:
+    """The same over some of the tensors of a model."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         if not isinstance(tensor, Tensor):  # extra state of a quantised layer
             continue
         tensor = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
@@ -300,7 +339,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _key(model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, how: Sampling) -> str:
-    parts = [FORMAT, fingerprint(model), tokenizer_fingerprint(tokenizer), count, seed, asdict(how)]
+    device = next(model.parameters()).device.type
+    precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as loaded"
+    parts = [FORMAT, fingerprint(model), tokenizer_fingerprint(tokenizer), count, seed, asdict(how), precision]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
+from transformers import TopPLogitsWarper
 
 from hf_ftplus import generate
 from hf_ftplus.data import tokenize
@@ -166,6 +167,19 @@ def test_temperature_one_and_top_p_one_sample_the_models_own_distribution():
     assert exact.max() > 0.03, "a flat model would show nothing"
     assert error(1.0) < 0.01
     assert error(0.5) > 0.02, "and the comparison sees a cut tail"
+
+
+@pytest.mark.parametrize("candidates", [4, 1024])
+def test_the_nucleus_is_transformers_own(monkeypatch, candidates):
+    """The same tokens are possible, in the same proportions, also where the nucleus is wider than the candidates."""
+    monkeypatch.setattr(generate, "CANDIDATES", candidates)
+    scores = torch.stack([3 * torch.randn(50, generator=torch.Generator().manual_seed(1)), torch.zeros(50)])
+    exact = TopPLogitsWarper(0.8)(None, scores / 0.7).softmax(-1)
+    torch.manual_seed(0)
+    drawn = generate.Nucleus(0.7, 0.8)(None, scores.repeat(20_000, 1)).softmax(-1).view(-1, 2, 50).mean(0)
+    assert torch.equal(drawn[0] > 0, exact[0] > 0)
+    assert (drawn[0] - exact[0]).abs().max() < 0.02
+    assert (drawn[1] > 0).sum() == (exact[1] > 0).sum() == 40  # ties: any 40 of 50 equals will do
 
 
 def test_everything_is_left_as_found(model, tokenizer):

@@ -66,6 +66,7 @@ def with_answers(
     *,
     batch_size: int = 8,
     max_new_tokens: int = 48,
+    autocast: Autocast = nullcontext,
 ) -> list[Row]:
     """Rows completed by what `model` itself answers now: a reference for questions that have no right answer.
 
@@ -78,6 +79,7 @@ def with_answers(
             [question(row, tokenizer) for row in rows],
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            autocast=autocast,
             label="reference answers",
         )
     return [answered(row, answer) for row, answer in zip(rows, found, strict=True) if answer]
