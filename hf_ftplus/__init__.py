@@ -10,10 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .callback import StrategyCallback
     from .hookspecs import hookimpl
     from .strategies.ewc import EWC
     from .strategy import Batch, Memory, Run, Strategy, setting
-    from .trainer import SFTTrainer, StrategyCallback, StrategyMixin, attach
+    from .trainer import SFTTrainer, StrategyMixin, attach
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,8 @@ _LAZY = {
     "EWC": ".strategies.ewc",
     "hookimpl": ".hookspecs",
     **dict.fromkeys(("Batch", "Memory", "Run", "Strategy", "setting"), ".strategy"),
-    **dict.fromkeys(("SFTTrainer", "StrategyCallback", "StrategyMixin", "attach"), ".trainer"),
+    "StrategyCallback": ".callback",
+    **dict.fromkeys(("SFTTrainer", "StrategyMixin", "attach"), ".trainer"),
 }
 
 

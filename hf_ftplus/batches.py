@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import TrainingArguments
 
 from . import data
-from .errors import UsageError
-from .generate import self_generate
+from .errors import StorageError, UsageError
+from .generate import pad_id, self_generate, store
 from .model import cache
 from .strategy import Run
+
+logger = logging.getLogger("hf_ftplus")
 
 DEFAULT_LENGTH = 1024
 PROTECT_BATCH = 4
 """Rows in a micro-batch of protect data. Each batch is one sample of every weight's importance: small is steady."""
 
 
+@dataclass(frozen=True)
+class SelfText:
+    """Where the text that the starting model writes is kept for a resumed run, whose weights have moved."""
+
+    output: Path
+    """The folder of the run."""
+    again: bool
+    """Whether the run is resumed, and reads what it wrote when it began."""
+
+    def rows(self, name: str, write: Callable[[], Dataset], args: TrainingArguments) -> Dataset:
+        """What `write` gave when the run began.
+
+        Raises:
+            StorageError: the run is resumed, and the text is not there.
+        """
+        file = self.output / "ftplus" / f"self-{quote(name, safe='')}.jsonl"
+        if not self.again:
+            rows = write()
+            if args.process_index == 0:
+                store(file, list(rows))
+            args.distributed_state.wait_for_everyone()
+        elif not file.is_file():
+            raise StorageError(
+                f"{file} is missing: the text that the model wrote when this run began, which its trained weights "
+                "cannot write again. Put it back, or start a new run."
+            )
+        return data.load(str(file))
+
+
 def protect_batches(
-    protect: Any, run: Run, args: TrainingArguments, tokenizer: Any
+    protect: Any, run: Run, args: TrainingArguments, tokenizer: Any, written: SelfText | None = None
 ) -> dict[str, list[dict[str, Tensor]]]:
     """Whatever the user gave as protect data, as micro-batches by task name."""
     if protect is None:
@@ -39,10 +77,28 @@ def protect_batches(
             found[name] = task
             continue
         if isinstance(task, data.TaskSpec) and task.generate:
-            task = self_generate(run.model, tokenizer, task.generate, seed=args.seed, cache=cache() / "self")
+            write = partial(
+                self_generate,
+                run.model,
+                tokenizer,
+                task.generate,
+                seed=args.seed,
+                autocast=run.autocast,
+                cache=cache() / "self",
+            )
+            task = written.rows(name, write, args) if written else write()
         elif isinstance(task, data.TaskSpec):
             task = data.load(task.source, task.split)
-        examples = by_length(data.tokenize(data.normalise(task, name), tokenizer, length, name).examples)
+        done = data.tokenize(data.normalise(task, name), tokenizer, length, name)
+        if done.dropped:
+            logger.warning(
+                "%s: truncation at %d tokens left nothing to protect in %d of %d rows",
+                name,
+                length,
+                done.dropped,
+                done.rows,
+            )
+        examples = by_length(done.examples)
         found[name] = data.collate(examples, pad_id(tokenizer), min(PROTECT_BATCH, args.per_device_train_batch_size))
     return found
 
@@ -60,7 +116,8 @@ def learn_batches(dataloader: Any, batch_size: int, rows: int) -> list[dict[str,
         return []
     rows = min(rows, len(dataset))
     starts = range(0, rows, batch_size)
-    batches = (dataloader.collate_fn([dataset[i] for i in range(s, min(s + batch_size, rows))]) for s in starts)
+    with torch.random.fork_rng(devices=[]):  # a collator that masks at random takes nothing from training
+        batches = [dataloader.collate_fn([dataset[i] for i in range(s, min(s + batch_size, rows))]) for s in starts]
     kept = [{k: v for k, v in batch.items() if isinstance(v, Tensor)} for batch in batches]
     return kept if all({"input_ids", "labels"} <= batch.keys() for batch in kept) else []
 
@@ -77,7 +134,7 @@ def examples_of(batches: list[dict[str, Tensor]]) -> list[dict[str, list[int]]]:
     return rows
 
 
-def pad_id(tokenizer: Any) -> int:
-    """The padding token's id; any id serves, since pads are masked and unsupervised."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return found if isinstance(found, int) else 0
+def same_batches(one: dict[str, list[dict[str, Tensor]]], other: dict[str, list[dict[str, Tensor]]]) -> bool:
+    """Whether two protect sets hold the same rows."""
+    apart = [{name: examples_of(batches) for name, batches in tasks.items()} for tasks in (one, other)]
+    return apart[0] == apart[1]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .strategy import Strategy
 
 METRICS = ("choice", "exact_match")
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ OPTIONS = (
     ),
 )
 DEFAULTS = {"measure_rows": 64, "completions": 3}
+SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
+"""Left out of the report wherever they stand; an eos_token is none."""
 
 
 @dataclass
@@ -89,14 +92,15 @@ class RunConfig:
     measure: list[TaskSpec] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
     memory: Path | None = None
-    measure_rows: int = 64
-    completions: int = 3
+    measure_rows: int = DEFAULTS["measure_rows"]
+    completions: int = DEFAULTS["completions"]
     fail_if_retention_below: float | None = None
 
     def resolved(self) -> dict[str, Any]:
         """All of it as plain values for the report; secrets left out."""
-        training = {key: value for key, value in self.training.to_dict().items() if "token" not in key or "num" in key}
-        return {
+        given = vars(self.training)  # to_dict masks whatever ends with _token, the eos_token too
+        training = {key: given.get(key, value) for key, value in self.training.to_dict().items()}
+        everything = {
             "strategies": [repr(strategy) for strategy in self.strategies],
             "protect": [str(spec) for spec in self.protect],
             "measure": [str(spec) for spec in self.measure],
@@ -107,8 +111,16 @@ class RunConfig:
             "fail_if_retention_below": self.fail_if_retention_below,
             "model": vars(self.model),
             "data": vars(self.script),
+            "mixture": vars(self.mixture),
             "training": training,
         }
+        return _without_secrets(everything)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items() if key not in SECRETS}
+    return value
 
 
 def read_yaml(path: str | None) -> dict[str, Any]:
@@ -154,7 +166,7 @@ def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], 
 
 
 def build(ours: dict[str, Any]) -> RunConfig:
-    """Our half of a run, validated without TRL, torch or a model; TRL's half is filled in later.
+    """Our half of a run, validated before TRL is imported or a model loaded; TRL's half is filled in later.
 
     Raises:
         UsageError: unknown strategy, setting, task or metric, or a value out of range; with the nearest known word.
@@ -281,7 +293,11 @@ def _listed(given: Any, option: Option) -> list[str]:
 
 
 def _single(given: Any, option: Option) -> Any:
+    """One value in the option's own type, without loss: 3.7 is no whole number, and `yes` is none either."""
     try:
-        return option.kind(given)
-    except (TypeError, ValueError):
-        raise UsageError(f"{option.yaml}: {given!r} in YAML; expected {option.kind.__name__}.") from None
+        value = option.kind(given)
+        if isinstance(given, bool) or (isinstance(given, float) and value != given):
+            raise ValueError(given)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{option.yaml}: {given!r} in YAML; expected {_KINDS[option.kind]}.") from None
+    return value

@@ -230,15 +230,19 @@ def _slice(dataset: Dataset, split: str | None, where: str) -> Dataset:
     return sliced
 
 
+def reason(error: Exception) -> str:
+    """What an exception of another library says, on one line; its name if it says nothing."""
+    return escape(str(error).strip().partition("\n")[0], 300) or type(error).__name__
+
+
 def _through_datasets(where: str, name: str, **options: Any) -> Dataset:
     """`datasets.load_dataset`, with its many exceptions as one sentence, and no bar where nobody watches."""
     try:
         with _bars_only_on_terminals():
             return datasets.load_dataset(name, **options)
     except Exception as error:  # load_dataset raises whatever its reader, fsspec or the network raised
-        reason = escape(str(error).strip().partition("\n")[0], 300).rstrip(".")
         raise DataError(
-            f"{where} cannot be read: {type(error).__name__}: {reason}. Expected a local file "
+            f"{where} cannot be read: {type(error).__name__}: {reason(error).rstrip('.')}. Expected a local file "
             f"({', '.join(READERS)}) or a dataset on the Hub, as NAME or NAME:split."
         ) from error
 

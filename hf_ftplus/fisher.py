@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import DataError, IncompatibleError
-from .logits import hidden_states, lm_head
+from .logits import evaluating, hidden_states, lm_head, stay_whole
 from .weights import Adapter, local
 
 Batches = list[dict[str, Tensor]]
@@ -86,7 +86,9 @@ def fisher(
     generator = torch.Generator(device=next(model.parameters()).device)
     tokens = torch.zeros((), dtype=torch.long, device=generator.device)
 
-    with _undisturbed(model), row_column_sums(adapters) as sums:
+    # Around all batches: autocast drops its copies of the weights when its outermost block ends. Shards come and go.
+    once = nullcontext if sharded else autocast
+    with once(), _undisturbed(model), row_column_sums(adapters) as sums:
         for index, batch in progress(_shares(batches, rank, world, sharded, apart=estimator == "empirical")):
             generator.manual_seed(
                 seed * 1_000_003 + index
@@ -118,8 +120,10 @@ def backward_logits(
     batch = {key: value.to(generator.device) for key, value in batch.items()}
     with torch.enable_grad(), autocast():
         hidden, labels = hidden_states(model, batch)
-        leaf = hidden.detach().requires_grad_()
-        head = lm_head(model)
+        stay_whole(model)
+        leaf, head = hidden.detach().requires_grad_(), lm_head(model)
+        if not len(labels):
+            head(leaf).sum().backward()  # a gradient of zeros: all ranks of a sharded model must have one
         for part in head.chunks(len(labels)):
             logits = head(leaf[part])
             logits.backward(logit_gradient(logits.detach(), labels[part], estimator, generator))
@@ -131,8 +135,8 @@ def logit_gradient(logits: Tensor, labels: Tensor, estimator: str, generator: to
     """What an estimator back-propagates at logits [n, V]: a random (for `empirical`, a given) v with mean square F."""
     probs = logits.softmax(-1)
     if estimator == "sign":
-        signed = probs.sqrt() * random_signs(probs.shape, generator)
-        return signed - probs * signed.sum(-1, keepdim=True)
+        signed = random_signs(probs.shape, generator).mul_(probs.sqrt())
+        return signed.addcmul_(probs, signed.sum(-1, keepdim=True), value=-1)
     target = labels if estimator == "empirical" else torch.multinomial(probs, 1, generator=generator).squeeze(-1)
     return nn.functional.one_hot(target, probs.shape[-1]).to(probs.dtype) - probs
 
@@ -143,8 +147,9 @@ def random_signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
     packed = torch.randint(
         0, 256, (*lead, -(-last // 8)), dtype=torch.uint8, device=generator.device, generator=generator
     )
-    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.flatten(-2)[..., :last].to(torch.float32) * 2 - 1
+    bits = torch.arange(256, device=packed.device).unsqueeze(-1) >> torch.arange(8, device=packed.device) & 1
+    signs_of = bits.to(torch.float32) * 2 - 1  # [256, 8]: looked up, which is one pass over [..., V] instead of five
+    return nn.functional.embedding(packed.int(), signs_of).flatten(-2)[..., :last]
 
 
 @contextmanager
@@ -198,22 +203,19 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     Layers that checkpoint their activations do so only in training mode, so they alone keep it: the pass then needs no
     more memory than a training step.
     """
-    modes = {module: module.training for module in model.modules()}
+    checkpointing = [m for m in model.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
     gradients = {weight: weight.grad for weight in model.parameters()}
-    model.eval()
     dropout = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(model.config).items())
-    for module in modes:
-        if getattr(module, "gradient_checkpointing", False) and not dropout:
-            module.training = modes[module]
-    for weight in gradients:
-        weight.grad = None
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for weight, gradient in gradients.items():
-            weight.grad = gradient
+    with evaluating(model):
+        for module in checkpointing:
+            module.training = not dropout
+        for weight in gradients:
+            weight.grad = None
+        try:
+            yield
+        finally:
+            for weight, gradient in gradients.items():
+                weight.grad = gradient
 
 
 def _by_row(batches: Batches) -> Batches:

@@ -3,6 +3,7 @@
 The canonical shapes are TRL's own: `prompt` + `completion` (both strings, or both lists of messages), `messages`, and
 `text`. Rows that are tokenized already (`input_ids` + `labels`) pass through. Everything else is converted:
 
+    input_ids [+ assistant_masks]       tokens     ->  input_ids + labels, as TRL trains on them
     instruction [+ input] + output      alpaca     ->  prompt + completion, as one user and one assistant message
     conversations [+ system]            sharegpt   ->  messages
 
@@ -218,8 +219,15 @@ def _tokenized(row: Row) -> Row:
     return {"input_ids": ids, "labels": labels}
 
 
+def _unlabelled(row: Row) -> Row:
+    ids, mask = row["input_ids"], row.get("assistant_masks")
+    labels = ids if mask is None else [token if kept else -100 for token, kept in zip(ids, mask, strict=False)]
+    return _tokenized({"input_ids": ids, "labels": labels})
+
+
 SHAPES = (
     Shape(("input_ids", "labels"), _tokenized),
+    Shape(("input_ids",), _unlabelled, canonical=False, optional=("assistant_masks",)),
     Shape(("prompt", "completion"), _prompt_completion),
     Shape(("messages",), _conversation),
     Shape(("conversations",), _sharegpt, canonical=False, optional=("system",)),

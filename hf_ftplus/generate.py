@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -26,8 +24,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from .data import load
+from .disk import replace
 from .errors import DataError, UsageError
 from .formats import Row
+from .logits import causal_lm, evaluating
 
 FORMAT = 2
 """Part of the cache key: raise it when the same settings come to give other rows."""
@@ -101,7 +101,7 @@ def self_generate(
     with autocast(), _sampler(model, tokenizer, seed, how) as write, _bar(count, progress) as bar:
         rows = _rows(write, tokenizer, count, how, bar)
     if file is not None:
-        _store(file, rows)
+        store(file, rows)
     return Dataset.from_list(rows)
 
 
@@ -210,8 +210,8 @@ class Nucleus(LogitsProcessor):
 @contextmanager
 def _sampler(model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int, how: Sampling) -> Iterator[Write]:
     writer = model.get_base_model() if is_peft_model(model) else model
-    stops = _stops(writer, tokenizer)
-    settings, modes = writer.generation_config, {module: module.training for module in model.modules()}
+    stops = stop_ids(model, tokenizer)
+    settings = writer.generation_config
 
     def write(openings: list[str], tokens: int, stop: str) -> list[str]:
         last = stops | _first_special(tokenizer, stop)
@@ -221,7 +221,7 @@ def _sampler(model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int, ho
             num_beams=1,
             max_new_tokens=tokens,
             eos_token_id=sorted(last),
-            pad_token_id=_pad(tokenizer, last),
+            pad_token_id=pad_id(tokenizer),
             use_cache=True,
         )
         ids, mask = _left_padded(
@@ -233,13 +233,10 @@ def _sampler(model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int, ho
         return [_text(row, tokenizer, last, stop) for row in out[:, ids.shape[1] :].tolist()]
 
     try:
-        model.eval()
-        with private_rng(next(model.parameters()).device, seed):
+        with evaluating(model), private_rng(next(model.parameters()).device, seed):
             yield write
     finally:
         writer.generation_config = settings
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
@@ -260,9 +257,9 @@ def private_rng(device: torch.device, seed: int) -> Iterator[None]:
                 module.set_rng_state(state)
 
 
-def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that end a turn: what tokenizer and checkpoint call end of sequence."""
-    ends = model.generation_config.eos_token_id
+    ends = causal_lm(model).generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return {token for token in [tokenizer.eos_token_id, *ends] if token is not None}
 
@@ -273,12 +270,14 @@ def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> set[int]:
     return {ids[0]} & (set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)) if ids else set()
 
 
-def _pad(tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token's id; any id serves, since pads are masked and unsupervised."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return found if isinstance(found, int) else 0
 
 
 def _left_padded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    width, pad = max(map(len, rows)), _pad(tokenizer, set())
+    width, pad = max(map(len, rows)), pad_id(tokenizer)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
@@ -354,14 +353,7 @@ def _cached(file: Path, count: int) -> Dataset | None:
     return rows if rows is not None and len(rows) == count else None
 
 
-def _store(file: Path, rows: list[Row]) -> None:
-    """Write under another name and rename, so that a killed run leaves no half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".self-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def store(file: Path, rows: list[Row]) -> None:
+    """Rows as JSON lines."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    replace(file, lambda scratch: scratch.write_text("".join(lines), encoding="utf-8"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,16 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        weight, bias = _whole(self.weight), _whole(self.bias)
-        logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias).float() * self.scale
+        head = self.whole()
+        logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def whole(self) -> Head:
+        """The same head with shards (FSDP2) gathered, whose gradients are averaged over ranks on their way back.
+
+        Every rank must gather, and run backward through it, equally often: do so once, not for each chunk.
+        """
+        return replace(self, weight=_whole(self.weight), bias=_whole(self.bias))
 
     def chunks(self, positions: int) -> Iterator[slice]:
         """Slices over `positions` rows, each small enough to hold its logits."""
@@ -42,7 +49,11 @@ class Head:
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -93,12 +104,22 @@ def lm_head(model: nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), 1.0 if scale is None else scale, softcap)
 
 
+def stay_whole(model: nn.Module) -> None:
+    """Make FSDP2 keep the weights above the layers for a backward pass that starts at the hidden states.
+
+    It lets go of them after the forward pass, and takes them back when the backward pass comes to the model's output.
+    """
+    for module in (model, causal_lm(model).get_output_embeddings()):
+        if hasattr(module, "unshard"):
+            module.unshard()
+
+
 def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Last hidden states that predict a supervised token, and those tokens: ([N, d], [N]).
 
     `batch` holds `input_ids` [B, T], `labels` [B, T] (unshifted, -100 where unsupervised) and whatever else the
     forward pass takes (`attention_mask`, or `position_ids` for padding-free rows). Keeps the graph unless the caller
-    turned gradients off.
+    turned gradients off; before a backward pass from here call `stay_whole`.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     inputs["use_cache"] = False
@@ -123,6 +144,18 @@ def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     targets = labels[:, 1:]
     mask = targets != -100
     return hidden[:, :-1][mask], targets[mask]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) for the block; every module's own mode comes back after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager

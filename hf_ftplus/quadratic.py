@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .weights import Adapter, local, place
 
-PIECE = 2**17
+PIECE = 2**16
 """Weights handled at a time on a CPU, so that temporaries stay in its cache."""
 
 
@@ -32,19 +33,18 @@ class Well:
     start: Tensor
     importance: Tensor
 
-    def pulls(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(gradient to add to, importance * (w - start)), piece by piece; nothing for a weight without gradient."""
+    def add(self, strength: float, measure: bool) -> list[Tensor]:
+        """Add strength * importance * (w - start) to the gradient, if there is one; return its figures (see `pull`)."""
+        figures = []
         if self.weight.grad is not None:
-            gradient, weight, start, importance = map(
-                _pieces, (local(self.weight.grad), local(self.weight), local(self.start), local(self.importance))
-            )
-            for g, w, s, f in zip(gradient, weight, start, importance, strict=True):
-                yield g, torch.sub(w.float(), s.float()).mul_(f)
-
-    def penalty(self) -> Tensor:
-        """1/2 sum importance * (w - start)^2 of this rank's shard: a scalar in fp32."""
-        weight, start, importance = local(self.weight).float(), local(self.start).float(), local(self.importance)
-        return 0.5 * torch.sum(importance * (weight - start).square())
+            held = (self.weight.grad, self.weight, self.start, self.importance)
+            for g, w, s, f in pieces(*map(local, held)):
+                moved = torch.sub(w.float(), s.float())
+                if measure:
+                    change = moved * f
+                    figures.append(torch.stack([0.5 * inner(change, moved), inner(change, change), inner(g, g)]))
+                g.addcmul_(moved, f, value=strength)
+        return figures
 
 
 @dataclass
@@ -57,7 +57,7 @@ class AdapterWell:
     columns: Tensor
     """Importances of rows [d] and columns [k]; `columns` sum to one."""
 
-    def pulls(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pulls(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(gradient, pull) of A and of B."""
         left, right = self._factors()
         rank, scale = self.adapter.A.shape[0], self.adapter.scale
@@ -67,6 +67,17 @@ class AdapterWell:
             yield local(self.adapter.B.grad), scale * self.rows.unsqueeze(1) * (left @ inner_right[:, :rank])
         if self.adapter.A.grad is not None:
             yield local(self.adapter.A.grad), (inner_left[:rank] @ right) * self.columns
+
+    def add(self, strength: float, measure: bool) -> list[Tensor]:
+        """Add strength * pull to the gradients of A and B; return their figures (see `pull`)."""
+        found = list(self._pulls())
+        figures = []
+        if measure and found:
+            squares = [torch.stack([inner(change, change), inner(gradient, gradient)]) for gradient, change in found]
+            figures = [torch.cat([self.penalty().reshape(1), sum(squares)])]
+        for gradient, change in found:
+            gradient.add_(change, alpha=strength)
+        return figures
 
     def penalty(self) -> Tensor:
         left, right = self._factors()
@@ -113,6 +124,20 @@ def importance_names(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter
     ]
 
 
+def share_held(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter], importance: dict[str, Tensor]) -> float:
+    """Share of the weights whose importance is above 0, over all shards."""
+    number = sum(weight.numel() for weight in plain.values())
+    held = sum(int(local(importance[f"diagonal.{name}"]).count_nonzero()) for name in plain)
+    if any(hasattr(weight, "to_local") for weight in plain.values()):
+        total = torch.tensor(held, device=next(iter(plain.values())).device)
+        dist.all_reduce(total)
+        held = int(total)
+    for name, adapter in adapters.items():
+        number += adapter.B.shape[0] * adapter.A.shape[1]
+        held += int(importance[f"rows.{name}"].count_nonzero() * importance[f"columns.{name}"].count_nonzero())
+    return held / number
+
+
 def placed(
     tensors: dict[str, Tensor], plain: dict[str, nn.Parameter], adapters: dict[str, Adapter], prefix: str = ""
 ) -> dict[str, Tensor]:
@@ -130,6 +155,24 @@ def state_bytes(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter]) ->
     return held + sum(4 * (adapter.A.shape[1] + adapter.B.shape[0]) for adapter in adapters.values())
 
 
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    whole = tensor.device.type != "cpu" or not tensor.is_contiguous()
-    return (tensor,) if whole else tensor.view(-1).split(PIECE)
+def pull(held: list[Well | AdapterWell], strength: float, measure: bool) -> Tensor | None:
+    """Add strength * importance * (w - start) to every gradient.
+
+    Returns, if it shall `measure`, [1/2 sum importance d^2, |importance d|^2, |gradient as found|^2], d = w - start, of
+    this rank's shards and left on the device; else None.
+    """
+    figures = [figure for well in held for figure in well.add(strength, measure)]
+    return torch.stack(figures).sum(0) if figures else None
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same stretch of each of several tensors of one shape, in turn; sized for a CPU's cache, whole elsewhere."""
+    if all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
+        yield from zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
+    else:
+        yield tensors
+
+
+def inner(one: Tensor, other: Tensor) -> Tensor:
+    """Sum of products in fp32: a scalar."""
+    return torch.dot(one.float().flatten(), other.float().flatten())

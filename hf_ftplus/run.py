@@ -13,24 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import click
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import Dataset, disable_progress_bars
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from . import data
-from .batches import DEFAULT_LENGTH
-from .config import RunConfig
-from .errors import DataError, FTPlusError, IncompatibleError, RetentionError, StorageError
-from .evaluation import EvalTask, Evaluation, retention_gate, with_answers
-from .generate import self_generate
-from .model import cache
+from .callback import STATE_FOLDER, autocast, refuse
+from .config import SECRETS, RunConfig
+from .errors import FTPlusError, IncompatibleError, RetentionError, StorageError
+from .evaluation import Evaluation, retention_gate
 from .report import Report
-from .trainer import STATE_FOLDER, SaveOnInterrupt, SFTTrainer, autocast, refuse, sft_trainer
+from .rows import Rows, check_supervised, find, keep_apart, share_supervised, tasks, tokenizer_of, write
+from .trainer import SaveOnInterrupt, SFTTrainer, sft_trainer
 
-HELD_OUT = 5
-"""One row in so many of a protect set is measured and never used to protect."""
-ANSWERED_TOGETHER = 16
-NATIVE = ({"messages"}, {"prompt", "completion"}, {"input_ids"}, {"prompt"}, {"images"}, {"image"})
-"""Columns that TRL itself understands; such learn data reaches it untouched."""
+OUTPUTS = (
+    "checkpoint-*",
+    "*.safetensors",
+    "config.json",
+    "adapter_config.json",
+    f"{STATE_FOLDER}/report.json",
+    f"{STATE_FOLDER}/memory",
+)
+"""What a run leaves, ours or `trl sft`'s."""
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -45,29 +49,25 @@ def sft(config: RunConfig) -> Report:
     seconds: dict[str, float] = {}
     with timed(seconds, "preparing"), no_empty_folder(config, unless_done=True):
         claim(config)
-        trainer, tasks = prepare(config)
-    evaluation = Evaluation(
-        tasks,
-        tokenizer_of(trainer),
-        batch_size=config.training.per_device_eval_batch_size,
-        seed=config.training.seed,
-        completions=config.completions,
-        autocast=autocast(trainer.args),
-    )
-    with timed(seconds, "measuring before"):
-        evaluation.before(trainer.model)
+        trainer, rows = prepare(config)
+        start = Start(config, trainer, rows, seconds)
+        trainer.add_callback(start)
+        trainer.install(config.strategies, rows.protect or None, config.memory)
+    if not start.late:
+        start.measure()
     with timed(seconds, "training"):
         train(trainer, config)
     with timed(seconds, "saving"):
         trainer.save_model(config.training.output_dir)
     with timed(seconds, "measuring after"):
-        results = evaluation.after(trainer.model)
+        results = start.evaluation.after(trainer.model)
     report = Report(results, facts(config, trainer, seconds))
     if trainer.is_world_process_zero():
         report.save(Path(config.training.output_dir) / STATE_FOLDER / "report.json")
         report.show()
     if config.training.push_to_hub:
         trainer.push_to_hub(dataset_name=config.script.dataset_name)
+    trainer.accelerator.wait_for_everyone()  # a launcher ends all processes when the first fails, as by the gate below
     trainer.end()
     lost = retention_gate(results, config.fail_if_retention_below) if config.fail_if_retention_below is not None else []
     if lost:
@@ -75,25 +75,124 @@ def sft(config: RunConfig) -> Report:
     return report
 
 
+def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
+    """Data, then model and trainer, then what the model writes itself; cheap refusals first."""
+    refuse(config.strategies, config.training)
+    rows = find(config)
+    trainer = sft_trainer(config, rows.learn, rows.test)
+    check_supervised(rows.learn, trainer)
+    if trainer.is_fsdp_enabled:
+        refuse_fsdp(config, trainer)
+    else:
+        write(rows, config, trainer)
+    keep_apart(rows, config)
+    return trainer, rows
+
+
+class Start(TrainerCallback):
+    """What is asked of the starting model before strategies prepare: its figures, and what preparing will cost.
+
+    Under FSDP no process holds a whole model until training starts. There it is asked then, by all ranks together, and
+    also for the rows that it writes itself; a run that is resumed there has lost its start, and measures the end alone.
+    """
+
+    def __init__(self, config: RunConfig, trainer: SFTTrainer, rows: Rows, seconds: dict[str, float]) -> None:
+        self.config, self.trainer, self.rows, self.seconds = config, trainer, rows, seconds
+        self.late = trainer.is_fsdp_enabled
+        if not self.late:
+            self.load()
+
+    def load(self) -> None:
+        """Read what is measured into tokens."""
+        self.evaluation = Evaluation(
+            tasks(self.rows, self.config, self.trainer),
+            tokenizer_of(self.trainer),
+            batch_size=self.config.training.per_device_eval_batch_size,
+            seed=self.config.training.seed,
+            completions=self.config.completions,
+            autocast=autocast(self.trainer.args),
+        )
+
+    def measure(self) -> None:
+        with timed(self.seconds, "measuring before"):
+            self.evaluation.before(self.trainer.model)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        fresh, strategies = state.global_step == 0, self.trainer.ftplus
+        if self.late:
+            write(self.rows, self.config, self.trainer)
+            keep_apart(self.rows, self.config)
+            self.load()
+            if strategies:
+                strategies.protect = self.rows.protect or None
+            if fresh:
+                self.measure()
+            elif self.config.measure_rows:
+                logger.warning("resumed under FSDP: the model has moved on, so its start is not measured")
+        for name, cost in costs(self.trainer, train_dataloader) if fresh else ():
+            logger.info("%s: %s", name, in_words(cost))
+
+
+def costs(trainer: SFTTrainer, train_dataloader: Any = None) -> Iterator[tuple[str, dict[str, float]]]:
+    """What preparing will cost each strategy."""
+    strategies = trainer.ftplus
+    if strategies is None:
+        return
+    run = strategies.setup(trainer.model, trainer.args, trainer.processing_class, train_dataloader)
+    strategies.protect = run.protect or None  # as micro-batches, not to be made again when training starts
+    for strategy in strategies.strategies:
+        yield strategy.name, strategies.call(strategy, "preview", run)
+
+
+def refuse_fsdp(config: RunConfig, trainer: SFTTrainer) -> None:
+    """Raise for what cannot be asked of a model that is sharded when training starts."""
+    if config.measure_rows and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise IncompatibleError(
+            "FSDP version 1 flattens weights into one, so nothing can be measured. Set fsdp_version: 2 in the "
+            "accelerate config, or type --accelerate_config fsdp2, or --measure-rows 0."
+        )
+    mixing = [strategy.name for strategy in config.strategies if strategy.overrides("mix")]
+    if mixing and any(spec.generate for spec in config.protect):
+        raise IncompatibleError(
+            f"{mixing[0]} mixes rows before training starts, and under FSDP the model can write none until then. Give "
+            "protect data that exists instead of self:N."
+        )
+
+
 def preview(config: RunConfig) -> None:
     """`--dry-run`: resolve everything, show three rows with what is learnt in them, and what strategies will cost."""
     speak(config)
+
+    def say(line: str) -> None:
+        if config.training.process_index == 0:
+            click.echo(line)
+
     with no_empty_folder(config):
         claim(config, probe=False)
-        trainer, tasks = prepare(config)
+        trainer, rows = prepare(config)
+        trainer.install(config.strategies, rows.protect or None, config.memory)
         learn = trainer.train_dataset
-        click.echo(f"model     {config.model.model_name_or_path}: {count(trainer)}")
-        click.echo(f"learn     {len_of(learn)} rows, {share_supervised(learn):.0%} of tokens carry loss")
-        for task in tasks:
-            click.echo(f"measured  {task.name} ({task.role}): {len(task.rows)} rows")
+        say(f"model     {config.model.model_name_or_path}: {count(trainer)}")
+        say(f"learn     {len_of(learn)} rows, {share_supervised(learn):.0%} of tokens carry loss")
         for row in show_rows(trainer, 3):
-            click.echo(f"row       {row}")
-        if trainer.ftplus is not None:
-            run = trainer.ftplus.setup(trainer.model, trainer.args, trainer.processing_class, None)
-            for strategy in trainer.ftplus.strategies:
-                cost = trainer.ftplus.call(strategy, "preview", run)
-                click.echo(f"strategy  {strategy!r}: {in_words(cost)}")
-    click.echo(f"Dry run: nothing was trained, nothing written to {config.training.output_dir}.")
+            say(f"row       {row}")
+        for strategy in config.strategies:
+            say(f"strategy  {strategy!r}")
+        if trainer.is_fsdp_enabled:
+            say("measured, cost  known when training starts: until then FSDP leaves the model whole on no process")
+        else:
+            for task in tasks(rows, config, trainer):
+                say(f"measured  {task.name} ({task.role}): {len(task.rows)} rows")
+            for name, cost in costs(trainer):
+                say(f"cost      {name}: {in_words(cost)}")
+    say(f"Dry run: nothing was trained, nothing written to {config.training.output_dir}.")
 
 
 @contextmanager
@@ -109,143 +208,6 @@ def no_empty_folder(config: RunConfig, unless_done: bool = False) -> Iterator[No
             folder.rmdir()
 
 
-def prepare(config: RunConfig) -> tuple[SFTTrainer, list[EvalTask]]:
-    """Data, then model and trainer with its strategies, then what will be measured; cheap refusals first."""
-    refuse(config.strategies, config.training)
-    learn, held_out = learn_rows(config)
-    measured = {spec.name: data.load(spec.source, spec.split) for spec in config.measure if not spec.generate}
-    protect = {spec.name: data.load(spec.source, spec.split) for spec in config.protect if not spec.generate}
-    for name, rows in protect.items():
-        if rows.column_names == ["prompt"]:
-            raise DataError(
-                f"--protect {name}: its rows are questions without completions, which say nothing about what to keep. "
-                "Give rows with completions, or measure with them: --measure."
-            )
-    trainer = sft_trainer(config, learn, held_out)
-    check_supervised(learn, trainer)
-    if trainer.is_fsdp_enabled and (config.measure_rows or any(spec.generate for spec in config.protect)):
-        raise IncompatibleError(
-            "Under FSDP the model is not whole before training starts, so nothing can be measured or written by it. "
-            "Type --measure-rows 0, and give protect data that exists instead of self:N."
-        )
-    for spec in (*config.protect, *config.measure):
-        if spec.generate and (config.strategies or spec.name not in measured):
-            (protect if spec in config.protect else measured)[spec.name] = written(spec, trainer, config)
-    for name in list(protect):
-        if name not in measured:
-            protect[name], measured[name] = hold_out(protect[name], config.measure_rows)
-    trainer.install(config.strategies, protect or None, config.memory)
-    if "learn" not in measured and held_out is None:
-        logger.warning("learn is measured on the rows it trains on; for held-out figures give --measure learn=DATA")
-    if "learn" not in measured:
-        measured["learn"] = held_out if held_out is not None else learn
-    return trainer, list(eval_tasks(config, measured, trainer))
-
-
-def eval_tasks(config: RunConfig, measured: dict[str, Any], trainer: SFTTrainer) -> Iterator[EvalTask]:
-    """What is measured before and after: learn first, then protect, then the rest."""
-    protect = [spec.name for spec in config.protect]
-    order = ["learn", *protect, *(name for name in measured if name != "learn" and name not in protect)]
-    tokenizer = tokenizer_of(trainer)
-    for name in order if config.measure_rows else ():
-        rows = measured[name]
-        if not isinstance(rows, Dataset):
-            logger.warning("%s is a stream and is not measured; give --measure %s=DATA.", name, name)
-            continue
-        field = config.training.dataset_text_field
-        if name == "learn" and field != "text" and field in rows.column_names:
-            rows = rows.select_columns([field]).rename_column(field, "text")
-        rows = data.normalise(spread(rows, config.measure_rows), name)
-        if rows.column_names == ["prompt"]:
-            rows = answered(name, rows, trainer)
-        role = "learn" if name == "learn" else "protect" if name in protect else "measure"
-        yield EvalTask.of(
-            name, role, rows, tokenizer, trainer.args.max_length or DEFAULT_LENGTH, config.metrics.get(name)
-        )
-
-
-def answered(name: str, questions: Dataset, trainer: SFTTrainer) -> Dataset:
-    """Questions with the starting model's own greedy answers as the reference."""
-    rows = with_answers(trainer.model, tokenizer_of(trainer), list(questions), batch_size=ANSWERED_TOGETHER)
-    if not rows:
-        raise DataError(
-            f"{name}: the starting model answers none of the {len(questions)} questions, nothing to measure. "
-            "Give rows with a completion, or a model that was trained to answer."
-        )
-    return Dataset.from_list(rows)
-
-
-def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
-    """The learn data as `trl sft` finds it (or a local file), and its test split if it has one."""
-    script, mixture = config.script, config.mixture
-    if mixture.datasets:
-        from trl import get_dataset
-
-        splits = get_dataset(mixture)
-    elif Path(script.dataset_name).suffix in data.READERS:
-        splits = {script.dataset_train_split: data.load(script.dataset_name)}
-    else:
-        try:
-            splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-        except Exception as error:  # whatever its readers, fsspec or the network raise
-            raise DataError(f"--dataset_name {script.dataset_name}: {str(error).splitlines()[0]}") from error
-    if script.dataset_train_split not in splits:
-        raise DataError(
-            f"{script.dataset_name} has no split {script.dataset_train_split!r}; it has {', '.join(splits)}."
-        )
-    train, test = splits[script.dataset_train_split], splits.get(script.dataset_test_split)
-    return as_trl_reads(train, config), None if test is None else as_trl_reads(test, config)
-
-
-def as_trl_reads(rows: Any, config: RunConfig) -> Any:
-    """Rows in a format that TRL knows are left alone; alpaca and sharegpt become such."""
-    columns = set(rows.column_names or ())
-    known = any(native <= columns for native in NATIVE) or config.training.dataset_text_field in columns
-    return rows if known or not isinstance(rows, Dataset) else data.normalise(rows, "learn")
-
-
-def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
-    """Something must be left to learn from; what truncation dropped is said."""
-    kept = trainer.train_dataset
-    if not isinstance(kept, Dataset) or not isinstance(learn, Dataset):
-        return
-    if not len(kept) or share_supervised(kept) == 0:
-        raise DataError(
-            f"learn: none of {len(learn)} rows has a supervised token left after truncation to max_length "
-            f"{trainer.args.max_length}. Type a larger --max_length."
-        )
-    if len(kept) < len(learn) and not trainer.args.packing:
-        logger.warning(
-            "learn: %d of %d rows lost all supervised tokens to truncation.", len(learn) - len(kept), len(learn)
-        )
-
-
-def written(spec: data.TaskSpec, trainer: SFTTrainer, config: RunConfig) -> Dataset:
-    """Rows that the starting model writes itself; the first process does, the others read its cache."""
-    with trainer.args.main_process_first(local=False):
-        return self_generate(
-            trainer.model, tokenizer_of(trainer), spec.generate, seed=config.training.seed, cache=cache() / "self"
-        )
-
-
-def hold_out(rows: Dataset, most: int) -> tuple[Dataset, Dataset]:
-    """(rows that protect, rows that are measured): every fifth row, at most `most`; too few rows serve as both."""
-    measured = min(most, len(rows) // HELD_OUT)
-    if not measured:
-        return rows, rows
-    chosen = set(places(len(rows), measured))
-    return rows.select([i for i in range(len(rows)) if i not in chosen]), rows.select(sorted(chosen))
-
-
-def spread(rows: Dataset, most: int) -> Dataset:
-    """At most `most` rows, evenly over the whole."""
-    return rows if len(rows) <= most else rows.select(places(len(rows), most))
-
-
-def places(length: int, count: int) -> list[int]:
-    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
-
-
 def train(trainer: SFTTrainer, config: RunConfig) -> None:
     """Train, or go on from a checkpoint. Ctrl-C finishes the step, saves, and is raised again."""
     interrupt = SaveOnInterrupt()
@@ -258,7 +220,8 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
         raise
     except KeyboardInterrupt:
         step = trainer.state.global_step
-        if interrupt.asked and (Path(config.training.output_dir) / f"checkpoint-{step}").is_dir():
+        saved = (Path(config.training.output_dir) / f"checkpoint-{step}").is_dir()
+        if interrupt.agreed and saved and trainer.is_world_process_zero():
             click.echo(
                 f"Saved checkpoint-{step}. Go on with the same command and --resume_from_checkpoint true.", err=True
             )
@@ -288,13 +251,15 @@ def resume_point(config: RunConfig) -> str | bool | None:
 
 
 def claim(config: RunConfig, probe: bool = True) -> None:
-    """The output folder must be writable and not hold another run.
+    """The output folder must be writable, not hold another run, and not be the model's own.
 
     Raises:
-        StorageError: it is neither; says how to go on.
+        StorageError: it is not so; says how to go on.
     """
     folder = Path(config.training.output_dir)
-    found = [*folder.glob("checkpoint-*"), *folder.glob(f"{STATE_FOLDER}/report.json")]
+    if folder.exists() and folder.resolve() == Path(config.model.model_name_or_path).expanduser().resolve():
+        raise StorageError(f"--output_dir {folder} is the model that is to be trained. Choose another, to keep it.")
+    found = [path for name in OUTPUTS for path in folder.glob(name)]
     if found and resume_point(config) is None:
         raise StorageError(
             f"{folder} holds another run ({found[0].relative_to(folder)}). Go on: --resume_from_checkpoint true. "
@@ -327,12 +292,13 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
 
 
 def without_secrets(words: list[str]) -> list[str]:
-    """A command line with the value after every `--...token` flag masked."""
+    """A command line with the value of every secret flag masked."""
     masked, secret = [], False
     for word in words:
         name, equals, _ = word.partition("=")
-        masked.append("***" if secret else f"{name}=***" if equals and name.endswith("token") else word)
-        secret = not equals and name.startswith("--") and name.endswith("token")
+        hides = name.lstrip("-").replace("-", "_") in SECRETS
+        masked.append("***" if secret else f"{name}=***" if equals and hides else word)
+        secret = hides and not equals
     return masked
 
 
@@ -372,23 +338,14 @@ def show_rows(trainer: SFTTrainer, most: int) -> Iterator[str]:
         yield text + ("»" if inside else "")
 
 
-def share_supervised(dataset: Any) -> float:
-    """Share of tokens that carry loss, over the first thousand rows that have any, else over all."""
-    if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names:
-        return float("nan")
-    for rows in (dataset.select(range(min(1000, len(dataset)))), dataset):
-        labels = [label for row in rows["labels"] for label in row]
-        if any(label != -100 for label in labels):
-            return sum(label != -100 for label in labels) / len(labels)
-    return 0.0
-
-
 def in_words(cost: dict[str, float]) -> str:
     """The cost preview of a strategy as a phrase."""
-    if not cost:
-        return "no cost stated"
-    start = f"about {cost['seconds']:.0f} s before the first step"
-    return f"{cost['bytes'] / 1e6:.1f} MB of state, {cost['rows']:.0f} protect rows, {start}"
+    said = {
+        "bytes": f"{cost.get('bytes', 0) / 1e6:.1f} MB of state",
+        "rows": f"{cost.get('rows', 0):.0f} protect rows",
+        "seconds": f"about {cost.get('seconds', 0):.0f} s before the first step",
+    }
+    return ", ".join(words for name, words in said.items() if name in cost) or "no cost stated"
 
 
 def count(trainer: SFTTrainer) -> str:
@@ -399,10 +356,6 @@ def count(trainer: SFTTrainer) -> str:
 
 def len_of(dataset: Any) -> str:
     return str(len(dataset)) if hasattr(dataset, "__len__") else "streamed"
-
-
-def tokenizer_of(trainer: SFTTrainer) -> Any:
-    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
 def speak(config: RunConfig) -> None:
@@ -423,6 +376,8 @@ def speak(config: RunConfig) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    begin = time.perf_counter()
+    """Note the seconds of a stage, less those of stages inside it."""
+    begin, before = time.perf_counter(), sum(seconds.values())
     yield
-    seconds[stage] = round(time.perf_counter() - begin, 2)
+    inside = sum(seconds.values()) - before
+    seconds[stage] = round(time.perf_counter() - begin - inside, 2)

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .disk import replace
 from .errors import IncompatibleError, StorageError
-from .logits import hidden_states
+from .sketch import compare, sketch
 from .weights import match, trainable
 
 if TYPE_CHECKING:
@@ -28,10 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PROBE_TOKENS = 64
-SAME_MODEL = 0.999
-"""Cosine of the probe above which two models count as one. On the demo model: its bf16 copy 0.9985, a child that EWC
-held 0.9986, a child of plain fine-tuning 0.976; so bf16 is refused too, and a gentler child may pass."""
+SKETCH = "sketch of the model: "
+"""Precedes the names of the tensors that tell which model a memory was left with."""
 
 
 def save_checkpoint(folder: Path, strategies: list[Strategy], model: nn.Module, step: int) -> None:
@@ -70,11 +67,9 @@ def load_checkpoint(
 
 def save_memory(folder: Path, name: str, tensors: dict[str, Tensor], run: Run) -> None:
     """Leave `tensors` of one strategy for the next run; other strategies' memories in the folder stay."""
-    probe_now = probe(run.model)
+    drawn = {f"{SKETCH}{key}": part for key, part in sketch(run.model).items()}
     kept = _manifest(folder) or {"files": {}}
-    _write(
-        folder, {name: {**tensors, PROBE: probe_now}}, {"step": run.step, "model": identity(run.model)}, kept["files"]
-    )
+    _write(folder, {name: {**tensors, **drawn}}, {"step": run.step, "model": identity(run.model)}, kept["files"])
 
 
 def load_memory(folder: Path, name: str, run: Run) -> dict[str, Tensor]:
@@ -92,33 +87,15 @@ def load_memory(folder: Path, name: str, run: Run) -> dict[str, Tensor]:
             f"run that used --plugin {name}."
         )
     tensors = _read(folder, name, manifest)
-    then, now = tensors.pop(PROBE).float(), probe(run.model).float()
-    alike = torch.nn.functional.cosine_similarity(then, now, dim=0).item() if then.shape == now.shape else 0.0
-    if alike < SAME_MODEL:
+    drawn = {key: tensors.pop(key) for key in list(tensors) if key.startswith(SKETCH)}
+    found = compare({key.removeprefix(SKETCH): part for key, part in drawn.items()}, sketch(run.model))
+    if found.differing:
         raise IncompatibleError(
-            f"The memory in {folder} was left with another model: on a fixed input the two agree to {alike:.3f}, "
-            f"expected {SAME_MODEL} or more. Start from the model that run saved (--model_name_or_path ITS_OUTPUT), "
-            "or leave --memory out."
+            f"The memory in {folder} was left with another model: {found.differing:,} of {found.sampled:,} sampled "
+            f"weights differ, compared in {str(found.precision).removeprefix('torch.')}; expected none. Start from the "
+            "model that run saved (--model_name_or_path ITS_OUTPUT), or leave --memory out."
         )
     return tensors
-
-
-PROBE = "probe of the model"
-
-
-def probe(model: nn.Module) -> Tensor:
-    """Mean last hidden state on a fixed input, [d] in fp32 on the CPU: tells models apart, however wrapped."""
-    device = next(model.parameters()).device
-    ids = (torch.arange(PROBE_TOKENS, device=device) % model.config.get_text_config().vocab_size).unsqueeze(0)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            hidden, _ = hidden_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return hidden.float().mean(0).cpu()
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
@@ -160,35 +137,24 @@ def _write(
     """All tensors, then the manifest; every rank calls, rank 0 writes."""
     from safetensors.torch import save_file
 
-    files = {name: _apart({key: _whole(tensor) for key, tensor in tensors.items()}) for name, tensors in files.items()}
+    files = {name: _apart({key: whole(tensor) for key, tensor in tensors.items()}) for name, tensors in files.items()}
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         entries = dict(kept or {})
         for name, tensors in files.items():
             path = folder / f"{name}.safetensors"
-            _replace(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
+            replace(path, lambda file, tensors=tensors: save_file(tensors, file))
             entries[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         text = json.dumps({"format": FORMAT, **facts, "files": entries}, indent=1)
-        _replace(folder / MANIFEST, lambda temporary: Path(temporary).write_text(text))
+        replace(folder / MANIFEST, lambda file: file.write_text(text))
     except OSError as error:
         raise StorageError(
             f"Could not write strategy state to {folder}: {error}. Free some space or choose another --output_dir."
         ) from error
 
 
-def _replace(path: Path, write: Callable[[str], Any]) -> None:
-    """Write beside `path`, then move into place, so that no half file ever has the name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """A DTensor gathered from all ranks; contiguous and on the CPU."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return tensor.detach().cpu().contiguous()

@@ -90,7 +90,10 @@ class Strategy:
         """The model stands on its device, sharded if it will be, and no step was taken. Not called on resume."""
 
     def mix(self, run: Run, shares: dict[str, float]) -> dict[str, float]:
-        """Change the share of each task in the training rows; shares sum to 1. Called once, before `prepare`."""
+        """Change the share of each task in the training rows; shares sum to 1. Called once, before `prepare`.
+
+        `run.tasks` says what there is of each task. Unchanged shares leave the Trainer's own order of rows alone.
+        """
         return shares
 
     def token_loss(self, run: Run, batch: Batch) -> torch.Tensor:
@@ -147,13 +150,37 @@ class Run:
     memory: Memory
     autocast: Callable[[], AbstractContextManager] = nullcontext
     """Mixed precision of training, for forward passes of your own: `with run.autocast(): ...`."""
+    tokenizer: Any = None
+    """The student's tokenizer, if the trainer was given one."""
+    tasks: dict[str, Task] = field(default_factory=dict)
+    """The tasks that training rows may come from, if any strategy mixes: known from `mix` on."""
+    rows: float = 0.0
+    """Rows that the run trains on in all, were none added to the learn rows: known from `mix` on."""
     step: int = 0
     """Optimizer steps taken so far."""
     learning_rate: float = 0.0
     clip: float | torch.Tensor | None = None
     """Factor, 1 or less, by which clipping scaled the gradients of this step; None where a callback cannot know it."""
+    writers: tuple[str, ...] = ()
+    """Strategies that add to gradients, in the order of their turns; empty where that is not known."""
     measuring: bool = True
     """Whether this step ends a logging window, so that costly metrics are worth measuring now."""
+
+
+@dataclass
+class Task:
+    """One task that training rows may come from, as `mix` sees it; what an epoch draws is filled in after `mix`."""
+
+    role: str
+    """`learn` or `protect`."""
+    rows: int | None
+    """Rows there are (packed ones, with packing); None for a stream."""
+    tokens: int | None
+    """Supervised tokens in all of them; None where they cannot be counted."""
+    drawn: float = 0.0
+    """Rows of it in an epoch; of streams, which have no epochs, its share."""
+    drawn_tokens: float | None = None
+    """Supervised tokens of it in the first epoch; None where they cannot be counted."""
 
 
 @dataclass

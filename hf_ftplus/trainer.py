@@ -1,11 +1,12 @@
-"""Strategies inside a Trainer, in three ways; the only file that knows what Trainers do inside.
+"""Strategies inside a Trainer, in three ways; with `mixing.py`, all that knows what Trainers do inside.
 
     trainer = hf_ftplus.SFTTrainer(model, ..., strategies=["ewc"], protect=protect)    TRL's own, with strategies
     trainer = hf_ftplus.attach(AnyTrainer(...), "ewc", protect=protect)                any transformers.Trainer
     AnyTrainer(..., callbacks=[StrategyCallback("ewc", protect=protect)])              an untouched script
 
-All three run the same `StrategyCallback`. The first two add what a callback cannot serve (`StrategyMixin`): an extra
-loss on outputs, the mixture of tasks, figures in time for every tracker, and state written before checkpoints rotate.
+All three run the same `StrategyCallback` (`callback.py`). The first two add what a callback cannot serve
+(`StrategyMixin`): an extra loss on outputs, the mixture of tasks, figures in time for every tracker, and state written
+before checkpoints rotate.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,243 +27,31 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import state
-from .batches import examples_of, learn_batches, protect_batches
-from .errors import DataError, FTPlusError, IncompatibleError, PluginError, UsageError
+from .callback import StrategyCallback, refuse
+from .data import reason
+from .errors import DataError, FTPlusError, IncompatibleError, StorageError, UsageError
 from .logits import causal_lm, lm_head, supervised
-from .mixture import MixtureSampler
+from .mixing import MixingMixin, TasksMixin
 from .model import resolve as resolve_model
-from .plugins import resolve
-from .strategy import Batch, Memory, Run, Strategy, refuse_deepspeed
-from .weights import trainable
+from .strategy import Batch, Strategy
 
 if TYPE_CHECKING:
     from .config import RunConfig
 
 logger = logging.getLogger("hf_ftplus")
 
-STATE_FOLDER = "ftplus"
-NEEDS_TRAINER = ("token_loss", "mix")
-
-
-class StrategyCallback(TrainerCallback):
-    """Runs strategies inside any `transformers.Trainer`, through the events that every Trainer has.
-
-    Args:
-        *strategies: names ("ewc"), names with settings (("ewc", {"strength": 3000})), or objects (EWC(strength=3000)).
-        protect: what must not be forgotten: a dataset, `{"name": dataset}`, a path, "self:256", or ready micro-batches.
-        memory: `OUTPUT/ftplus/memory` of an earlier run, whose importances still count.
-
-    Raises:
-        UsageError: unknown strategy or setting.
-        IncompatibleError: a strategy acts on outputs or on the mixture of tasks, which a callback cannot serve.
-    """
-
-    within_trainer = False
-
-    def __init__(self, *strategies: Any, protect: Any = None, memory: str | Path | None = None) -> None:
-        self.strategies: list[Strategy] = [resolve(item) for item in strategies]
-        self.protect, self.memory = protect, Path(memory) if memory else None
-        self.run: Run | None = None
-        self.resumed_from: str | None = None
-        self.seconds: dict[str, float] = {strategy.name: 0.0 for strategy in self.strategies}
-        names = [strategy.name for strategy in self.strategies]
-        if len(set(names)) < len(names):
-            raise UsageError(f"A strategy is given twice: {', '.join(names)}. Give each once, with all its settings.")
-        for hook in () if self.within_trainer else NEEDS_TRAINER:
-            for strategy in self.acting(hook):
-                raise IncompatibleError(
-                    f"{strategy.name} uses {hook}, which a callback cannot serve. Use hf_ftplus.attach(trainer, "
-                    f"{strategy.name!r}, ...) or hf_ftplus.SFTTrainer(..., strategies=[{strategy.name!r}])."
-                )
-
-    def acting(self, hook: str) -> list[Strategy]:
-        """The strategies that override `hook`, in the order given."""
-        return [strategy for strategy in self.strategies if strategy.overrides(hook)]
-
-    def call(self, strategy: Strategy, hook: str, *args: Any) -> Any:
-        """One hook of one strategy: timed, and with its name on whatever it raises."""
-        begin = time.perf_counter()
-        try:
-            return getattr(strategy, hook)(*args)
-        except (FTPlusError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            step = self.run.step if self.run else 0
-            raise PluginError(
-                f"Strategy {strategy.name!r} failed in {hook} at step {step}: {type(error).__name__}: {error}"
-            ) from error
-        finally:
-            self.seconds[strategy.name] += time.perf_counter() - begin
-
-    def bytes(self) -> dict[str, int]:
-        """Bytes of state that each strategy holds."""
-        states = {strategy.name: self.call(strategy, "state_dict") for strategy in self.strategies}
-        for name, tensors in states.items():
-            odd = [f"{key!r}: {type(item).__name__}" for key, item in tensors.items() if not isinstance(item, Tensor)]
-            if odd:
-                raise PluginError(f"{name}.state_dict() holds {odd[0]}; expected only {{str: Tensor}}.")
-        return {name: sum(t.numel() * t.element_size() for t in tensors.values()) for name, tensors in states.items()}
-
-    def setup(self, model: torch.nn.Module, args: TrainingArguments, tokenizer: Any, train_dataloader: Any) -> Run:
-        """Make the Run: live weights, protect data as micro-batches, where memory is read and written."""
-        refuse(self.strategies, args)
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-            raise IncompatibleError(
-                "FSDP version 1 flattens weights into one, so strategies cannot tell them apart. Set fsdp_version: 2 "
-                "in the accelerate config, or type --accelerate_config fsdp2."
-            )
-        out = Path(args.output_dir) / STATE_FOLDER / "memory"
-        run = Run(
-            model=model,
-            weights=trainable(model),
-            protect={},
-            learn=partial(learn_batches, train_dataloader, args.per_device_train_batch_size),
-            device=args.device,
-            seed=args.seed,
-            memory=Memory(read=self.memory, write=out),
-            autocast=autocast(args),
-        )
-        run.protect = protect_batches(self.protect, run, args, tokenizer)
-        self.run = run
-        return run
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        processing_class: Any = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if not self.strategies:
-            return
-        run = self.setup(model, args, processing_class, train_dataloader)
-        run.step, self._saved = state.global_step, None
-        if args.max_grad_norm and self.acting("before_step"):
-            logger.info(
-                "gradients are clipped to %g before strategies add to them, which makes a strength weigh more than it "
-                "says; --max_grad_norm 0 keeps it to its word",
-                args.max_grad_norm,
-            )
-        if run.step == 0:
-            for strategy in self.strategies:
-                self.call(strategy, "prepare", run)
-        else:
-            self._restore(args, run.step)
-        for name, held in self.bytes().items():
-            logger.info("%s: ready after %.1f s, %.1f MB of state", name, self.seconds[name], held / 1e6)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.run:
-            self.run.step = state.global_step
-            self.run.clip = None if args.max_grad_norm else 1.0
-
-    @torch.no_grad()
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        lr_scheduler: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.run:
-            self.run.learning_rate = lr_scheduler.get_last_lr()[0] if lr_scheduler else args.learning_rate
-            self.run.measuring = ends_window(args, state)
-            for hook in ("read_gradients", "before_step"):
-                for strategy in self.acting(hook):
-                    self.call(strategy, hook, self.run)
-
-    @torch.no_grad()
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.run and not getattr(optimizer, "step_was_skipped", False):
-            for strategy in self.acting("after_step"):
-                self.call(strategy, "after_step", self.run)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # the Trainer saves, rotates and pushes before on_save: write now what belongs to the checkpoint it will make
-        if control.should_save:
-            self.save(args, state.global_step)
-
-    on_epoch_end = on_step_end
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.save(args, state.global_step)  # nothing is written twice; this is for save_strategy="best"
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if not self.within_trainer and logs is not None and "loss" in logs:
-            figures = self.metrics()
-            logs.update(figures)
-            state.log_history[-1].update(figures)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.run:
-            self.run.step = state.global_step
-            for strategy in self.acting("finish"):
-                self.call(strategy, "finish", self.run)
-
-    def metrics(self) -> dict[str, float]:
-        """Figures of every strategy for the logging window that just ended, as `ewc/penalty`."""
-        found = {}
-        for strategy in self.strategies if self.run else ():
-            found |= {f"{strategy.name}/{key}": value for key, value in self.call(strategy, "metrics").items()}
-        for name, value in found.items():
-            if not math.isfinite(value):
-                raise IncompatibleError(
-                    f"{name} is {value} at step {self.run.step}: weights or strategy state are no longer finite. "
-                    "Lower the strength or the learning rate; the last checkpoint is intact."
-                )
-        return found
-
-    def save(self, args: TrainingArguments, step: int) -> None:
-        """Write the state of every strategy into the checkpoint of this step, once."""
-        folder = Path(args.output_dir) / f"checkpoint-{step}" / STATE_FOLDER
-        if self.run and self.strategies and self._saved != folder:
-            self._saved = folder
-            state.save_checkpoint(folder, self.strategies, self.run.model, step)
-
-    _saved: Path | None = None
-
-    def verify(self, checkpoint: str, model: torch.nn.Module) -> None:
-        """Refuse a checkpoint of another model, adapter or set of strategies before the Trainer loads any of it."""
-        if self.strategies:
-            state.load_checkpoint(Path(checkpoint) / STATE_FOLDER, [s.name for s in self.strategies], model)
-
-    def _restore(self, args: TrainingArguments, step: int) -> None:
-        checkpoint = self.resumed_from or args.resume_from_checkpoint
-        if not checkpoint or not Path(str(checkpoint)).is_dir():
-            checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
-        names = [strategy.name for strategy in self.strategies]
-        states = state.load_checkpoint(Path(checkpoint) / STATE_FOLDER, names, self.run.model, step)
-        for strategy in self.strategies:
-            self.call(strategy, "load_state_dict", states[strategy.name], self.run)
+ONE_PRESS = 1.0
+"""Seconds within which signals are one and the same Ctrl-C: launchers pass on what the terminal sent as well."""
 
 
 class _WithinTrainer(StrategyCallback):
     within_trainer = True
 
 
-class StrategyMixin:
+class StrategyMixin(MixingMixin):
     """What a Trainer must do for strategies beyond its events. Every override calls `super()`; else that is all."""
 
     ftplus: StrategyCallback | None = None
-    _mixture: MixtureSampler | None = None
     _hidden: list[Tensor]
 
     def install(self, strategies: Iterable[Any], protect: Any = None, memory: str | Path | None = None) -> None:
@@ -312,7 +100,12 @@ class StrategyMixin:
         loss = super().training_step(*args, **kwargs)
         # with its default filter the Trainer waits for this very value next, and hides what is not finite: look first
         if self.ftplus is not None and self.args.logging_nan_inf_filter and not torch.isfinite(loss):
-            raise not_finite("loss", loss.item(), self.state.global_step + 1)
+            raise not_finite(
+                "loss",
+                loss.item(),
+                self.state.global_step + 1,
+                "Training stopped before the update; the last checkpoint is intact.",
+            )
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -336,8 +129,11 @@ class StrategyMixin:
             )
         hidden, targets = supervised(self._hidden[0], labels)
         self._hidden.clear()
-        batch = Batch(inputs=given, hidden=hidden, labels=targets, logits=lm_head(self.model))
+        head = lm_head(self.model).whole()
+        batch = Batch(inputs=given, hidden=hidden, labels=targets, logits=head)
         total = sum(self.ftplus.call(strategy, "token_loss", self.ftplus.run, batch) for strategy in extra)
+        if head.weight.grad_fn is not None:  # gathered: ranks that asked it nothing go backward through it all the same
+            total = total + head(hidden[:0]).sum()
         total = total * self._token_scale(num_items, len(targets))
         return (result[0] + total, *result[1:]) if isinstance(result, tuple) else result + total
 
@@ -348,44 +144,17 @@ class StrategyMixin:
         world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return world / num_items
 
-    def _mix(self) -> None:
-        """Ask the strategies for the mixture, and put protect rows beside the learn rows if it wants any."""
-        from datasets import Dataset, concatenate_datasets
-
-        learn = self.train_dataset
-        run = self.ftplus.setup(self.model, self.args, self.processing_class, None)
-        protect = {name: examples_of(batches) for name, batches in run.protect.items()}
-        columns = getattr(learn, "column_names", None) or ()
-        tasks = (
-            list(learn["task"]) if "task" in columns else ["learn"] * (len(learn) if hasattr(learn, "__len__") else 1)
-        )
-        start = {task: tasks.count(task) / len(tasks) for task in dict.fromkeys(tasks)} | dict.fromkeys(protect, 0.0)
-        shares = start
-        for strategy in self.ftplus.acting("mix"):
-            shares = self.ftplus.call(strategy, "mix", run, dict(shares))
-            check_shares(strategy.name, shares, start)
-        if shares == start:
-            return
-        if not isinstance(learn, Dataset) or "labels" not in columns or getattr(self.args, "packing", False):
-            raise IncompatibleError(
-                "Mixing tasks needs a tokenised, map-style, unpacked training set. Set packing=False; streaming sets "
-                "are mixed with datasets.interleave_datasets."
-            )
-        kept = learn.select_columns(["input_ids", "labels"])
-        added = [Dataset.from_list(examples, features=kept.features) for examples in protect.values()]
-        self.train_dataset = concatenate_datasets([kept, *added])
-        owners = [*tasks, *(name for name, examples in protect.items() for _ in examples)]
-        self._mixture = MixtureSampler(owners, shares, len(learn), self.args.data_seed or self.args.seed)
-        logger.info("mixture: %s", ", ".join(f"{task} {count} rows" for task, count in self._mixture.counts.items()))
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return self._mixture if self._mixture is not None else super()._get_train_sampler(*args, **kwargs)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.ftplus is not None and "loss" in logs:
             for name in ("loss", "grad_norm"):  # fp16 overflows are skipped steps, not broken runs
                 if not math.isfinite(logs.get(name, 0.0)) and not (name == "grad_norm" and self.args.fp16):
-                    raise not_finite(name, logs[name], self.state.global_step)
+                    raise not_finite(
+                        name,
+                        logs[name],
+                        self.state.global_step,
+                        "The update was made, so these weights are spoilt: resume from a checkpoint of before this "
+                        "logging window.",
+                    )
             logs = {**logs, **self.ftplus.metrics()}
         super().log(logs, *args, **kwargs)
 
@@ -395,13 +164,14 @@ class StrategyMixin:
         super()._save_checkpoint(*args, **kwargs)
 
 
-class SFTTrainer(StrategyMixin, trl.SFTTrainer):
+class SFTTrainer(StrategyMixin, TasksMixin, trl.SFTTrainer):
     """TRL's `SFTTrainer` with strategies. Without any it trains bit-identically to TRL's.
 
     Args:
         strategies: names, `(name, settings)`, `{name: settings}` or Strategy objects, called in this order.
         protect: what must not be forgotten: a dataset, `{"name": dataset}`, a path, "self:256", or ready micro-batches.
         memory: `OUTPUT/ftplus/memory` of an earlier run, whose importances still count.
+        train_dataset: as TRL's; or several learn tasks, `{"name": dataset}`, each prepared and packed on its own.
         Everything else is TRL's.
     """
 
@@ -432,72 +202,58 @@ def attach(trainer: Trainer, *strategies: Any, protect: Any = None, memory: str 
     return trainer
 
 
-def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
-    """Raise for launchers and settings under which a strategy would act wrongly, before anything trains."""
-    if args.deepspeed or args.distributed_state.distributed_type == "DEEPSPEED":
-        refuse_deepspeed(strategies)
-    if strategies and args.auto_find_batch_size:
-        raise IncompatibleError(
-            "auto_find_batch_size starts training again from weights that already moved, which strategies would take "
-            "for the starting model. Set per_device_train_batch_size instead."
-        )
-
-
-def check_shares(name: str, shares: dict[str, float], start: dict[str, float]) -> None:
-    """Shares are over the known tasks, none negative, and sum to one."""
-    if shares.keys() != start.keys() or min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
-        raise PluginError(f"{name}.mix returned {shares}; expected shares of {list(start)} that are >= 0 and sum to 1.")
-
-
-def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
-    """Mixed precision for forward passes of our own: bf16 as in training; fp32 under fp16, which needs loss scaling."""
-    return partial(torch.autocast, args.device.type, torch.bfloat16) if args.bf16 else nullcontext
-
-
-def ends_window(args: TrainingArguments, state: Any) -> bool:
-    """Whether the step being taken is the last of a logging window."""
-    step = state.global_step + 1
-    every = max(1, int(state.logging_steps or 1)) if args.logging_strategy == "steps" else 10
-    return step % every == 0 or step == state.max_steps or (step == 1 and args.logging_first_step)
-
-
-def not_finite(what: str, value: float, step: int) -> FTPlusError:
+def not_finite(what: str, value: float, step: int, then: str) -> FTPlusError:
     return IncompatibleError(
-        f"The {what} is {value} at step {step}. Training stopped before the update; the last checkpoint is intact. "
-        "Lower the learning rate or the strength, or train in bf16 or fp32 instead of fp16."
+        f"The {what} is {value} at step {step}. {then} Lower the learning rate or the strength, or train in bf16 or "
+        "fp32 instead of fp16."
     )
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C while training: finish the step, save a checkpoint to resume from, stop. A second one stops at once."""
+    """Ctrl-C or SIGTERM while training: finish the step, save a checkpoint to resume from, stop with 130 or 143.
+
+    A second Ctrl-C stops at once. In a launched run a rank may be told a step before another, and a save needs all of
+    them: so at the end of each step the ranks agree on whether any was told, which costs such a run one number over
+    the network per step and a wait for the device (where the Trainer waits anyway, unless logging_nan_inf_filter is
+    off).
+    """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
+        self.agreed = 0
+        """The signal that all ranks save and stop for."""
+        self._told, self._since = 0, 0.0
+        self._before: dict[int, Any] = {}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._before is None and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+        if not self._before and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._tell) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+    def _tell(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self._told and time.monotonic() - self._since > ONE_PRESS:
             raise KeyboardInterrupt
-        self.asked = True
-        logger.warning("Ctrl-C: saving after this step; once more stops at once.")
+        if not self._told:
+            self._told, self._since = number, time.monotonic()
+            logger.warning("%s: saving after this step; another Ctrl-C stops at once.", signal.Signals(number).name)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_save = control.should_save or self.asked
+        self.agreed = self._told
+        if args.world_size > 1:
+            told = torch.tensor(self._told, device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            self.agreed = int(told)
+        control.should_save = control.should_save or bool(self.agreed)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
+        if self.agreed:
+            args.distributed_state.wait_for_everyone()  # the first rank to leave is the end of the others
+            raise KeyboardInterrupt(128 + self.agreed)
 
     def restore(self) -> None:
-        """Give Ctrl-C back to whoever had it."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrainer:
@@ -505,6 +261,7 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
 
     Raises:
         DataError: the model cannot be found or loaded.
+        StorageError: the disk failed (full, or not to be read or written).
     """
     training, model = config.training, config.model
     training.model_init_kwargs = {
@@ -524,7 +281,9 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
             peft_config=trl.get_peft_config(model),
         )
     except OSError as error:
+        if error.errno is not None:  # of the system; what transformers raises about a model has no number
+            raise StorageError(f"Preparing the run failed: {error}. Free some space, or mind who may write.") from error
         raise DataError(
-            f"The model {model.model_name_or_path!r} cannot be loaded: {str(error).splitlines()[0]} Expected a folder, "
-            "a name on the Hub, or demo."
+            f"The model {model.model_name_or_path!r} cannot be loaded: {reason(error)} Expected a folder, a name "
+            "on the Hub, or demo."
         ) from error

@@ -108,3 +108,25 @@ class Lopsided(L2SP):
         if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
             for weight in run.weights.values():
                 weight.grad.add_(0.01)
+
+
+@dataclass
+class Deaf(SmallLogits):
+    """Asks the head on the first rank alone, as if no other had a supervised token."""
+
+    name: ClassVar[str] = "deaf"
+
+    def token_loss(self, run: Run, batch: Batch) -> torch.Tensor:
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        return super().token_loss(run, batch) if first else 0.0 * batch.hidden.sum()
+
+
+@dataclass
+class Sorry(Strategy):
+    """Fails when all is done."""
+
+    name: ClassVar[str] = "sorry"
+    error: ClassVar[type[BaseException]] = KeyError
+
+    def finish(self, run: Run) -> None:
+        raise self.error("lost")

@@ -73,3 +73,36 @@ def lora_penalty(adapter, start: tuple[Tensor, Tensor] | None, rows: Tensor, col
     if start is not None:
         change = change - adapter.scale * start[1] @ start[0]
     return 0.5 * (rows.unsqueeze(1) * columns.unsqueeze(0) * change.square()).sum()
+
+
+def line_integral(weights: list[dict[str, Tensor]], gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """-sum over steps of gradient * (weight after - weight before), from all weights and gradients along a path."""
+    total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights[0].items()}
+    for before, after, gradient in zip(weights[:-1], weights[1:], gradients, strict=True):
+        for name, g in gradient.items():
+            total[name] -= g.double() * (after[name].double() - before[name].double())
+    return total
+
+
+def distillation(
+    teacher: nn.Module, student: nn.Module, batches: list[dict[str, Tensor]], temperature: float = 1.0
+) -> Tensor:
+    """Sum over supervised tokens of T^2 KL(teacher || student), with graph, from full tables of both models' logits."""
+    total = torch.zeros(())
+    for row in rows_of(batches):
+        with torch.no_grad():
+            p = (supervised_logits(teacher, row)[0] / temperature).softmax(-1)
+        log_q = (supervised_logits(student, row)[0] / temperature).log_softmax(-1)
+        total = total + temperature**2 * nn.functional.kl_div(log_q, p, reduction="sum")
+    return total
+
+
+def bucketed(p: Tensor, q: Tensor, kept: Tensor) -> Tensor:
+    """KL of each row of two tables of probabilities [n, V] when all tokens but the `kept` [n, k] count as one."""
+    rows = []
+    for p_row, q_row, tokens in zip(p, q, kept.tolist(), strict=True):
+        rest = [token for token in range(len(p_row)) if token not in tokens]
+        outcomes = [*([token] for token in tokens), *([rest] if rest else [])]
+        both = [(p_row[outcome].sum(), q_row[outcome].sum()) for outcome in outcomes]
+        rows.append(sum(a * (a / b).log() for a, b in both))
+    return torch.stack(rows)

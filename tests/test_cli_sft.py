@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import command, make_place, same_file, stopped, words
 from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, PROTECT
 
@@ -19,23 +20,7 @@ from hf_ftplus.cli import main
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a tiny model that can be loaded by path, and data files."""
-    folder = tmp_path_factory.mktemp("place")
-    tiny_llama().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    for name, rows in (("learn", LEARN), ("protect", PROTECT)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def words(place, out, *more, plugin="ewc", protect="protect.jsonl"):
-    chosen = [] if plugin is None else ["--plugin", plugin]
-    kept = [] if protect is None else ["--protect", str(place / protect) if "self" not in protect else protect]
-    return [
-        "sft", *chosen, "--model_name_or_path", str(place / "model"), "--dataset_name", str(place / "learn.jsonl"), *kept,
-        "--output_dir", str(out), "--max_steps", "4", "--report_to", "none", "--learning_rate", "1e-3",
-        "--gradient_checkpointing", "false", "--save_steps", "2", *more,
-    ]  # fmt: skip
+    return make_place(tmp_path_factory.mktemp("place"))
 
 
 def test_one_command_trains_measures_and_reports(place, tmp_path, capsys):
@@ -111,6 +96,34 @@ def test_the_starting_model_can_write_what_is_protected(place, tmp_path, monkeyp
     assert report["tasks"][1]["rows"] == 2
 
 
+def test_a_run_says_what_preparing_will_cost_before_it_does(place, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="hf_ftplus"):
+        assert main(words(place, tmp_path / "out", "--max_steps", "1", "--completions", "0")) == 0
+    said = [record.getMessage() for record in caplog.records]
+    cost = next(i for i, line in enumerate(said) if "protect rows, about" in line)
+    assert "MB of state, 13 protect rows, about" in said[cost]
+    assert cost < next(i for i, line in enumerate(said) if "ready after" in line)
+
+
+def test_the_report_says_what_rows_a_figure_is_of(place, tmp_path, capsys, caplog):
+    few = jsonl(tmp_path / "few.jsonl", *(json.dumps(row) for row in PROTECT[:3]))
+    long = {"prompt": "Question " * 40, "completion": "It is."}
+    cut = jsonl(tmp_path / "cut.jsonl", *(json.dumps(row) for row in [long, *PROTECT[:12]]))
+    more = ["--protect", f"few={few}", "--protect", f"cut={cut}", "--max_length", "60", "--max_steps", "1"]
+    assert main(words(place, tmp_path / "out", *more, "--measure", f"long={cut}")) == 0
+    tasks = {
+        task["name"]: task for task in json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())["tasks"]
+    }
+    assert any("trained rows" in note for note in tasks["learn"]["notes"])
+    assert any(
+        "measured on the rows that protect it" in note and "there are 3" in note for note in tasks["few"]["notes"]
+    )
+    assert any("1 of 13 rows lost their answer to truncation" in note for note in tasks["long"]["notes"])
+    assert not any("rows" in note for note in tasks["protect"]["notes"])
+    assert "learn: measured on trained rows" in capsys.readouterr().out
+    assert "cut: truncation at 60 tokens left nothing to protect in 1 of 11 rows" in caplog.text
+
+
 def test_memory_of_one_run_serves_the_next(place, tmp_path, capsys):
     assert main(words(place, tmp_path / "one")) == 0
     next_run = words(place, tmp_path / "two", "--memory", str(tmp_path / "one"), protect=None)
@@ -129,7 +142,7 @@ def test_lora_by_trls_own_flags(place, tmp_path):
         main(words(place, tmp_path / "out", "--use_peft", "--lora_r", "2", "--lora_target_modules", "all-linear")) == 0
     )
     facts = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())["facts"]
-    assert facts["strategies"]["ewc"]["matched_weights"] == 14  # 7 linear layers in 2 blocks
+    assert facts["strategies"]["ewc"]["held_weights"] == 1  # a fresh adapter, too: it is the change that is held
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
@@ -217,6 +230,23 @@ def test_another_runs_folder_is_not_overwritten(place, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "config.json", "ftplus/memory"])
+def test_what_trl_or_an_older_run_left_is_not_overwritten(place, tmp_path, capsys, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    assert main(words(place, tmp_path / "out")) == 6
+    assert f"holds another run ({name})" in capsys.readouterr().err
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_the_model_is_not_overwritten_by_its_own_training(place, tmp_path, capsys):
+    before = (place / "model" / "model.safetensors").read_bytes()
+    for more in ([], ["--resume_from_checkpoint", "true"]):
+        assert main(words(place, place / "model" / ".." / "model", *more)) == 6
+        assert "is the model that is to be trained" in capsys.readouterr().err
+    assert (place / "model" / "model.safetensors").read_bytes() == before
+
+
 def test_an_output_that_is_no_folder_is_refused(place, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(words(place, tmp_path / "file")) == 6
@@ -230,13 +260,6 @@ def test_too_little_retention_exits_5_after_saving_everything(place, tmp_path, c
     assert "protect" in capsys.readouterr().err
 
 
-def test_deepspeed_is_refused_before_anything_is_launched(place, tmp_path, capsys):
-    assert main(words(place, tmp_path / "out", "--accelerate_config", "zero2", "--num_processes", "2")) == 4
-    assert "fsdp2 or multi_gpu" in capsys.readouterr().err
-    assert main(words(place, tmp_path / "out", "--accelerate_config", "zero9")) == 2
-    assert "zero9" in capsys.readouterr().err
-
-
 def test_an_unknown_yaml_key_gets_its_nearest(place, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("learning_rte: 1\n")
     assert main(words(place, tmp_path / "out", "--config", str(tmp_path / "run.yaml"))) == 2
@@ -246,72 +269,20 @@ def test_an_unknown_yaml_key_gets_its_nearest(place, tmp_path, capsys):
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def command(*arguments) -> list[str]:
-    return [sys.executable, "-m", "hf_ftplus", *map(str, arguments)]
-
-
-def test_ctrl_c_saves_exits_130_and_can_be_resumed_to_the_same_weights(place, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_and_can_be_resumed_to_the_same_weights(place, tmp_path, number, code):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     steps = ["--max_steps", "40", "--save_strategy", "no", "--measure_rows", "0", "--logging_steps", "1"]
     assert main(words(place, whole, *steps)) == 0
-    process = subprocess.Popen(
-        command(*words(place, cut, *steps)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if "'loss'" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130, error
+    ended, error = stopped(command(*words(place, cut, *steps)), lambda pid: os.kill(pid, number))
+    assert ended == code, error
     assert "--resume_from_checkpoint true" in error
     assert "Traceback" not in error
     saved = list(cut.glob("checkpoint-*"))
     assert len(saved) == 1
     assert (saved[0] / "ftplus" / "manifest.json").is_file()
     assert main(words(place, cut, *steps, "--resume_from_checkpoint", "true")) == 0
-    from safetensors.torch import load_file
-
-    one, other = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("way", ["flags", "accelerate launch", "torchrun"])
-def test_two_processes_are_launched_as_trl_would(place, tmp_path, way):
-    run = words(
-        place, tmp_path / "out", "--measure_rows", "4", "--completions", "0", "--ddp_timeout", "60", "--use_cpu", "true"
-    )
-    launch = [
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--multi_gpu",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    line = {
-        "flags": command(*run, *launch),
-        "accelerate launch": [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "hf_ftplus", *run],
-        "torchrun": [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "-m",
-            "hf_ftplus",
-            *run,
-        ],
-    }[way]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    facts = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())["facts"]
-    assert facts["processes"] == 2
-    assert facts["strategies"]["ewc"]["penalty"] > 0
+    assert same_file(whole / "model.safetensors", cut / "model.safetensors")
 
 
 def test_a_strategy_from_a_file_runs_with_its_settings(place, tmp_path):
@@ -336,13 +307,6 @@ def test_questions_alone_cannot_protect_and_nothing_is_left_behind(place, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_tokens_never_reach_the_report():
-    from hf_ftplus.run import without_secrets
-
-    assert without_secrets(["--hub_token", "hf_x", "--a", "b"]) == ["--hub_token", "***", "--a", "b"]
-    assert without_secrets(["--hub_token=hf_x"]) == ["--hub_token=***"]
-
-
 def test_a_gate_that_cannot_judge_is_refused_before_training(place, tmp_path, capsys):
     assert main(words(place, tmp_path / "out", "--fail-if-retention-below", "nan")) == 2
     assert main(words(place, tmp_path / "out", "--fail-if-retention-below", "0.9", "--measure_rows", "0")) == 2
@@ -352,8 +316,45 @@ def test_a_gate_that_cannot_judge_is_refused_before_training(place, tmp_path, ca
 
 def test_a_text_field_of_another_name_trains_and_is_measured_as_trl_reads_it(place, tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps({"content": row["completion"]}) + "\n" for row in LEARN))
+    (tmp_path / "data" / "train.jsonl").write_text(
+        "".join(json.dumps({"content": row["completion"]}) + "\n" for row in LEARN)
+    )
     flags = ["--dataset_name", str(tmp_path / "data"), "--dataset_text_field", "content"]
     assert main(words(place, tmp_path / "out", *flags, plugin=None, protect=None)) == 0
     report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
     assert report["tasks"][0]["after"]["loss"]["value"] < report["tasks"][0]["before"]["loss"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OSError(28, "No space left on device"), 6, "No space left on device"),
+        (OSError(""), 3, "cannot be loaded: OSError"),
+        (OSError("config.json is not there\nmore"), 3, "cannot be loaded: config.json is not there"),
+    ],
+)
+def test_a_full_disk_is_not_taken_for_a_missing_model(place, tmp_path, capsys, monkeypatch, error, code, says):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("hf_ftplus.trainer.SFTTrainer", fail)
+    assert main(words(place, tmp_path / "out")) == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_dataset_that_fails_without_a_word_is_named(place, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError
+
+    monkeypatch.setattr("hf_ftplus.rows.load_dataset", fail)
+    assert main(words(place, tmp_path / "out", "--dataset_name", "someone/something")) == 3
+    assert "--dataset_name someone/something: RuntimeError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unit", ["amx_bf16", "avx512_bf16", "bf16", None])
+def test_bf16_is_on_where_the_doctor_finds_units_for_it(monkeypatch, unit):
+    from hf_ftplus.cli import doctor
+    from hf_ftplus.cli.sft import has_bf16
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, unit: True}, raising=False)
+    assert has_bf16(on_cpu=True) == bool(doctor.cpu_bf16_units()) == (unit is not None)

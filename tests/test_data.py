@@ -51,6 +51,16 @@ def trl_examples(rows: Dataset, tokenizer, max_length: int | None, tmp_path: Pat
     return [{key: list(row[key]) for key in ("input_ids", "labels")} for row in trainer.train_dataset]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_of_bare_tokens_are_labelled_as_trl_labels_them(masked, tmp_path):
+    rows = [
+        {"input_ids": list(range(5, 5 + n))} | ({"assistant_masks": [0] * 2 + [1] * (n - 2)} if masked else {})
+        for n in (3, 5)
+    ]
+    ours = tokenize(normalise(rows, "rows"), tiny_tokenizer(), 4, "rows").examples
+    assert ours == trl_examples(Dataset.from_list(rows), tiny_tokenizer(), 4, tmp_path)
+
+
 def strings(rows: list[dict]) -> list[dict]:
     return [{key: row[key][0]["content"] for key in row} for row in rows]
 
@@ -220,6 +230,8 @@ USER, BOT = {"role": "user", "content": "Why?"}, {"role": "assistant", "content"
         ({"conversations": [USER, BOT]}, {"messages": [USER, BOT]}),
         ({"prompt": "a", "prompt_id": "7", "messages": [USER, BOT]}, {"messages": [USER, BOT]}),
         (ROW | {"source": "web", "choices": ["a", "b"]}, ROW | {"choices": ["a", "b"]}),
+        ({"input_ids": [5, 6], "attention_mask": [1, 1], "text": "a"}, {"input_ids": [5, 6], "labels": [5, 6]}),
+        ({"input_ids": [5, 6, 7], "assistant_masks": [0, 1, 1]}, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}),
     ],
 )
 def test_formats_become_canonical(row, expected, tmp_path):
@@ -374,6 +386,7 @@ def test_a_bad_row_is_refused_with_its_line(row, reason, tmp_path):
         ({"instruction": "x", "output": ""}, "row 1: 'output' is empty"),
         ({"text": None}, "row 1: 'text' is None; expected a string"),
         ({"input_ids": [1, 2], "labels": [1]}, "row 1: 'input_ids' has 2 tokens and 'labels' 1"),
+        ({"input_ids": None}, "row 1: 'input_ids' is None"),
     ],
 )
 def test_a_bad_row_in_python_is_refused_with_its_number(row, reason):

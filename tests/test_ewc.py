@@ -9,12 +9,12 @@ from typing import ClassVar
 import pytest
 import torch
 from batches import padded, random_rows
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from reference import drift, lora_penalty
 from tiny import tiny_llama
 from training import LEARN, PROTECT, far, trainer, weights_of
 
-from hf_ftplus import EWC, Run, Strategy
+from hf_ftplus import EWC, Run, Strategy, state
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
 from hf_ftplus.quadratic import importance_names
 from hf_ftplus.strategy import Memory
@@ -372,6 +372,28 @@ def test_figures_are_penalty_over_strength_and_the_ratio_of_gradients(tmp_path):
     assert log["ewc/grad_ratio"] == pytest.approx(expected.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_held_weights_is_the_share_that_the_protect_data_says_something_about(lora):
+    """Of an embedding that is not the head as well, only the rows of tokens that were seen."""
+    model = tiny_llama(tie=False)
+    model = get_peft_model(model, LoraConfig(**LORA)) if lora else model
+    strategy, run = prepared(model, EWC(strength=1))
+    if lora:  # a column that no input reaches
+        strategy.importance["columns.model.layers.0.self_attn.q_proj"][:8] = 0
+        strategy._hold(strategy.start, strategy.importance)
+        full, one = sum(a.A.shape[1] * a.B.shape[0] for a in strategy.adapters.values()), 8 * 32
+        expected = 1 - one / full
+    else:
+        seen = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in run.protect["it"]]).unique()
+        total = sum(weight.numel() for weight in model.parameters())
+        expected = 1 - (384 - len(seen)) * 32 / total
+        assert 0.5 < expected < 0.9
+    for weight in run.weights.values():
+        weight.grad = torch.zeros_like(weight)
+    strategy.before_step(run)
+    assert strategy.metrics()["held_weights"] == pytest.approx(expected, abs=0.01)
+
+
 def test_rows_limits_the_rows_looked_at(tmp_path):
     found = []
     for given in ({"strategies": [EWC(rows=5)], "protect": PROTECT}, {"strategies": [EWC()], "protect": PROTECT[:5]}):
@@ -435,6 +457,23 @@ def test_protect_data_that_no_trained_weight_matters_for_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "trains a prompt, "),
+        (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "trains a prompt, "),
+        (LoraConfig(**LORA, use_dora=True), r"trains .*q_proj\.lora_A.*"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), r"trains .*q_proj\.ia3_l.*"),
+    ],
+    ids=["prompt tuning", "prefix tuning", "DoRA", "IA3"],
+)
+def test_adapters_that_cannot_be_held_are_refused_before_training(tmp_path, config, found):
+    it = trainer(tmp_path, "ewc", peft_config=config)
+    with pytest.raises(IncompatibleError, match=rf"The adapter {found}.*Use plain LoRA or rsLoRA, or full fine-tuning"):
+        it.train()
+    assert it.state.global_step == 0
+
+
+@pytest.mark.parametrize(
     ("setting", "value"), [("strength", -1), ("strength", "nan"), ("rows", 0), ("decay", 1.5), ("fisher", "exact")]
 )
 def test_bad_settings_are_refused_by_name(setting, value):
@@ -495,9 +534,36 @@ def test_remember_leaves_the_next_run_what_this_one_learnt(tmp_path):
     )
 
 
+def test_what_could_not_be_remembered_is_refused_before_training(tmp_path):
+    learn = [{"text": row["prompt"] + row["completion"]} for row in LEARN]
+    packed = {"learn": learn, "padding_free": True, "max_length": None}
+    with pytest.raises(IncompatibleError, match=r"one example at a time.*ewc\.fisher=sign.*ewc\.remember=false"):
+        trainer(tmp_path, EWC(fisher="empirical"), **packed).train()
+    it = trainer(tmp_path, EWC(fisher="empirical", remember=False), max_steps=1, **packed)
+    it.train()
+    assert it.state.global_step == 1
+    it = trainer(tmp_path, EWC(rows=8))
+    it.train_dataset = it.train_dataset.map(
+        lambda row, i: {"labels": [-100] * len(row["labels"]) if i < 8 else row["labels"]}, with_indices=True
+    )
+    with pytest.raises(DataError, match=r"first 8 training rows teach.*ewc\.rows=N"):
+        it.train()
+    it.ftplus.strategies[0].rows = 9
+    it.train()
+
+
+def test_rows_without_labels_leave_the_next_run_only_what_was_protected(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "hf_ftplus"):
+        strategy, run = prepared(tiny_llama(), EWC(), memory=Memory(write=tmp_path / "memory"))
+    assert "the next run gets no importances of what this one learns" in caplog.text
+    strategy.finish(run)
+    left = state.load_memory(tmp_path / "memory", "ewc", run)
+    assert all(torch.equal(left[name], tensor) for name, tensor in strategy.importance.items())
+
+
 def test_memory_of_another_model_is_refused(tmp_path):
     trainer(tmp_path / "one", "ewc", max_steps=1).train()
-    with pytest.raises(IncompatibleError, match=r"left with another model.*agree to .*--model_name_or_path"):
+    with pytest.raises(IncompatibleError, match=r"left with another model.*differ.*--model_name_or_path"):
         trainer(
             tmp_path / "two", "ewc", model=tiny_llama(seed=9), memory=tmp_path / "one" / "ftplus" / "memory"
         ).train()

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from reference import lora_penalty
 from tiny import tiny_llama
 
-from hf_ftplus.quadratic import AdapterWell, Well, starting, state_bytes, wells
+from hf_ftplus.quadratic import AdapterWell, Well, pull, starting, state_bytes, wells
 from hf_ftplus.weights import Adapter, split
 
 
@@ -26,10 +26,9 @@ def test_the_pull_on_a_weight_is_autograds(dtype, shape):
     penalty.backward()
     weight.grad = torch.zeros_like(weight)
     well = Well(weight, start, importance)
-    for gradient, pull in well.pulls():
-        gradient.add_(pull)
+    figures = pull([well], 1.0, True)
     assert torch.allclose(weight.grad.float(), wide.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
-    assert torch.allclose(well.penalty(), penalty)
+    assert torch.allclose(figures, torch.stack([penalty, wide.grad.square().sum(), torch.tensor(0.0)]))
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -42,11 +41,12 @@ def test_the_pull_on_an_adapter_is_autograds_through_the_change_written_out(fres
     expected = torch.autograd.grad(penalty, (B, A))
     A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
     well = AdapterWell(adapter, start, rows, columns)
-    for gradient, pull in well.pulls():
-        gradient.add_(pull)
+    figures = pull([well], 1.0, True)
     assert torch.allclose(B.grad, expected[0], rtol=1e-4, atol=1e-5)
     assert torch.allclose(A.grad, expected[1], rtol=1e-4, atol=1e-5)
-    assert torch.allclose(well.penalty(), penalty, rtol=1e-5)
+    assert torch.allclose(
+        figures, torch.stack([penalty, sum(part.square().sum() for part in expected), torch.tensor(0.0)]), rtol=1e-4
+    )
 
 
 def test_the_penalty_of_an_adapter_does_not_depend_on_how_its_change_is_split():
@@ -73,7 +73,7 @@ def test_state_is_8_bytes_a_weight_and_rows_plus_columns_under_lora():
 
 def test_a_weight_without_gradient_is_left_alone():
     weight = torch.nn.Parameter(random(4))
-    assert not list(Well(weight, weight.detach() + 1, torch.ones(4)).pulls())
+    assert pull([Well(weight, weight.detach() + 1, torch.ones(4))], 1.0, True) is None
     assert weight.grad is None
 
 
@@ -87,3 +87,32 @@ def test_wells_cover_modules_saved_whole_beside_the_adapter():
     importance = {"diagonal.lm_head.weight": torch.ones_like(plain["lm_head.weight"])}
     importance |= {f"{kind}.{name}": torch.ones(32) for name in adapters for kind in ("rows", "columns")}
     assert len(wells(plain, adapters, starting(plain, adapters), importance)) == 3
+
+
+@pytest.mark.parametrize("wells_of", ["weights", "an adapter"])
+def test_measuring_changes_no_bit_and_gradients_are_measured_as_found(wells_of):
+    found = []
+    for measure in (True, False):
+        A, B = torch.nn.Parameter(random(30, 800)), torch.nn.Parameter(random(500, 30, seed=1))
+        A.grad, B.grad = random(30, 800, seed=6), random(500, 30, seed=7)
+        rows, columns = random(500, seed=4).abs(), random(800, seed=5).abs()
+        held = {
+            "weights": [Well(weight, weight.detach() * 0.9, weight.detach().abs()) for weight in (A, B)],
+            "an adapter": [AdapterWell(Adapter(torch.nn.Identity(), A, B, 1.7), None, rows, columns)],
+        }[wells_of]
+        squares = A.grad.square().sum() + B.grad.square().sum()
+        figures = pull(held, 3.0, measure)
+        assert (figures is None) == (not measure)
+        assert figures is None or torch.allclose(figures[2], squares)
+        found.append((A.grad, B.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_weights_that_do_not_lie_in_one_stretch_are_held_too():
+    """Transposed views: pieces of one tensor must meet the same pieces of the others."""
+    weight = torch.nn.Parameter(random(600, 500).t())
+    start, importance = torch.zeros(500, 600), random(500, 600, seed=1).abs()
+    weight.grad = torch.zeros(500, 600)
+    pull([Well(weight, start, importance)], 2.0, False)
+    assert torch.allclose(weight.grad, 2.0 * importance * weight.detach())

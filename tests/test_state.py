@@ -166,17 +166,6 @@ def test_memory_knows_its_model_adapted_merged_or_in_bf16_and_no_other(tmp_path)
     merged = model.merge_and_unload().requires_grad_(True)
     for same in (merged, merged.to(torch.bfloat16)):
         assert state.load_memory(tmp_path, "box", run_of(same)).keys() == {"a"}
-    for other in (tiny_llama(seed=1), tiny_llama(hidden=16)):
-        with pytest.raises(IncompatibleError, match="left with another model"):
+    for other in (tiny_llama(seed=1), tiny_llama(hidden=16), tiny_llama()):
+        with pytest.raises(IncompatibleError, match=r"another model: [1-9][\d,]* of [\d,]+ sampled weights differ"):
             state.load_memory(tmp_path, "box", run_of(other))
-
-
-def test_the_probe_leaves_mode_and_random_numbers_as_found():
-    model = tiny_llama().train()
-    model.config.attention_dropout = 0.5
-    torch.manual_seed(1)
-    expected = torch.rand(2)
-    torch.manual_seed(1)
-    assert torch.equal(state.probe(model), state.probe(model))
-    assert model.training
-    assert torch.equal(torch.rand(2), expected)

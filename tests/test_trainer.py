@@ -10,12 +10,15 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from lawful import Sorry
+from peft import LoraConfig, PeftModel
 from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, PROTECT, Diary, arguments, far, moved, same, trainer, weights_of
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_ftplus import EWC, SFTTrainer, Strategy, StrategyCallback, attach, setting
-from hf_ftplus.errors import DataError, IncompatibleError, PluginError, UsageError
+from hf_ftplus.batches import examples_of
+from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 
 
 def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
@@ -82,7 +85,7 @@ def test_metrics_reach_the_log_before_any_tracker(tmp_path):
     logs = [log for log in it.state.log_history if "loss" in log]
     assert len(logs) == 2
     assert all(log["ewc/penalty"] > 0 and log["ewc/grad_ratio"] > 0 for log in logs)
-    assert logs[0]["ewc/matched_weights"] == len(list(it.model.parameters()))
+    assert 0 < logs[0]["ewc/held_weights"] <= 1
     assert "ewc/penalty" not in it.state.log_history[-1]  # the summary at the end is not a logging window
 
 
@@ -288,8 +291,8 @@ class Quarter(Strategy):
 def test_mix_draws_exact_shares_and_share_zero_changes_nothing(tmp_path):
     it = trainer(tmp_path / "a", Quarter())
     drawn = list(it._get_train_sampler())
-    assert len(drawn) == 24
-    assert sum(index >= 24 for index in drawn) == 6
+    assert sorted(index for index in drawn if index < 24) == list(range(24))
+    assert sum(index >= 24 for index in drawn) == 8
     none, plain = trainer(tmp_path / "b", Quarter(share=0.0)), trainer(tmp_path / "c")
     none.train(), plain.train()
     assert same(weights_of(none), weights_of(plain))
@@ -309,11 +312,6 @@ def test_shares_that_do_not_sum_to_one_are_the_plugins_fault(tmp_path):
 
     with pytest.raises(PluginError, match=r"greedy\.mix returned"):
         trainer(tmp_path, Greedy())
-
-
-def test_packed_rows_cannot_be_mixed(tmp_path):
-    with pytest.raises(IncompatibleError, match="packing=False"):
-        trainer(tmp_path, Quarter(), packing=True, max_length=32, packing_strategy="wrapped")
 
 
 # ---- saving and resuming ---------------------------------------------------------------------------------------------
@@ -406,6 +404,55 @@ def test_a_checkpoint_of_another_adapter_is_refused_before_it_is_loaded(tmp_path
             trainer(tmp_path, "ewc", peft_config=other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+# ---- text that the starting model writes ----------------------------------------------------------------------------
+
+
+LONG = {"max_length": 400, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 3}
+"""Room for what a random model writes, and steps that change what it would write next."""
+
+
+@pytest.mark.parametrize("callback", [False, True], ids=["mixin", "callback"])
+def test_a_resumed_run_protects_what_the_starting_model_wrote(tmp_path, monkeypatch, callback):
+    def make(cache, model=None, **kwargs):
+        monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / cache))
+        given = {"protect": {"mine/own": "self:4"}}
+        common = {**LONG, "model": model, **kwargs}
+        if callback:
+            return trainer(tmp_path / "out", cls=trl.SFTTrainer, callbacks=[StrategyCallback("ewc", **given)], **common)
+        return trainer(tmp_path / "out", "ewc", **given, **common)
+
+    def protected(it):
+        found = next(c for c in it.callback_handler.callbacks if isinstance(c, StrategyCallback))
+        return examples_of(found.run.protect["mine/own"])
+
+    whole = make("cache")
+    whole.train()
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    # not from the cache, nor by the weights that are given, which people take from the checkpoint
+    resumed = make("empty", LlamaForCausalLM.from_pretrained(checkpoint))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert protected(resumed) == protected(whole)
+    assert same(weights_of(resumed), weights_of(whole))
+    assert not (tmp_path / "empty").exists()
+    again = make("empty", LlamaForCausalLM.from_pretrained(checkpoint), max_steps=1)
+    again.train()  # a new run in the same folder writes its own
+    assert protected(again) != protected(whole)
+    (tmp_path / "out" / "ftplus" / "self-mine%2Fown.jsonl").unlink()
+    with pytest.raises(StorageError, match=r"self-mine%2Fown\.jsonl is missing: the text that the model wrote"):
+        make("empty").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_mixed_in_text_of_other_weights_than_the_first_is_noticed_on_resume(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / "cache"))
+    common = {"protect": "self:4", **LONG}
+    trainer(tmp_path, Quarter(), **common).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    trainer(tmp_path, Quarter(), **common).train(resume_from_checkpoint=checkpoint)
+    other = trainer(tmp_path, Quarter(), model=LlamaForCausalLM.from_pretrained(checkpoint), **common)
+    with pytest.raises(IncompatibleError, match="Make the trainer with the starting model"):
+        other.train(resume_from_checkpoint=checkpoint)
+
+
 # ---- failing well ----------------------------------------------------------------------------------------------------
 
 
@@ -435,6 +482,74 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
         it.train()
     assert all(torch.isfinite(weight).all() for weight in it.model.parameters())
     assert it.state.global_step == 2
+
+
+def test_a_loss_that_is_noticed_in_the_log_says_that_the_update_was_made(tmp_path):
+    class Poisoned(SFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("nan") if self.state.global_step == 2 else loss
+
+    it = trainer(tmp_path, "ewc", cls=Poisoned, logging_nan_inf_filter=False, logging_steps=1)
+    with pytest.raises(
+        IncompatibleError, match=r"loss is nan at step 3\. The update was made.*before this logging window"
+    ):
+        it.train()
+    assert not all(torch.isfinite(weight).all() for weight in it.model.parameters())
+
+
+@dataclass
+class Impatient(Sorry):
+    """Is interrupted when all is done."""
+
+    name: ClassVar[str] = "impatient"
+    error: ClassVar[type[BaseException]] = KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["trainer", "attach", "callback", "LoRA", "Ctrl-C"])
+def test_what_was_trained_survives_a_failing_finish(tmp_path, how, caplog):
+    strategy = Impatient() if how == "Ctrl-C" else Sorry()
+    peft = LoraConfig(r=2, target_modules=["q_proj"]) if how == "LoRA" else None
+    if how == "callback":
+        it = trainer(tmp_path, cls=trl.SFTTrainer, callbacks=[StrategyCallback(strategy)])
+    elif how == "attach":
+        it = attach(trainer(tmp_path, cls=trl.SFTTrainer), strategy)
+    else:
+        it = trainer(tmp_path, strategy, peft_config=peft)
+    with pytest.raises(KeyboardInterrupt if how == "Ctrl-C" else PluginError) as raised:
+        it.train()
+    said = caplog.text if how == "Ctrl-C" else str(raised.value)
+    assert how == "Ctrl-C" or said.startswith("Strategy 'sorry' failed in finish at step 6: KeyError: 'lost'")
+    assert f"The trained model is saved in {tmp_path}." in said
+    saved = PeftModel.from_pretrained(tiny_llama(), tmp_path) if peft else LlamaForCausalLM.from_pretrained(tmp_path)
+    assert same(dict(saved.state_dict()), weights_of(it))
+    assert peft or far(weights_of(it), dict(tiny_llama().state_dict())) > 1e-3
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_a_finish_that_works_saves_nothing_by_itself(tmp_path):
+    trainer(tmp_path, Diary()).train()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_model_that_cannot_be_saved_is_said_too(tmp_path):
+    it = trainer(tmp_path / "out", Sorry())
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(PluginError, match=r"'sorry' failed in finish.*could not be saved: "):
+        it.train()
+
+
+def test_two_callbacks_would_share_a_folder_and_are_refused(tmp_path):
+    words = r"strategies twice \(ewc; sorry\).*StrategyCallback\('ewc', 'sorry', protect=\.\.\.\)"
+    both = [StrategyCallback("ewc", protect=PROTECT), StrategyCallback(Sorry())]
+    with pytest.raises(UsageError, match=words):
+        trainer(tmp_path, cls=trl.SFTTrainer, callbacks=both)
+    it = trainer(tmp_path, "ewc")
+    it.add_callback(StrategyCallback(Sorry()))
+    with pytest.raises(UsageError, match=words):
+        it.train()
+    trainer(tmp_path, "ewc", max_steps=1, callbacks=[StrategyCallback()]).train()  # none is none
 
 
 def test_ewc_without_anything_to_protect_says_what_to_type(tmp_path):

@@ -6,8 +6,11 @@ Whatever goes wrong ends in one red line on stderr and the exit code of the erro
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -18,6 +21,9 @@ COMMANDS = {
     "plugins": "List the strategies that are installed, or the settings of one.",
     "doctor": "Show versions, devices, and which fast paths are active.",
 }
+
+RANKS = "FTPLUS_RANKS"
+"""Environment variable: the folder in which launched processes leave how they ended (launch.py)."""
 
 
 class Commands(click.Group):
@@ -64,13 +70,14 @@ def cli() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code is 0, that of the error, or 130 after Ctrl-C."""
+    """Run one command line; the exit code is 0, that of the error, 130 after Ctrl-C, or 143 after SIGTERM."""
     words, debug = _take_debug(list(sys.argv[1:] if args is None else args))
     try:
-        result = cli.main(words, prog_name="ftplus", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 130, debug)
+        result = cli.main(words, prog_name="ftplus", standalone_mode=False, obj=debug)
+        return _end(result if isinstance(result, int) else 0)
+    except (click.Abort, KeyboardInterrupt) as error:
+        said = (error.__cause__ or error).args  # click turns KeyboardInterrupt into Abort; SIGTERM has put 143 in it
+        return _end(next((code for code in said if isinstance(code, int)), 130), "interrupted", debug)
     except BrokenPipeError:  # `ftplus plugins | head`: nobody reads on, and that is no error of ours
         _close_stdout()
         return 1
@@ -78,12 +85,12 @@ def main(args: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code, debug)
+        return _end(error.exit_code, error.format_message(), debug)
     except FTPlusError as error:
-        return _fail(str(error), error.exit_code, debug)
+        return _end(error.exit_code, str(error), debug)
     except Exception as error:
         where = "" if debug else f" The traceback is in {_keep_traceback()}."
-        return _fail(f"{type(error).__name__}: {error}.{where}", 1, debug)
+        return _end(1, f"{type(error).__name__}: {error}.{where}", debug)
 
 
 def _take_debug(words: list[str]) -> tuple[list[str], bool]:
@@ -97,12 +104,17 @@ def _take_debug(words: list[str]) -> tuple[list[str], bool]:
     return [word for place, word in enumerate(words) if place not in ours], bool(ours)
 
 
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
+def _end(code: int, sentence: str = "", debug: bool = False) -> int:
+    """Say how the command ended, or leave it to the process that launched this one, which says it once for all."""
+    if debug and code:
         import traceback
 
         traceback.print_exc()
-    click.secho(f"ftplus: error: {message}", fg="red", err=True)
+    if RANKS in os.environ:
+        file = Path(os.environ[RANKS]) / os.environ.get("RANK", "0")
+        file.write_text(json.dumps([code, sentence]), encoding="utf-8")
+    elif code:
+        click.secho(f"ftplus: error: {sentence}", fg="red", err=True)
     return code
 
 
@@ -117,6 +129,4 @@ def _keep_traceback() -> str:
 
 
 def _close_stdout() -> None:
-    import os
-
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit raises once more

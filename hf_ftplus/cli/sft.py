@@ -7,19 +7,17 @@ Replacing `trl` by `ftplus` in a command never breaks it. Flags of `accelerate l
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..config import OPTIONS, build, merge, read_yaml
 from ..errors import UsageError, nearest
-
-if TYPE_CHECKING:
-    from ..strategy import Strategy
+from . import launch
+from .doctor import cpu_bf16_units
 
 
 class Sft(click.Command):
@@ -71,8 +69,15 @@ def sft(ctx: click.Context, config_file: str | None, dry_run: bool, help_all: bo
     ours, rest = merge(flags, take_environment(read_yaml(config_file)))
     config = build(ours)
     trl, launch_yaml, launch_words = parse_trl(ctx.args, rest)
-    if (launch_yaml or launch_words) and not launched():
-        ctx.exit(start(launch_yaml, launch_words, ctx.meta["words"], config.strategies))
+    if not launch.launched():
+        asked = [*launch_yaml, *launch_words]
+        why = "" if asked else launch.expected(trl["training"].use_cpu)
+        if why:
+            click.echo(f"Launching through accelerate, as `trl sft` does: {why}.", err=True)
+        if asked or why:
+            again = [*(["--debug"] if ctx.find_root().obj else []), "sft", *_without(ctx.meta["words"], launch_words)]
+            launch.start(asked, again, config.strategies)
+            return
     config = replace(config, **trl)
     from .. import run
 
@@ -147,62 +152,28 @@ def has_bf16(on_cpu: bool) -> bool:
     import torch
 
     if on_cpu:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(cpu_bf16_units())
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _check_yaml(yaml: dict[str, Any], parser: Any) -> None:
     ours = [option.yaml for option in OPTIONS]
-    known = [*ours, *(action.dest for action in parser._actions), "env", *_launch_flags()]
+    known = [*ours, *(action.dest for action in parser._actions), "env", *launch.flags()]
     for key in yaml:
         if key not in known:
             raise UsageError(f"Unknown key {key!r} in the YAML file.{nearest(key, known)} See `ftplus sft --help-all`.")
 
 
 def _check_words(words: Sequence[str], parser: Any) -> None:
-    launch = _launch_flags()
-    known = [f"--{option.name.replace('_', '-')}" for option in OPTIONS]
-    known += [flag for action in parser._actions for flag in action.option_strings] + [f"--{name}" for name in launch]
+    accelerate = launch.flags()
+    known = [f"--{option.name.replace('_', '-')}" for option in OPTIONS] + [f"--{name}" for name in accelerate]
+    known += [flag for action in parser._actions for flag in action.option_strings]
     for word in words:
         name = word.partition("=")[0]
-        if name.startswith("--") and name[2:].replace("-", "_") not in launch:
+        if name.startswith("--") and name[2:].replace("-", "_") not in accelerate:
             raise UsageError(f"Unknown flag {name}.{nearest(name, known)} See `ftplus sft --help-all`.")
     if words and not words[0].startswith("-"):
         raise UsageError(f"Unexpected {words[0]!r}; every value needs a flag before it. See `ftplus sft --help`.")
-
-
-# ---- launching through accelerate ------------------------------------------------------------------------------------
-
-
-def _launch_parser() -> Any:
-    from accelerate.commands.launch import launch_command_parser
-
-    return launch_command_parser()
-
-
-def _launch_flags() -> set[str]:
-    flags = (flag for action in _launch_parser()._actions for flag in action.option_strings)
-    return {flag.lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")} | {"accelerate_config"}
-
-
-def launched() -> bool:
-    """Whether accelerate or torchrun started this process."""
-    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
-def start(from_yaml: list[str], from_words: list[str], words: list[str], strategies: list[Strategy]) -> int:
-    """Run `ftplus sft` again under `accelerate launch`; returns its exit code."""
-    import subprocess
-
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
-    try:
-        launch = [str(word) for word in resolve_accelerate_config_argument([*from_yaml, *from_words])]
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    _refuse_deepspeed(launch, strategies)
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "hf_ftplus", "sft"]
-    return subprocess.run([*command, *_without(words, from_words)], check=False).returncode
 
 
 def _without(words: list[str], taken: list[str]) -> list[str]:
@@ -214,12 +185,3 @@ def _without(words: list[str], taken: list[str]) -> list[str]:
         else:
             kept.append(word)
     return kept
-
-
-def _refuse_deepspeed(launch: list[str], strategies: list[Strategy]) -> None:
-    """Say it before any process is launched, and not once per rank."""
-    config = read_yaml(launch[launch.index("--config_file") + 1]) if "--config_file" in launch else {}
-    if config.get("distributed_type") == "DEEPSPEED" or "--use_deepspeed" in launch:
-        from ..strategy import refuse_deepspeed
-
-        refuse_deepspeed(strategies)

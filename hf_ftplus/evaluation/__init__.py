@@ -10,6 +10,7 @@ results     what was found, and the retention gate
 runner      Evaluation: before, after
 """
 
+from .found import reshard
 from .greedy import with_answers
 from .results import Completion, Level, TaskResult, retention_gate
 from .runner import Evaluation
@@ -25,6 +26,7 @@ __all__ = [
     "Flips",
     "Level",
     "TaskResult",
+    "reshard",
     "retention_gate",
     "with_answers",
 ]

@@ -35,7 +35,7 @@ def keep_head(model: nn.Module) -> Head:
     Raises:
         IncompatibleError: an adapter sits on the head, whose weight is then not all of it; better said before training.
     """
-    head = lm_head(model)
+    head = lm_head(model).whole()
     if isinstance(causal_lm(model).get_output_embeddings(), BaseTunerLayer):
         raise IncompatibleError(
             "An adapter sits on the LM head, so what the model says cannot be recomputed from the head's weight. "
@@ -45,8 +45,7 @@ def keep_head(model: nn.Module) -> Head:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach().to("cpu", copy=True)
+    return tensor.detach().to("cpu", copy=True)
 
 
 def placed(head: Head, device: torch.device) -> Head:

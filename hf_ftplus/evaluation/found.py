@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..generate import private_rng
-from ..logits import causal_lm
+from ..logits import causal_lm, evaluating
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -28,20 +29,32 @@ def device_of(model: nn.Module) -> torch.device:
     return causal_lm(model).get_input_embeddings().weight.device
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the weights over the ranks: each forward pass is then one of all of them together."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what FSDP2 gathered for a forward pass. The last layers stay whole after it, waiting for a backward.
+
+    Until then their weights are other tensors than those that train, in the precision of the forward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def as_found(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Evaluation mode without gradients; modes, generation settings and global generators are as found afterwards.
+    """Evaluation mode without gradients; modes, shards, generation settings and generators are as found afterwards.
 
     `no_grad` rather than `inference_mode`: a rotary cache that a model grows in inference mode cannot be trained with.
     """
     inner = causal_lm(model)
-    modes = [(module, module.training) for module in model.modules()]
     settings = inner.generation_config
     try:
-        model.eval()
-        with torch.no_grad(), private_rng(device_of(model), seed):
+        with evaluating(model), torch.no_grad(), private_rng(device_of(model), seed):
             yield
     finally:
         inner.generation_config = settings
-        for module, mode in modes:
-            module.training = mode
+        reshard(model)

@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..formats import Row
+from ..generate import pad_id, stop_ids
 from ..logits import causal_lm
-from .found import as_found, bare, device_of
+from .found import as_found, bare, device_of, is_sharded
 from .scoring import Autocast
 from .tasks import answered, question
 
@@ -27,14 +28,14 @@ def answers(
     label: str = "answer",
 ) -> list[str]:
     """The greedy answer to each question (token ids), up to the end of the turn. Belongs inside `as_found`."""
-    inner, stops = causal_lm(model), _stops(model, tokenizer)
+    inner, stops = causal_lm(model), stop_ids(model, tokenizer)
     # Set on the model as well: what is left unset (penalties, beams) would come from the checkpoint's own settings.
     settings = inner.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(stops) or None,
-        pad_token_id=_pad(tokenizer, stops),
+        pad_token_id=pad_id(tokenizer),
         use_cache=True,
     )
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
@@ -51,6 +52,7 @@ def answers(
                     input_ids=torch.tensor(padded, device=device),
                     attention_mask=torch.tensor(mask, device=device),
                     generation_config=settings,
+                    synced_gpus=is_sharded(model) or None,  # None: as the library finds right
                 )
             for i, ids in zip(group, out[:, width:].tolist(), strict=True):
                 end = next((k for k, token in enumerate(ids) if token in stops), None)
@@ -83,14 +85,3 @@ def with_answers(
             label="reference answers",
         )
     return [answered(row, answer) for row, answer in zip(rows, found, strict=True) if answer]
-
-
-def _stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a turn: what tokenizer and checkpoint call end of sequence."""
-    ends = causal_lm(model).generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return {token for token in [tokenizer.eos_token_id, *ends] if token is not None}
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)

@@ -164,7 +164,8 @@ class Evaluation:
             tokens=int(either.scores.tokens.sum()) if either else 0,
             metric=task.metric,
             completions=self._completions(task, before, after),
-            notes=[note for when, moment in (("before", before), ("after", after)) for note in _broken(when, moment)],
+            notes=[*task.notes]
+            + [note for when, moment in (("before", before), ("after", after)) for note in _broken(when, moment)],
         )
         if before:
             result.before = self._level(before)
@@ -181,7 +182,7 @@ class Evaluation:
         return Level(
             loss=statistics.per_token(scores.nll, scores.tokens, self.seed),
             token_accuracy=statistics.per_token(scores.correct, scores.tokens, self.seed),
-            metric=NOT_MEASURED if moment.metric is None else statistics.per_row(moment.metric, self.seed),
+            metric=NOT_MEASURED if moment.metric is None else statistics.share(moment.metric, self.seed),
         )
 
     def _compare(self, result: TaskResult, before: Moment, after: Moment) -> None:

@@ -21,7 +21,7 @@ from ..errors import IncompatibleError
 from ..examples import Example, collate
 from ..logits import Head, captured, causal_lm, lm_head, supervised
 from .drift import kl, placed, same_vocabulary
-from .found import device_of
+from .found import device_of, reshard
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -66,7 +66,8 @@ def score(
         IncompatibleError: the LM head does not give the logits that the model gives, or the vocabulary changed.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    device, head = device_of(model), lm_head(model)
+    reshard(model)
+    device, head = device_of(model), lm_head(model).whole()
     now = placed(start.head, head.weight.device) if start else None
     if now:
         same_vocabulary(now, head)

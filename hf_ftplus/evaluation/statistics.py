@@ -2,7 +2,7 @@
 
     loss per token    nll / tokens                  token accuracy    correct / tokens
     change            (after - before) / tokens     drift             KL / tokens
-    metric            score / 1 per row             retention         after / before
+    metric            right rows / rows             retention         after / before
 
 Rows are drawn with replacement and both sides of a ratio with them, so that what differs between rows (a hard one, a
 long one) does not blur what changed between before and after. A row, not a token, is what is drawn: tokens of one row
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
 RESAMPLES = 4000
 LEVEL = 0.95
@@ -96,6 +96,19 @@ def per_token(total: ArrayLike, tokens: ArrayLike, seed: int = 0) -> Estimate:
 def per_row(score: ArrayLike, seed: int = 0) -> Estimate:
     """Mean over rows."""
     return estimate(score, np.ones(len(np.asarray(score))), seed)
+
+
+def share(right: ArrayLike, seed: int = 0) -> Estimate:
+    """Share of rows that are right, each 1 or 0.
+
+    Where all rows agree every resample does, too, and the bootstrap would be certain: ten right answers of ten would
+    promise the eleventh. The interval there is Wilson's score interval of a binomial share, [0.72, 1] for ten of ten.
+    """
+    found, right = per_row(right, seed), np.asarray(right, float)
+    if found.low is None or found.value not in (0, 1):
+        return found
+    low, high = binomtest(int(right.sum()), right.size).proportion_ci(LEVEL, method="wilson")
+    return Estimate(found.value, float(low), float(high))
 
 
 def retention(before: ArrayLike, after: ArrayLike, seed: int = 0) -> Estimate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -28,6 +28,7 @@ class EvalTask:
         examples: token ids and labels; row i of `rows` where rows are given.
         rows: canonical rows, for metrics and completions; without them completions are read from the examples.
         metric: None, "choice" (rows with `choices`; the completion is the right one) or "exact_match".
+        notes: what the report says about these rows.
     """
 
     name: str
@@ -35,6 +36,7 @@ class EvalTask:
     examples: list[Example]
     rows: list[Row] | None = None
     metric: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -86,7 +88,8 @@ class EvalTask:
         kept = [rows[i] for i in done.kept]
         if metric is None and all(row.get("choices") for row in kept):
             metric = "choice"
-        return cls(name, role, done.examples, kept, metric)
+        lost = f"{done.dropped} of {done.rows} rows lost their answer to truncation at {max_length} tokens."
+        return cls(name, role, done.examples, kept, metric, [lost] if done.dropped else [])
 
 
 # ---- rows as questions ---------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
@@ -86,11 +86,6 @@ class Report:
         if any(task.completions for task in self.tasks):
             console.print()
             console.print(completions_view(self.tasks))
-
-
-def write_json(path: str | Path, results: Sequence[TaskResult], facts: Mapping[str, Any]) -> Path:
-    """`Report(results, facts).save(path)`."""
-    return Report(list(results), dict(facts)).save(path)
 
 
 def strict(value: Any) -> Any:

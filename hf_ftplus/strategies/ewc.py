@@ -75,6 +75,8 @@ class EWC(Strategy):
                 "ewc has nothing to protect: no protect data and no memory of an earlier run. Type --protect FILE, or "
                 "--protect self:256 to let the starting model write it."
             )
+        if self.remember and run.memory.write:
+            self._check_learnt(run.learn(self.rows))
         importance = {name: self.decay * tensor for name, tensor in (memory or {}).items()}
         importance = placed(importance, self.plain, self.adapters, "diagonal.")
         if run.protect:
@@ -89,16 +91,12 @@ class EWC(Strategy):
 
     def before_step(self, run: Run) -> None:
         """Add strength * F * (w - w*) to every gradient."""
+        from ..quadratic import pull
+
         if self.strength == 0:
             return
-        squares = []
-        for well in self.wells:
-            for gradient, pull in well.pulls():
-                if run.measuring:
-                    squares.append((pull.square().sum(), gradient.float().square().sum()))
-                gradient.add_(pull, alpha=self.strength)
-        if run.measuring:
-            self._measure(squares)
+        measured = pull(self.wells, self.strength, run.measuring)
+        self._measured = self._measured if measured is None else measured
 
     def finish(self, run: Run) -> None:
         """Leave the importances for the next run, with those of what this run learnt."""
@@ -121,7 +119,11 @@ class EWC(Strategy):
         self._hold(placed(start, self.plain, self.adapters), placed(importance, self.plain, self.adapters, "diagonal."))
 
     def metrics(self) -> dict[str, float]:
-        """penalty (nats), predicted_drift = penalty / strength, grad_ratio = |penalty gradient| / |task gradient|."""
+        """Of the last step of the window.
+
+        penalty (nats); predicted_drift = penalty / strength; grad_ratio = |penalty gradient| / |task gradient|;
+        held_weights: share of the trained weights whose importance is not 0.
+        """
         import torch.distributed as dist
 
         if self._measured is None:
@@ -139,8 +141,27 @@ class EWC(Strategy):
             "penalty": self.strength * drift,
             "predicted_drift": drift,
             "grad_ratio": self.strength * (pull_square / task_square) ** 0.5 if task_square else 0.0,
-            "matched_weights": len(self.wells),
+            "held_weights": self.held,
         }
+
+    def _check_learnt(self, batches: list[dict[str, Tensor]]) -> None:
+        """Refuse before training what `finish` could not look back on after it."""
+        advice = "leave remember out (--set ewc.remember=false)"
+        if not batches:
+            logger.warning(
+                "ewc: the training rows are not tokens and labels, so the next run gets no importances of what this "
+                "one learns, only those of the protect data"
+            )
+        elif not any((batch["labels"][:, 1:] != -100).any() for batch in batches):
+            raise DataError(
+                f"ewc would remember what the first {self.rows} training rows teach, but none of their tokens is "
+                f"supervised. Shuffle the rows, look at more of them (--set ewc.rows=N), or {advice}."
+            )
+        elif self.fisher == "empirical" and any("position_ids" in batch for batch in batches):
+            raise IncompatibleError(
+                "ewc would remember what is learnt with fisher='empirical', one example at a time, but packed and "
+                f"padding-free training rows hold several. Type --set ewc.fisher=sign, or {advice}."
+            )
 
     def _bind(self, run: Run) -> None:
         from ..weights import split
@@ -155,11 +176,12 @@ class EWC(Strategy):
             )
 
     def _hold(self, start: dict[str, Tensor], importance: dict[str, Tensor]) -> None:
-        from ..quadratic import importance_names, wells
-        from ..weights import local, match
+        from ..quadratic import importance_names, share_held, wells
+        from ..weights import match
 
         match(importance_names(self.plain, self.adapters), importance, "The memory of ewc")
-        if not any(local(tensor).any() for tensor in importance.values()) and not self._sharded:
+        self.held = share_held(self.plain, self.adapters, importance)
+        if not self.held:
             raise DataError(
                 "ewc found every importance to be 0: no protect token depends on any trainable weight. Check that the "
                 "protect data has completions, and that the adapter sits on layers the model uses."
@@ -187,14 +209,6 @@ class EWC(Strategy):
             )
             total = _sum(total, {name: tensor.div_(len(tasks)) for name, tensor in found.named()})
         return total
-
-    def _measure(self, squares: list[tuple[Tensor, Tensor]]) -> None:
-        """Keep [drift, |pull|^2, |task gradient|^2] on the device until the logging window asks."""
-        import torch
-
-        drift = torch.stack([well.penalty() for well in self.wells]).sum()
-        pull_square, task_square = (torch.stack(column).sum() for column in zip(*squares, strict=True))
-        self._measured = torch.stack([drift, pull_square, task_square])
 
 
 def _first(batches: list[dict[str, Tensor]], rows: int) -> list[dict[str, Tensor]]:

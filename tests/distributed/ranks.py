@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from batches import padded, random_rows
+from lawful import Deaf, SmallLogits, Sorry
 from safetensors.torch import save_file
 from tiny import tiny_llama
 from torch import Tensor
 
-from hf_ftplus import EWC, state
+from hf_ftplus import EWC, logits, state
+from hf_ftplus.errors import PluginError
 from hf_ftplus.fisher import fisher
+from hf_ftplus.logits import captured, lm_head, supervised
+from hf_ftplus.sketch import sketch
 from hf_ftplus.strategy import Memory, Run
 from hf_ftplus.weights import split, trainable
 
+MODELS = {"tied": tiny_llama, "untied": lambda: tiny_llama(tie=False)}
 ROWS = 5
 """An odd number, so that one rank has a row less than the other."""
 
@@ -113,34 +119,134 @@ def held(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
     return found | {f"saved.{name}": whole(tensor) for name, tensor in back.state_dict().items()}
 
 
-def fsdp(folder: Path, rank: int) -> dict[str, Tensor]:
+def shards(model: torch.nn.Module, **kwargs) -> torch.nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
 
-    model, mesh = tiny_llama(), init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh, **kwargs)
+
+
+def of_head(kind: str) -> dict[str, Tensor]:
+    """What needs the LM head between forward and backward: the Fisher, and a loss on outputs."""
+    model = MODELS[kind]()
+    if torch.distributed.is_initialized():
+        shards(model, reshard_after_forward=True)  # the root too, as older releases of accelerate do
+    found = importances(model)
+    for weight in model.parameters():
+        weight.grad = None
+    rank, world = (torch.distributed.get_rank(), 2) if torch.distributed.is_initialized() else (0, 1)
+    for first, second in zip(protect()[::2], protect()[1::2], strict=False):
+        for batch in (first, second)[rank::world]:
+            with captured(model) as seen:
+                loss = model(**batch).loss
+            hidden, head = supervised(seen[0], batch["labels"])[0], lm_head(model).whole()
+            loss = loss + sum(head(hidden[part]).square().sum() for part in head.chunks(len(hidden)))
+            loss.backward()
+    # FSDP averages over ranks
+    return found | {f"loss.{name}": whole(weight.grad) * world for name, weight in trainable(model).items()}
+
+
+def fsdp(folder: Path, rank: int) -> dict[str, Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    model = shards(tiny_llama())
     weights = trainable(model)
     assert all(
         isinstance(weight, DTensor) and weight.to_local().shape[0] == weight.shape[0] // 2
         for weight in weights.values()
     )
-    found = importances(model)
+    found = importances(model) | {f"sketch.{name}": part for name, part in sketch(model).items()}
     found |= held(model, folder)
+    for kind in MODELS:
+        found |= {f"{kind}.{name}": tensor for name, tensor in of_head(kind).items()}
     assert all(isinstance(weight, DTensor) for weight in trainable(model).values())
     return found
 
 
+def si(folder: Path, rank: int = 0) -> dict[str, Tensor]:
+    """Two runs of SI by hand, the second with the first one's memory: gradients, importances and figures."""
+    from hf_ftplus.strategies.si import SI
+
+    model, found = tiny_llama(), {}
+    if torch.distributed.is_initialized():
+        shards(model)
+    weights = trainable(model)
+    for read, write in ((None, folder / "memory"), (folder / "memory", folder / "more")):
+        strategy = SI(strength=10.0)
+        run = Run(model, weights, {}, lambda rows: [], torch.device("cpu"), 0, Memory(read, write), writers=("si",))
+        strategy.prepare(run)
+        run.device = torch.device("cuda")  # the way of a device that nobody waits for
+        optimizer = torch.optim.SGD(weights.values(), lr=0.1)
+        for batch in protect(ROWS) * 3:
+            model(**batch).loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(weights.values(), 0.5)
+            run.clip = (0.5 / (norm + 1e-6)).clamp(max=1.0)
+            run.measuring = not run.measuring
+            with torch.no_grad():
+                strategy.read_gradients(run), strategy.before_step(run)
+                found |= {f"{write.name}.gradient.{name}": whole(weight.grad) for name, weight in weights.items()}
+                optimizer.step(), strategy.after_step(run), optimizer.zero_grad()
+        found |= {f"{write.name}.{name}": torch.tensor(value) for name, value in strategy.metrics().items()}
+        strategy.finish(run)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        left = state.load_memory(write, "si", run)
+        found |= {f"{write.name}.importance.{name}": tensor.clone() for name, tensor in left.items()}
+    return found
+
+
+def on_outputs(folder: Path, size: int) -> dict[str, Tensor]:
+    """Weights after 3 steps of 8 rows in all, with what needs the head; under accelerate's own FSDP2 on two ranks."""
+    from training import trainer
+    from transformers import TrainerCallback
+
+    class Reshard(TrainerCallback):
+        def on_train_begin(self, *args, model, **kwargs):
+            if hasattr(model, "set_reshard_after_forward"):
+                model.set_reshard_after_forward(True)
+
+    found = {}
+    for kind, make in MODELS.items():
+        for strategy in (SmallLogits(strength=0.03), Deaf(strength=0.03), EWC(strength=300, fisher="empirical")):
+            it = trainer(
+                folder / kind, strategy, model=make(), protect=protect(), max_steps=3, per_device_train_batch_size=size,
+                optim="sgd", learning_rate=0.05, callbacks=[Reshard()],
+            )  # fmt: skip
+            it.train()
+            found |= {f"{kind}.{strategy.name}.{name}": whole(w) for name, w in trainable(it.model).items()}
+    return found
+
+
+def outputs(folder: Path, rank: int) -> dict[str, Tensor]:
+    import os
+
+    from accelerate import PartialState
+    from sharded import FSDP2, as_on_gpus
+    from training import trainer
+
+    os.environ |= FSDP2
+    PartialState.__init__ = as_on_gpus
+    found = on_outputs(folder, 4)
+    it = trainer(folder, Sorry(), protect=None, max_steps=1)
+    with suppress(PluginError):
+        it.train()
+    return found | {f"rescued.{name}": whole(weight) for name, weight in trainable(it.model).items()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    logits.CHUNK = 2 * 384  # of rows of unlike length, so that ranks have unlike numbers of chunks
     what, folder, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     assert torch.distributed.get_world_size() == 2
     assert torch.distributed.get_backend() == "gloo"
-    save_file({"ddp": ddp, "fsdp": fsdp}[what](folder, rank), folder / f"rank{rank}.safetensors")
+    save_file(
+        {"ddp": ddp, "fsdp": fsdp, "outputs": outputs, "si": si}[what](folder, rank), folder / f"rank{rank}.safetensors"
+    )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_llama
+from transformers import LlamaForCausalLM
+
+from hf_ftplus.sketch import compare, sketch
 
 pytestmark = pytest.mark.dist
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -97,6 +100,8 @@ def test_each_rank_does_its_share_of_the_fisher_and_the_sum_is_the_same(parallel
 def sharded(tmp_path_factory):
     module, model = alone(), tiny_llama()
     one = module.importances(model) | module.held(model, tmp_path_factory.mktemp("one"))
+    for kind in module.MODELS:
+        one |= {f"{kind}.{name}": tensor for name, tensor in module.of_head(kind).items()}
     return launch("fsdp", tmp_path_factory.mktemp("two")), one
 
 
@@ -112,6 +117,36 @@ def test_the_random_sign_fisher_of_a_sharded_model_has_the_same_trace(sharded):
     (first, _), one = sharded
     traces = [sum(tensor.double().sum().item() for tensor in part(found, "sign.").values()) for found in (first, one)]
     assert traces[0] == pytest.approx(traces[1], rel=0.3)
+
+
+@pytest.mark.parametrize("what", ["empirical.", "loss."])
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_the_head_may_be_sharded_again_before_the_backward_pass(sharded, kind, what):
+    """The head is then gathered by hand, and its gradient must be reduced as FSDP's own is."""
+    (first, _), one = sharded
+    for name, tensor in part(one, f"{kind}.{what}").items():
+        assert (part(first, f"{kind}.{what}")[name] - tensor).norm() < 1e-5 * tensor.norm(), name
+
+
+def test_what_needs_the_head_trains_a_sharded_model_as_a_whole_one(tmp_path):
+    first, second = launch("outputs", tmp_path)
+    saved = dict(LlamaForCausalLM.from_pretrained(tmp_path).named_parameters())  # when all failed in the end
+    assert far(part(first, "rescued."), saved) == 0
+    assert far(saved, dict(tiny_llama().named_parameters())) > 1e-4
+    one = alone().on_outputs(tmp_path / "one", 8)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for kind in ("tied", "untied"):
+        for name in ("small", "ewc"):
+            assert far(part(first, f"{kind}.{name}."), part(one, f"{kind}.{name}.")) < 1e-6
+        assert far(part(one, f"{kind}.small."), part(one, f"{kind}.ewc.")) > 1e-4
+        assert far(part(one, f"{kind}.small."), part(one, f"{kind}.deaf.")) == 0
+        assert far(part(first, f"{kind}.small."), part(first, f"{kind}.deaf.")) > 1e-4
+
+
+def test_the_sketch_of_a_sharded_model_is_that_of_a_whole_one(sharded):
+    for found in sharded[0]:
+        assert part(found, "sketch.").keys() == sketch(tiny_llama()).keys()
+        assert compare(sketch(tiny_llama()), part(found, "sketch.")).differing == 0
 
 
 @pytest.mark.parametrize("what", ["pull.", "figure.", "saved."])

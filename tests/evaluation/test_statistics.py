@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hf_ftplus.evaluation.statistics import NOT_MEASURED, Flips, estimate, flips, per_row, per_token, retention
+from hf_ftplus.evaluation.statistics import (
+    NOT_MEASURED,
+    Estimate,
+    Flips,
+    estimate,
+    flips,
+    per_row,
+    per_token,
+    retention,
+    share,
+)
 
 
 def test_a_mean_per_token_weighs_rows_by_their_tokens():
@@ -47,6 +57,16 @@ def test_nothing_changed_is_an_interval_of_no_width():
     kept, change = retention(rows, rows), per_row(np.subtract(rows, rows))
     assert (kept.value, kept.low, kept.high) == (1, 1, 1)
     assert (change.value, change.low, change.high) == (0, 0, 0)
+
+
+def test_rows_that_all_agree_leave_room_for_one_that_does_not():
+    for rows in ([1.0] * 10, [0.0] * 10):
+        found = share(rows)
+        assert found.value == rows[0]
+        assert abs(found.value - (found.low if rows[0] else found.high)) == pytest.approx(0.2775, abs=1e-3)  # Wilson
+        assert found.low <= found.value <= found.high
+    assert share([1.0, 0.0, 1.0, 1.0]) == per_row([1.0, 0.0, 1.0, 1.0])
+    assert share([1.0]) == Estimate(1)
 
 
 def test_retention_over_nothing_is_undefined_and_never_infinite():

@@ -12,7 +12,7 @@ import torch
 
 from hf_ftplus.errors import DataError, StorageError
 from hf_ftplus.evaluation import Completion, Estimate, Flips, Level, TaskResult
-from hf_ftplus.report import Report, write_json
+from hf_ftplus.report import Report
 
 
 def result(name: str = "chat", role: str = "protect", **changes) -> TaskResult:
@@ -43,7 +43,6 @@ def test_what_was_saved_is_what_is_loaded(tmp_path):
     report = Report(tasks, {"seed": 3, "versions": {"trl": "1"}})
     path = report.save(tmp_path / "deep" / "ftplus" / "report.json")
     assert Report.load(path) == report
-    assert Report.load(write_json(tmp_path / "other.json", report.tasks, report.facts)) == report
 
 
 def test_a_missing_figure_is_null_and_not_zero(tmp_path):
@@ -66,7 +65,7 @@ def test_json_is_strict_whatever_the_facts_hold(tmp_path):
         7: {"a"},
         "half": "\ud83d",
     }
-    path = write_json(tmp_path / "report.json", [result(drift=Estimate(float("nan")))], facts)
+    path = Report([result(drift=Estimate(float("nan")))], facts).save(tmp_path / "report.json")
     found = no_constants(path.read_text(encoding="utf-8"))
     assert found["tasks"][0]["drift"]["value"] is None
     assert found["facts"] == {

@@ -1,0 +1,352 @@
+"""Strategies behind the events that every Trainer has; `trainer.py` adds what events cannot serve."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from . import state
+from .batches import SelfText, learn_batches, protect_batches, same_batches
+from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
+from .plugins import resolve
+from .strategy import Memory, Run, Strategy, refuse_deepspeed
+from .weights import trainable
+
+logger = logging.getLogger("hf_ftplus")
+
+STATE_FOLDER = "ftplus"
+NEEDS_TRAINER = ("token_loss", "mix")
+
+
+class StrategyCallback(TrainerCallback):
+    """Runs strategies inside any `transformers.Trainer`, through the events that every Trainer has.
+
+    Args:
+        *strategies: names ("ewc"), names with settings (("ewc", {"strength": 3000})), or objects (EWC(strength=3000)).
+        protect: what must not be forgotten: a dataset, `{"name": dataset}`, a path, "self:256", or ready micro-batches.
+        memory: `OUTPUT/ftplus/memory` of an earlier run, whose importances still count.
+
+    Raises:
+        UsageError: unknown strategy or setting.
+        IncompatibleError: a strategy acts on outputs or on the mixture of tasks, which a callback cannot serve.
+    """
+
+    within_trainer = False
+
+    def __init__(self, *strategies: Any, protect: Any = None, memory: str | Path | None = None) -> None:
+        self.strategies: list[Strategy] = [resolve(item) for item in strategies]
+        self.protect, self.memory = protect, Path(memory) if memory else None
+        self.run: Run | None = None
+        self.resumed_from: str | None = None
+        self.learn_rows: int | None = None
+        """Learn rows with which the training set begins, where protect rows follow them."""
+        self.seconds: dict[str, float] = {strategy.name: 0.0 for strategy in self.strategies}
+        names = [strategy.name for strategy in self.strategies]
+        if len(set(names)) < len(names):
+            raise UsageError(f"A strategy is given twice: {', '.join(names)}. Give each once, with all its settings.")
+        for hook in () if self.within_trainer else NEEDS_TRAINER:
+            for strategy in self.acting(hook):
+                raise IncompatibleError(
+                    f"{strategy.name} uses {hook}, which a callback cannot serve. Use hf_ftplus.attach(trainer, "
+                    f"{strategy.name!r}, ...) or hf_ftplus.SFTTrainer(..., strategies=[{strategy.name!r}])."
+                )
+
+    def acting(self, hook: str) -> list[Strategy]:
+        """The strategies that override `hook`, in the order given."""
+        return [strategy for strategy in self.strategies if strategy.overrides(hook)]
+
+    def call(self, strategy: Strategy, hook: str, *args: Any) -> Any:
+        """One hook of one strategy: timed, and with its name on whatever it raises."""
+        begin = time.perf_counter()
+        try:
+            return getattr(strategy, hook)(*args)
+        except (FTPlusError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            step = self.run.step if self.run else 0
+            raise PluginError(
+                f"Strategy {strategy.name!r} failed in {hook} at step {step}: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            self.seconds[strategy.name] += time.perf_counter() - begin
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes of state that each strategy holds."""
+        states = {strategy.name: self.call(strategy, "state_dict") for strategy in self.strategies}
+        for name, tensors in states.items():
+            odd = [f"{key!r}: {type(item).__name__}" for key, item in tensors.items() if not isinstance(item, Tensor)]
+            if odd:
+                raise PluginError(f"{name}.state_dict() holds {odd[0]}; expected only {{str: Tensor}}.")
+        return {name: sum(t.numel() * t.element_size() for t in tensors.values()) for name, tensors in states.items()}
+
+    def setup(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        tokenizer: Any,
+        train_dataloader: Any,
+        written: SelfText | None = None,
+    ) -> Run:
+        """Make the Run: live weights, protect data as micro-batches, where memory is read and written."""
+        refuse(self.strategies, args)
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            raise IncompatibleError(
+                "FSDP version 1 flattens weights into one, so strategies cannot tell them apart. Set fsdp_version: 2 "
+                "in the accelerate config, or type --accelerate_config fsdp2."
+            )
+        out = Path(args.output_dir) / STATE_FOLDER / "memory"
+        run = Run(
+            model=model,
+            weights=trainable(model),
+            protect={},
+            learn=lambda rows: learn_batches(
+                train_dataloader, args.per_device_train_batch_size, min(rows, self.learn_rows or rows)
+            ),
+            device=args.device,
+            seed=args.seed,
+            memory=Memory(read=self.memory, write=out),
+            autocast=autocast(args),
+            writers=tuple(strategy.name for strategy in self.acting("before_step")),
+            tokenizer=getattr(tokenizer, "tokenizer", tokenizer),
+        )
+        run.protect = protect_batches(self.protect, run, args, tokenizer, written)
+        if self.run is not None:
+            run.tasks, run.rows = self.run.tasks, self.run.rows
+        self.run = run
+        return run
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._alone(state)
+
+    def _alone(self, state: TrainerState) -> None:
+        """A trainer's strategies are of one callback: two would write to the same folder of a checkpoint."""
+        names = [strategy.name for strategy in self.strategies]
+        first, others = vars(state).setdefault("_ftplus", (id(self), names)) if names else (id(self), names)
+        if first != id(self):
+            raise UsageError(
+                f"This trainer has strategies twice ({', '.join(others)}; {', '.join(names)}); expected one set. Give "
+                f"them together: StrategyCallback({', '.join(map(repr, [*others, *names]))}, protect=...)."
+            )
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.strategies:
+            return
+        self._alone(state)
+        checkpoint = self._checkpoint(args, state.global_step) if state.global_step else None
+        mixed = self.run.protect if self.run and self.acting("mix") else None
+        written = SelfText(checkpoint.parent if checkpoint else Path(args.output_dir), again=checkpoint is not None)
+        run = self.setup(model, args, processing_class, train_dataloader, written)
+        if checkpoint and mixed is not None and not same_batches(mixed, run.protect):
+            raise IncompatibleError(
+                "The protect text among the training rows was written by other weights than those that the run began "
+                "with. Make the trainer with the starting model; resume_from_checkpoint brings the trained weights."
+            )
+        run.step, self._saved = state.global_step, None
+        if args.max_grad_norm and self.acting("before_step"):
+            logger.info(
+                "gradients are clipped to %g before strategies add to them, which makes a strength weigh more than it "
+                "says; --max_grad_norm 0 keeps it to its word",
+                args.max_grad_norm,
+            )
+        if checkpoint is None:
+            for strategy in self.strategies:
+                self.call(strategy, "prepare", run)
+        else:
+            self._restore(checkpoint, run.step)
+        for name, held in self.bytes().items():
+            logger.info("%s: ready after %.1f s, %.1f MB of state", name, self.seconds[name], held / 1e6)
+        give_back_memory()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.run:
+            self.run.step = state.global_step
+            self.run.clip = None if args.max_grad_norm else 1.0
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.run:
+            self.run.learning_rate = lr_scheduler.get_last_lr()[0] if lr_scheduler else args.learning_rate
+            self.run.measuring = ends_window(args, state)
+            for hook in ("read_gradients", "before_step"):
+                for strategy in self.acting(hook):
+                    self.call(strategy, hook, self.run)
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.run and not getattr(optimizer, "step_was_skipped", False):
+            for strategy in self.acting("after_step"):
+                self.call(strategy, "after_step", self.run)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # the Trainer saves, rotates and pushes before on_save: write now what belongs to the checkpoint it will make
+        if control.should_save:
+            self.save(args, state.global_step)
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.save(args, state.global_step)  # nothing is written twice; this is for save_strategy="best"
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not self.within_trainer and logs is not None and "loss" in logs:
+            figures = self.metrics()
+            logs.update(figures)
+            state.log_history[-1].update(figures)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.run:
+            return
+        self.run.step = state.global_step
+        try:
+            if args.load_best_model_at_end and state.best_model_checkpoint:
+                self._restore_best(Path(state.best_model_checkpoint))
+            for strategy in self.acting("finish"):
+                self.call(strategy, "finish", self.run)
+        except Exception as error:  # what was trained would die with the caller
+            error.args = (f"{error} {rescued(self.run.model, args, processing_class)}",)
+            raise
+        except KeyboardInterrupt:
+            logger.warning(rescued(self.run.model, args, processing_class))
+            raise
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of every strategy for the logging window that just ended, as `ewc/penalty`."""
+        found = {}
+        for strategy in self.strategies if self.run else ():
+            found |= {f"{strategy.name}/{key}": value for key, value in self.call(strategy, "metrics").items()}
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise IncompatibleError(
+                    f"{name} is {value} at step {self.run.step}: weights or strategy state are no longer finite. "
+                    "Lower the strength or the learning rate; the last checkpoint is intact."
+                )
+        return found
+
+    def save(self, args: TrainingArguments, step: int) -> None:
+        """Write the state of every strategy into the checkpoint of this step, once."""
+        folder = Path(args.output_dir) / f"checkpoint-{step}" / STATE_FOLDER
+        if self.run and self.strategies and self._saved != folder:
+            self._saved = folder
+            state.save_checkpoint(folder, self.strategies, self.run.model, step)
+
+    _saved: Path | None = None
+
+    def verify(self, checkpoint: str, model: torch.nn.Module) -> None:
+        """Refuse a checkpoint of another model, adapter or set of strategies before the Trainer loads any of it."""
+        if self.strategies:
+            state.load_checkpoint(Path(checkpoint) / STATE_FOLDER, [s.name for s in self.strategies], model)
+
+    def _restore_best(self, checkpoint: Path) -> None:
+        """The Trainer has put the weights of its best checkpoint back: what is left as memory must be of those."""
+        names = [strategy.name for strategy in self.strategies]
+        states = state.load_checkpoint(checkpoint / STATE_FOLDER, names, self.run.model)
+        for strategy in self.acting("finish"):
+            self.call(strategy, "load_state_dict", states[strategy.name], self.run)
+
+    def _checkpoint(self, args: TrainingArguments, step: int) -> Path:
+        """The one that training goes on from."""
+        given = self.resumed_from or args.resume_from_checkpoint
+        return Path(given) if given and Path(str(given)).is_dir() else Path(args.output_dir) / f"checkpoint-{step}"
+
+    def _restore(self, checkpoint: Path, step: int) -> None:
+        names = [strategy.name for strategy in self.strategies]
+        states = state.load_checkpoint(checkpoint / STATE_FOLDER, names, self.run.model, step)
+        for strategy in self.strategies:
+            self.call(strategy, "load_state_dict", states[strategy.name], self.run)
+
+
+def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
+    """Raise for launchers and settings under which a strategy would act wrongly, before anything trains."""
+    if args.deepspeed or args.distributed_state.distributed_type == "DEEPSPEED":
+        refuse_deepspeed(strategies)
+    if strategies and args.auto_find_batch_size:
+        raise IncompatibleError(
+            "auto_find_batch_size starts training again from weights that already moved, which strategies would take "
+            "for the starting model. Set per_device_train_batch_size instead."
+        )
+
+
+def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
+    """Mixed precision for forward passes of our own: bf16 as in training; fp32 under fp16, which needs loss scaling."""
+    return partial(torch.autocast, args.device.type, torch.bfloat16) if args.bf16 else nullcontext
+
+
+def give_back_memory() -> None:
+    """Return what preparing freed to device and system, before training asks for its own.
+
+    glibc keeps what was freed: 1.3 GB after the Fisher pass over a model of 135 M weights.
+    """
+    clear_device_cache(garbage_collection=True)
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def ends_window(args: TrainingArguments, state: Any) -> bool:
+    """Whether the step being taken is the last of a logging window."""
+    step = state.global_step + 1
+    every = max(1, int(state.logging_steps or 1)) if args.logging_strategy == "steps" else 10
+    return step % every == 0 or step == state.max_steps or (step == 1 and args.logging_first_step)
+
+
+def rescued(model: torch.nn.Module, args: TrainingArguments, tokenizer: Any) -> str:
+    """Save the trained model where `trainer.save_model()` would, since an error is about to be raised; says where."""
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # transformers only logs that it cannot
+        whole = {}
+        if any(hasattr(weight, "to_local") for weight in model.parameters()):
+            for name, tensor in model.state_dict().items():
+                tensor = state.whole(tensor)  # all ranks take part
+                whole |= {name: tensor} if args.should_save else {}
+        if args.should_save:
+            model.save_pretrained(args.output_dir, state_dict=whole or None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(args.output_dir)
+    except Exception as error:
+        return f"The trained model could not be saved: {type(error).__name__}: {error}"
+    return f"The trained model is saved in {args.output_dir}."

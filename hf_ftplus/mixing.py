@@ -1,0 +1,151 @@
+"""What a Trainer must do so that its training rows come from several tasks.
+
+MixingMixin     asks the strategies for the mixture, and draws the training rows by it
+TasksMixin      SFTTrainer(train_dataset={"sums": rows, "chat": rows}): each task prepared and packed on its own
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import trl
+from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
+
+from .errors import IncompatibleError, PluginError
+from .mixture import MixtureSampler, table
+from .pools import KEPT, Pools, endless, interleaved, learn_tasks, together
+
+logger = logging.getLogger("hf_ftplus")
+
+
+class MixingMixin:
+    """Training rows in the shares that strategies ask for. `self.ftplus` runs the strategies (see `trainer.py`)."""
+
+    _mixture: MixtureSampler | None = None
+    _streams: dict[str, IterableDataset] | None = None
+    """Streamed learn rows by task, where several were given."""
+
+    def _mix(self) -> None:
+        """Ask the strategies for the mixture, and draw training rows by it, unless it is the one there is."""
+        run = self.ftplus.setup(self.model, self.args, self.processing_class, None)
+        pack = partial(packed, args=self.args) if getattr(self.args, "packing", False) else None
+        pools = Pools(self._streams or self.train_dataset, run.protect, pack)
+        rows = sum(task.rows or 0 for task in pools.tasks.values() if task.role == "learn")
+        run.tasks, run.rows = pools.tasks, planned_rows(self.args, rows)
+        shares = start = pools.shares()
+        for strategy in self.ftplus.acting("mix"):
+            shares = self.ftplus.call(strategy, "mix", run, dict(shares))
+            check_shares(strategy.name, shares, start)
+        if any(abs(shares[task] - start[task]) > 1e-9 for task in start):
+            self._set_signature_columns_if_needed()
+            refuse_mixing(self.args, pools, self._signature_columns)
+            self.train_dataset, self._mixture = pools.mixed(shares, seed_of_order(self.args))
+            self.ftplus.learn_rows = rows or None
+        epoch = sum(task.drawn for task in run.tasks.values())
+        logger.info(table(run.tasks, planned_rows(self.args, epoch) / epoch))
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return self._mixture if self._mixture is not None else super()._get_train_sampler(*args, **kwargs)
+
+
+class TasksMixin:
+    """An SFTTrainer that takes `train_dataset={"name": dataset, ...}`.
+
+    TRL packs all training rows together and masks prompts as its first row needs it; here each task is prepared as if
+    it were alone.
+    """
+
+    _learn: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(kwargs.get("train_dataset"), dict):
+            self._learn = learn_tasks(kwargs["train_dataset"])
+            kwargs["train_dataset"] = leading(self._learn)
+        super().__init__(*args, **kwargs)
+        if self._learn is not None:  # TRL was told to skip preparation
+            self.train_dataset = self._put_together(self._learn, self.args)
+
+    def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
+        prepare = super()._prepare_dataset
+        if self._learn is None or dataset is not leading(self._learn):
+            return prepare(dataset, tokenizer, args, *more, **kwargs)
+        if args.assistant_only_loss:
+            refuse_without_assistant(self._learn)
+        learn = {name: prepare(rows, tokenizer, args, *more, **kwargs) for name, rows in self._learn.items()}
+        return self._put_together(learn, args)
+
+    def _put_together(self, learn: dict[str, Any], args: TrainingArguments) -> Dataset | IterableDataset:
+        self._learn = None
+        if all(isinstance(rows, Dataset) for rows in learn.values()):
+            return together(learn)
+        self._streams = learn
+        return interleaved(endless(learn), dict.fromkeys(learn, 1.0), seed_of_order(args))
+
+
+def leading(learn: dict[str, Any]) -> Any:
+    """The task that TRL sees first: one with completions, if any, for then prompts are masked in every task."""
+    asked = [rows for rows in learn.values() if {"prompt", "completion"} <= next(iter(rows), {}).keys()]
+    return [*asked, *learn.values()][0]
+
+
+def refuse_without_assistant(learn: dict[str, Any]) -> None:
+    """Raise for a task without turns of an assistant, for which TRL looks in the first task only."""
+    for name, rows in learn.items():
+        row = next(iter(rows), {})
+        if "input_ids" not in row and not trl.is_conversational(row):
+            raise IncompatibleError(
+                f"assistant_only_loss learns turns of an assistant, but rows of learn task {name!r} are no "
+                "conversations. Give them as messages, or set assistant_only_loss=False."
+            )
+
+
+def refuse_mixing(args: TrainingArguments, pools: Pools, wanted: Iterable[str] | None) -> None:
+    """Raise where the order or the columns of the training rows are not ours to choose.
+
+    Args:
+        args: of the trainer.
+        pools: its rows.
+        wanted: columns that its model takes.
+
+    Raises:
+        IncompatibleError: another sampling strategy, or columns that protect rows do not have.
+    """
+    order = getattr(args, "train_sampling_strategy", "random")
+    if order != "random":
+        raise IncompatibleError(
+            f"train_sampling_strategy {order!r} chooses the order of training rows, and so does a mixture of tasks. "
+            "Leave it at 'random'."
+        )
+    lost = [name for name in pools.columns if name in (wanted or ()) and name not in KEPT]
+    if pools.mixable and lost:
+        raise IncompatibleError(
+            f"The model is given {', '.join(lost)} of each training row, which protect rows do not have. Expected rows "
+            f"of {', '.join(KEPT[:3])} alone."
+        )
+
+
+def check_shares(name: str, shares: dict[str, float], start: dict[str, float]) -> None:
+    """Shares are over the known tasks, none negative, and sum to one."""
+    if shares.keys() != start.keys() or min(shares.values()) < 0 or not abs(sum(shares.values()) - 1) <= 1e-6:
+        raise PluginError(f"{name}.mix returned {shares}; expected shares of {list(start)} that are >= 0 and sum to 1.")
+
+
+def packed(rows: Dataset, name: str, args: TrainingArguments) -> Dataset:
+    """Rows packed as TRL packs training rows; shuffled before, for rows of like length come side by side."""
+    rows = rows.shuffle(seed=args.seed)
+    return trl.pack_dataset(rows, args.max_length, args.packing_strategy, {"desc": f"Packing {name} dataset"})
+
+
+def planned_rows(args: TrainingArguments, epoch: float) -> float:
+    """Rows that training draws in all, with `epoch` rows in an epoch."""
+    if args.max_steps <= 0:
+        return args.num_train_epochs * epoch
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def seed_of_order(args: TrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed

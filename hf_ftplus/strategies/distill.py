@@ -1,0 +1,520 @@
+"""Distillation: keep saying what a teacher says, token by token; by default what the starting model said.
+
+    loss = task loss on learn + strength * T^2 * KL(teacher || student),  mean per token, both at temperature T
+
+- on protect tokens (KL replay): hold the answers on data that stands for what must not be forgotten, the model's own
+  text (`--protect self:256`) included. This is what is meant to be kept, and it leaves the learn rows alone.
+- on learn tokens (learning without forgetting, Li and Hoiem 2016): needs no data, but pulls against what is being
+  learnt, and says nothing about what the learn rows do not touch.
+
+With `on=auto` it is protect where there is protect data, learn otherwise: on two tasks that share no words (figures at
+`ON_PROTECT`) KL on protect keeps all of the first at no cost to the second, KL on learn half of it at some cost.
+
+The starting model costs no memory under LoRA (the adapter switched off), one copy of the trained weights in
+full fine-tuning, which is also what a checkpoint must hold to be resumed, and nothing with `cache`.
+
+Protect rows are read beside the learn rows, `share` of a row for each, drawn anew at every step by a rule that knows
+only the seed, the step and the place of the learn row in it: the same rows at any split of a step into micro-batches
+and processes, and after a resume. Row p stands beside a learn row of n tokens with
+
+    n / share * (KL summed over p) / (tokens of a mean protect row),
+
+which adds up, per learn token, to the mean KL per protect token of its task in expectation, tasks drawn alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import DataError, IncompatibleError, UsageError
+from ..hookspecs import hookimpl
+from ..strategy import Batch, Run, Strategy, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..examples import Example
+    from ..teacher import Teacher
+
+    Batches = list[dict[str, Tensor]]
+
+logger = logging.getLogger("hf_ftplus")
+
+START = "start"
+ON_PROTECT, ON_LEARN = 3.0, 0.3
+"""Strengths if none is given, measured on a toy (tests/test_distill.py) where plain fine-tuning goes from 0.8 to 6.0
+nats on the first of two tasks and to 0.5 on the second. On protect, 1 to 10 keep the first at 0.57 and learn the second
+as well; 30 learns less (0.8). On learn 0.3 ends at 2.7 and 0.67, 1 at 2.5 and 1.15. Published: 1 to 10; 0.1 to 1."""
+
+
+@dataclass
+class Distill(Strategy):
+    """Knowledge distillation: keep saying what the starting model, or another teacher, says."""
+
+    name: ClassVar[str] = "distill"
+
+    strength: float | None = setting(
+        None,
+        f"what a nat of KL per token costs, in nats of learn loss; left out: {ON_PROTECT:g} on protect tokens, "
+        f"{ON_LEARN:g} on learn tokens",
+        unit="nats per nat",
+        low=0,
+    )
+    on: str = setting(
+        "auto",
+        "tokens to compare at; auto: protect if there is protect data, else learn",
+        choices=("auto", "learn", "protect", "both"),
+    )
+    teacher: str = setting(START, "start, the starting model, or a folder or Hub name of a model with the same tokens")
+    temperature: float = setting(
+        1.0, "above 1 the unlikely tokens count for more; 1 is drift itself", unit="of the softmax", above=0
+    )
+    share: float = setting(
+        0.25,
+        "protect rows read beside each learn row; each costs 4/3 of a learn row",
+        unit="protect rows per learn row",
+        above=0,
+    )
+    cache: bool = setting(False, "ask the teacher once, before training, and keep its answers on disk for later runs")
+    top_k: int = setting(64, "likeliest tokens kept in the cache; all others count as one", unit="tokens", low=1)
+    teacher_dtype: str = setting(
+        "same",
+        "of the teacher's matrices; bfloat16 and int8 (starting model only) take less memory and cost some exactness",
+        choices=("same", "bfloat16", "int8"),
+    )
+    teacher_device: str = setting(
+        "same", "cpu: the frozen copy waits there, each layer is sent over when it runs", choices=("same", "cpu")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher != START and (self.teacher_dtype == "int8" or self.teacher_device == "cpu"):
+            raise UsageError(
+                f"distill.teacher_dtype is {self.teacher_dtype!r} and distill.teacher_device {self.teacher_device!r}, "
+                f"which are for a copy of the starting model; the teacher is {self.teacher!r}. Load it in bfloat16, or "
+                "set cache=true: it is asked before training, and leaves."
+            )
+
+    def preview(self, run: Run) -> dict[str, float]:
+        """Bytes of the teacher, or of its answers to the protect data, and the seconds it takes to have them."""
+        from ..answers import bytes_per_token
+        from ..teacher import adapter_is_zero, bytes_of_copies, bytes_of_other
+
+        self._bind(run)
+        batches = [batch for task in run.protect.values() for batch in task] if self.protecting else []
+        cost = {"bytes": 0.0, "rows": sum(len(batch["labels"]) for batch in batches), "seconds": 0.0}
+        if self.off:
+            return cost
+        if self.cache:
+            tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+            return {
+                **cost,
+                "bytes": tokens * bytes_per_token(self.top_k),
+                "seconds": self._seconds_to_ask(run, batches),
+            }
+        if self.teacher != START:
+            return {**cost, "bytes": bytes_of_other(self.teacher, self.teacher_dtype)}
+        free = adapter_is_zero(run.model, run.weights)
+        return {**cost, "bytes": 0.0 if free else bytes_of_copies(run.weights, self.teacher_dtype)}
+
+    def prepare(self, run: Run) -> None:
+        """Make the teacher and prove that it is one; with `cache`, ask it everything now and let it go."""
+        from ..answers import Answers
+        from ..model import cache as cache_folder
+
+        self._bind(run)
+        if self.off:
+            return
+        teacher = self._other(run) if self.teacher != START else self._starting(run)
+        if not self.cache:
+            self._listen_to(teacher, run)
+            return
+        self.vocabulary, self.key = teacher.vocabulary, self._key_of(teacher, run)
+        self.answers = Answers(cache_folder() / "teacher" / self.key)
+        self._ask_all(teacher, run)
+        logger.info("distill: %s, answers kept in %s", self._where(), self.answers.folder)
+
+    def token_loss(self, run: Run, batch: Batch) -> Tensor:
+        """strength * T^2 * KL: summed over learn tokens; its mean over protect tokens, times the learn tokens."""
+        if self.off:
+            return batch.hidden.new_zeros(())
+        parts = [self._on_learn(batch)] if self.learning else []
+        parts += [self._on_protect(run, batch)] if self.protecting else []
+        # of shards, every rank takes part in every pass, if only with nothing
+        parts = [part for part in parts if part is not None and (len(part.hidden) or self._sharded)]
+        self._seen += 1
+        if not parts:
+            return batch.hidden.sum() * 0.0
+        total, kl = self._compare(run, parts)
+        for part, found in zip(parts, kl.split([len(part.hidden) for part in parts]), strict=True):
+            if part.idle:
+                continue
+            sums, tokens = self._window.get(part.where, (0.0, 0))
+            self._window[part.where] = sums + found.sum(), tokens + len(found)
+        return total
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The frozen copy, which nothing can make again once weights have moved; with `cache`, which answers count."""
+        import torch
+
+        if self.key is not None:
+            key = torch.tensor(list(self.key.encode()), dtype=torch.uint8)
+            return {"answers": key, "vocabulary": torch.tensor(self.vocabulary or 0)}
+        return self.source.tensors() if self.source is not None else {}
+
+    def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
+        """The teacher, or the answers, of the run that was stopped."""
+        from ..answers import Answers
+        from ..model import cache as cache_folder
+        from ..teacher import AdapterOff, Frozen, given_back, only_lora
+
+        self._bind(run)
+        if self.off:
+            return
+        if "answers" in state:
+            self.key, self.vocabulary = bytes(state["answers"].tolist()).decode(), int(state["vocabulary"]) or None
+            self.answers = Answers(cache_folder() / "teacher" / self.key)
+            self._ask_all(None, run)
+        elif self.teacher != START:
+            self._listen_to(self._other(run), run)
+        elif state:
+            copies = given_back(state, run.weights, self.teacher_device)
+            self._listen_to(Frozen(run.model, run.weights, copies), run)
+        elif only_lora(run.weights):
+            self._listen_to(AdapterOff(run.model), run)
+        else:
+            raise IncompatibleError(
+                "The checkpoint holds no copy of the starting weights for distill, and they have moved since. Resume "
+                "with the settings it was written with, or start a new run."
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """kl_learn, kl_protect: KL(teacher || student) in nats per token; penalty: what that adds to the loss."""
+        import torch
+        import torch.distributed as dist
+
+        if not self._seen:
+            return {}
+        places = list(self.strengths)
+        rows = [
+            torch.stack(
+                [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in self._window.get(place, (0.0, 0))]
+            )
+            for place in places
+        ]
+        table = torch.stack(rows)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(table)
+        self._window, self._seen = {}, 0
+        means = {place: kl / tokens for place, (kl, tokens) in zip(places, table.tolist(), strict=True) if tokens}
+        penalty = sum(self.strengths[place] * self.temperature**2 * kl for place, kl in means.items())
+        return {**{f"kl_{place}": kl for place, kl in means.items()}, "penalty": penalty}
+
+    # ---- what it stands on -------------------------------------------------------------------------------------------
+
+    def _bind(self, run: Run) -> None:
+        """Decide where to compare and how much it counts, and take the protect data apart."""
+        on = self.on if self.on != "auto" else "protect" if run.protect else "learn"
+        default = {"learn": ON_LEARN, "protect": ON_PROTECT}
+        self.strengths = {
+            place: default[place] if self.strength is None else self.strength
+            for place in ("learn", "protect")
+            if on in (place, "both")
+        }
+        self.learning, self.protecting = "learn" in self.strengths, "protect" in self.strengths
+        self.off, self.device = self.strength == 0, run.device
+        self.source, self.answers, self.key, self.vocabulary = None, None, None, None
+        self._window, self._seen, self._at = {}, 0, (-1, 0)
+        self._sharded = any(hasattr(weight, "to_local") for weight in run.model.parameters())
+        self.tasks = [Task.of(name, batches) for name, batches in run.protect.items()] if self.protecting else []
+        if self.off:
+            return
+        if self.protecting and not self.tasks:
+            raise DataError(
+                f"distill has no protect data and on is {self.on!r}. Type --protect FILE, or --protect self:256 to let "
+                "the starting model write it, or --set distill.on=learn to compare at the learn tokens."
+            )
+        refuse_zero3(run.model)
+        if self.protecting and not self._sharded:
+            refuse_reentrant(run.model)
+
+    def _where(self) -> str:
+        return " and ".join(f"strength {strength:g} on {place} tokens" for place, strength in self.strengths.items())
+
+    def _starting(self, run: Run) -> Teacher:
+        """The starting model, before any weight moved; with `cache` it is asked right now, and needs no copy."""
+        from ..teacher import AdapterOff, Frozen, Teacher, adapter_is_zero, copied
+
+        if adapter_is_zero(run.model, run.weights):
+            return AdapterOff(run.model)
+        if self.cache:
+            return Teacher(run.model)
+        return Frozen(run.model, run.weights, copied(run.weights, self.teacher_dtype, self.teacher_device))
+
+    def _other(self, run: Run) -> Teacher:
+        from ..teacher import load_other
+
+        return load_other(self.teacher, run.model, run.tokenizer, run.device, self.teacher_dtype)
+
+    def _listen_to(self, teacher: Teacher, run: Run) -> None:
+        from ..teacher import prove
+
+        prove(teacher, run.weights)
+        self.source, self.vocabulary = teacher, teacher.vocabulary
+        kind = type(teacher).__name__
+        logger.info("distill: %s, teacher %s (%s), %.1f MB", self._where(), self.teacher, kind, teacher.bytes() / 1e6)
+
+    # ---- one micro-batch ---------------------------------------------------------------------------------------------
+
+    def _on_learn(self, batch: Batch) -> Part:
+        weights = batch.hidden.new_full((len(batch.labels),), self.strengths["learn"], dtype=_float32())
+        return Part("learn", batch.inputs, batch.hidden, weights)
+
+    def _on_protect(self, run: Run, batch: Batch) -> Part | None:
+        """The student's own pass over the protect rows that stand beside this micro-batch."""
+        import torch
+
+        from ..generate import private_rng
+        from ..logits import hidden_states
+
+        labels = batch.inputs["labels"]
+        place = self._place(run, len(labels))
+        drawn = beside(run.seed, run.step, range(place, place + len(labels)), self.share, self.tasks)
+        idle = self._sharded and not drawn  # shards are gathered by all ranks or by none
+        drawn = [(0, self.tasks[0].examples[0], self.tasks[0].tokens)] if idle else drawn
+        if not drawn:
+            return None
+        inputs = _collated([example for _, example, _ in drawn], labels.device)
+        with private_rng(labels.device, hash_of(run.seed, run.step, place)):  # dropout of its own
+            hidden = states_through_output(run.model, inputs) if self._sharded else hidden_states(run.model, inputs)[0]
+        rows = torch.tensor([row for row, _, _ in drawn]).to(labels.device, non_blocking=True)
+        tokens = torch.tensor([tokens for _, _, tokens in drawn]).to(labels.device, non_blocking=True)
+        each = (labels[:, 1:] != -100).sum(1)[rows] / tokens * (0.0 if idle else self.strengths["protect"] / self.share)
+        counts = (inputs["labels"][:, 1:] != -100).sum(1)
+        return Part("protect", inputs, hidden, each.repeat_interleave(counts, output_size=len(hidden)), idle)
+
+    def _place(self, run: Run, rows: int) -> int:
+        """Place of this micro-batch's first row among all rows of the optimizer step, over all ranks."""
+        import torch.distributed as dist
+
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        step, number = self._at
+        number = number + 1 if step == run.step else 0
+        self._at = run.step, number
+        return (number * world + rank) * rows
+
+    def _compare(self, run: Run, parts: list[Part]) -> tuple[Tensor, Tensor]:
+        """Weighted sum with graph, and the KL of each token; in one pass, so that one gradient of the head is held."""
+        import torch
+
+        from ..divergence import bucketed_kl, forward_kl, gathered
+        from ..logits import lm_head
+        from ..teacher import first_tokens
+
+        head = lm_head(run.model)
+        head = first_tokens(replace(head, weight=gathered(head.weight), bias=gathered(head.bias)), self.vocabulary)
+        hidden, weights = torch.cat([part.hidden for part in parts]), torch.cat([part.weights for part in parts])
+        how = {"temperature": self.temperature, "weights": weights}
+        if self.answers is not None:
+            kept = [self.answers.to(part.inputs, hidden.device) for part in parts]
+            return bucketed_kl(hidden, head, *(torch.cat(column) for column in zip(*kept, strict=True)), **how)
+        said = [self.source(part.inputs) for part in parts]
+        return forward_kl(hidden, head, torch.cat([states for states, _ in said]).to(hidden.device), said[-1][1], **how)
+
+    # ---- asking everything beforehand --------------------------------------------------------------------------------
+
+    def _ask_all(self, teacher: Teacher | None, run: Run) -> None:
+        """Have an answer to every protect and learn example there will be; ranks share the work.
+
+        Raises:
+            DataError: the learn rows cannot be seen beforehand.
+            IncompatibleError: answers are missing, and the teacher is gone or other ranks keep theirs elsewhere.
+        """
+        import torch.distributed as dist
+
+        batches = [batch for task in run.protect.values() for batch in task] if self.protecting else []
+        learn = run.learn(sys.maxsize) if self.learning else []
+        if self.learning and not learn:
+            raise DataError(
+                "distill.cache asks the teacher about the learn rows before training, but they are streamed or not "
+                "tokenised. Set cache=false, or on=protect."
+            )
+        lacking = [batch for batch in [*batches, *learn] if self.answers.lacks(batch)]
+        if lacking and teacher is not None:
+            self._ask(teacher, lacking, run)
+            if dist.is_initialized():
+                dist.barrier()
+            self.answers.refresh()
+            lacking = [batch for batch in lacking if self.answers.lacks(batch)]
+        if lacking:
+            raise IncompatibleError(
+                f"{self.answers.folder} lacks the teacher's answers to {len(lacking)} of {len(batches) + len(learn)} "
+                "micro-batches, and the teacher is not here to be asked again. All processes must see the same folder, "
+                "and a resumed run the one it began with: set FTPLUS_CACHE, or start a new run."
+            )
+
+    def _ask(self, teacher: Teacher, batches: Batches, run: Run) -> None:
+        import torch.distributed as dist
+        from tqdm.auto import tqdm
+
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = batches[rank::world]
+        if self._sharded and len(mine) < -(-len(batches) // world):  # every rank takes part in every pass
+            mine = [*mine, batches[0]]
+        for batch in tqdm(mine, desc="asking the teacher", disable=None, leave=False):
+            self.answers.add(batch, *self._answer(teacher, batch, run))
+        self.answers.write()
+
+    def _answer(self, teacher: Teacher, batch: dict[str, Tensor], run: Run) -> tuple[Tensor, Tensor]:
+        from ..divergence import likeliest
+
+        with run.autocast():
+            return likeliest(*teacher(batch), self.top_k, temperature=self.temperature)
+
+    def _seconds_to_ask(self, run: Run, batches: Batches) -> float:
+        if not batches or self.teacher != START:
+            return 0.0
+        begin = time.perf_counter()
+        self._answer(self._starting(run), batches[0], run)
+        return (time.perf_counter() - begin) * len(batches)
+
+    def _key_of(self, teacher: Teacher, run: Run) -> str:
+        """Name of the folder for these answers: the teacher's content, its precision, and what is kept."""
+        import torch
+
+        from ..answers import FORMAT
+        from ..generate import fingerprint_of
+        from ..teacher import content
+
+        kind = run.device.type
+        with run.autocast():
+            precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "as loaded"
+        parts = [FORMAT, fingerprint_of(content(teacher)), precision, self.top_k, self.temperature, teacher.vocabulary]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+@dataclass
+class Part:
+    """Tokens to compare at, from one forward pass of the student."""
+
+    where: str
+    inputs: dict[str, Any]
+    hidden: Tensor
+    weights: Tensor
+    """What the KL of each token counts: [N]."""
+    idle: bool = False
+    """There because other ranks needed company; counts nothing."""
+
+
+@dataclass
+class Task:
+    """The examples of one protect task that have a token to compare at."""
+
+    name: str
+    examples: list[Example]
+    tokens: float
+    """Supervised tokens of a mean example."""
+
+    @classmethod
+    def of(cls, name: str, batches: Batches) -> Task:
+        from ..answers import examples_in, supervised_tokens
+
+        examples = [example for batch in batches for example in examples_in(batch) if supervised_tokens(example)]
+        if not examples:
+            raise DataError(
+                f"The protect task {name!r} has no supervised token; expected completions that survive truncation."
+            )
+        return cls(name, examples, sum(map(supervised_tokens, examples)) / len(examples))
+
+
+def beside(seed: int, step: int, places: range, share: float, tasks: list[Task]) -> list[tuple[int, Example, float]]:
+    """Protect rows that stand beside the learn rows at `places` of an optimizer step.
+
+    `share` of a row for each learn row, evenly spread, so that a step of R rows has share * R of them to within one.
+    Which ones follows from seed, step and place alone.
+
+    Returns:
+        (learn row, counted from the first of `places`; protect example; tokens of a mean example of its task).
+    """
+    phase = random.Random(f"{seed} {step}").random()
+    drawn = []
+    for row, place in enumerate(places):
+        for number in range(math.floor(place * share + phase), math.floor((place + 1) * share + phase)):
+            dice = random.Random(f"{seed} {step} {number}")
+            task = dice.choice(tasks)
+            drawn.append((row, dice.choice(task.examples), task.tokens))
+    return drawn
+
+
+def hash_of(*numbers: int) -> int:
+    """A seed out of several."""
+    return random.Random(" ".join(map(str, numbers))).getrandbits(63)
+
+
+def states_through_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """`hidden_states`, tied to the model's output by a zero: FSDP2 gathers weights for backward when a gradient enters
+    there, and would leave this pass, whose output nobody reads, without them.
+    """
+    from ..logits import hidden_states
+
+    outputs: list[Tensor] = []
+    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output.logits))
+    try:
+        hidden, _ = hidden_states(model, inputs)
+    finally:
+        hook.remove()
+    return hidden + 0.0 * outputs[0].sum()
+
+
+def refuse_zero3(model: nn.Module) -> None:
+    """Raise under DeepSpeed ZeRO-3, where no weight is whole outside of the forward pass."""
+    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        raise IncompatibleError(
+            "distill reads the LM head outside of the model's forward pass, where DeepSpeed ZeRO-3 keeps it in parts. "
+            "Launch with --accelerate_config fsdp2, multi_gpu or zero2 instead."
+        )
+
+
+def refuse_reentrant(model: nn.Module) -> None:
+    """Raise where DDP would see the gradient of a checkpointed layer twice in a backward pass."""
+    import torch.distributed as dist
+
+    funcs = [
+        module._gradient_checkpointing_func
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+    reentrant = any(getattr(func, "keywords", {}).get("use_reentrant") for func in funcs)
+    if reentrant and dist.is_initialized() and dist.get_world_size() > 1:
+        raise IncompatibleError(
+            "distill runs the model on learn and protect rows in one backward pass; with reentrant gradient "
+            "checkpointing DDP takes the second gradient of a layer for an error. Type --gradient_checkpointing_kwargs "
+            "'{\"use_reentrant\": false}', or --set distill.on=learn."
+        )
+
+
+def _collated(examples: list[Example], device: Any) -> dict[str, Tensor]:
+    from ..examples import collate
+
+    (batch,) = collate(examples, 0, len(examples))
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32
+
+
+@hookimpl
+def ftplus_strategies() -> list[type[Strategy]]:
+    """The strategies of this module."""
+    return [Distill]

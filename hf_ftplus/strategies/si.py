@@ -1,0 +1,304 @@
+"""Synaptic Intelligence: hold each weight by how much moving it lowered the loss of earlier runs.
+
+    omega_i      = -sum over optimizer steps of  g_i * (change of w_i)
+    importance_i = relu(omega_i) / ((distance w_i went in the run)^2 + xi)
+    penalty      = strength * sum_i importance_i (w_i - w*_i)^2          (Zenke, Poole, Ganguli 2017, eqs. 3 to 5)
+
+g is the gradient of the step (accumulated, reduced, unscaled) as it was before clipping and before any strategy added
+to it; what a strategy adds to the loss itself, or to the rows, is part of it. The change is what the optimizer really
+did: momentum, Adam's scaling, weight decay and all. For small steps along the true gradient the omegas sum up to the
+fall of the loss (`si/explained`); the noise of batches and large steps make the sum larger. xi is `damping` times the
+mean square of the distances that weights went, not a number of its own, so that settings mean the same at any learning
+rate: at strength 1, undoing what a run did to a weight costs what the run gained by it.
+
+It protects what *earlier* runs learnt. Without `--memory` it records only, and leaves memory; with it, it holds the
+weights where this run found them (w*), and records. Across runs importances add up: decay * memory + this run's.
+
+Sums are in fp32 whatever the weights are in. Yet a weight kept in bf16 has 8 bits: changes below half of its last one
+never happen, so w stays, and its omega is 0 where an fp32 copy would have learnt. Load such models in fp32 and let bf16
+be the precision of the forward pass (`--dtype float32 --bf16`).
+
+LoRA is refused: the loss depends on the change B A of a frozen weight, and omega of that change needs the gradient of
+the frozen weight at each of its elements, which LoRA training never makes. Omegas of A and B exist, but mean nothing
+beyond this one split of B A into two, and nothing at all once the adapter is merged.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import DataError, IncompatibleError
+from ..hookspecs import hookimpl
+from ..strategy import Run, Strategy, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+logger = logging.getLogger("hf_ftplus")
+
+
+@dataclass
+class SI(Strategy):
+    """Synaptic Intelligence: hold each weight by how much moving it taught earlier runs."""
+
+    name: ClassVar[str] = "si"
+
+    strength: float = setting(
+        1.0, "what undoing a nat that earlier runs learnt costs, in nats of learn loss", unit="nats per nat", low=0
+    )
+    damping: float = setting(
+        0.01,
+        "how far a weight must have gone to count in full; keeps those that hardly moved from counting too much",
+        unit="mean squared distances of the weights that moved",
+        above=0,
+    )
+    decay: float = setting(1.0, "share of the importances in --memory that still counts in this run", low=0, high=1)
+
+    def preview(self, run: Run) -> dict[str, float]:
+        """Bytes of state; it needs no protect rows and no time before the first step."""
+        self._bind(run)
+        each = 12 if run.memory.read else 8
+        return {
+            "bytes": sum(weight.numel() * (each + weight.element_size()) for weight in run.weights.values()),
+            "rows": 0,
+            "seconds": 0.0,
+        }
+
+    def prepare(self, run: Run) -> None:
+        """Note the starting weights, and take the importances that earlier runs left."""
+        import torch
+
+        from ..weights import local, match, place
+
+        self._bind(run)
+        memory = run.memory.load(self.name, run) if self.decay else None
+        if memory is None:
+            why = "no --memory of an earlier run" if self.decay else "decay is 0"
+            logger.info("si: %s, so nothing is protected in this one; it records for the next", why)
+        else:
+            match(run.weights, memory, "The memory of si")
+        half = sum(weight.dtype in (torch.bfloat16, torch.float16) for weight in run.weights.values())
+        if half:
+            logger.warning(
+                "si: %d of %d weights are kept in 16 bits, where small steps are lost and never counted; load the "
+                "model in fp32 (--dtype float32), --bf16 can stay",
+                half,
+                len(run.weights),
+            )
+        importance = {}
+        if memory is not None:
+            importance = {name: place(self.decay * memory[name], weight) for name, weight in run.weights.items()}
+        if importance and not self._sharded and not any(local(t).any() for t in importance.values()):
+            raise DataError(
+                f"The memory of si in {run.memory.read} is 0 throughout: no weight moved in the run that left it, or "
+                "none to any use. Train that run again, or leave --memory out."
+            )
+        lines = {}
+        for name, weight in run.weights.items():
+            zeros = torch.zeros_like(weight.detach(), dtype=torch.float32)
+            lines[name] = Line(weight, weight.detach().clone(), zeros, zeros.clone())
+        self._hold(lines, importance)
+
+    def read_gradients(self, run: Run) -> None:
+        """Go on with the line integral: the gradient of this step, and how far the weights have come."""
+        if run.clip is None:
+            raise IncompatibleError(
+                "si needs the gradients as they were before clipping, but a callback cannot know by how much they were "
+                "clipped. Use hf_ftplus.attach(trainer, 'si', ...) or hf_ftplus.SFTTrainer(..., strategies=['si']), or "
+                "set max_grad_norm=0 (--max_grad_norm 0)."
+            )
+        if not self._in_one_pass(run):
+            factor = unclip(run)
+            for line in self.lines.values():
+                line.read(factor)
+
+    def before_step(self, run: Run) -> None:
+        """Add 2 * strength * importance * (w - w*) to every gradient."""
+        from ..quadratic import pull
+
+        if self._in_one_pass(run):
+            factor = unclip(run)
+            for name, line in self.lines.items():
+                line.read(factor, self.importance[name], 2 * self.strength)
+        elif self.wells and self.strength:
+            figures = pull(self.wells, 2 * self.strength, run.measuring)
+            self._held = self._held if figures is None else figures
+
+    def after_step(self, run: Run) -> None:
+        """At the end of a logging window, sum up what the path explains."""
+        import torch
+
+        if run.measuring:
+            self._explained = torch.stack([line.total() for line in self.lines.values()]).sum()
+
+    def finish(self, run: Run) -> None:
+        """Leave the importances for the next run: earlier ones, and those of this run's path."""
+        moved, count, explained = self._summed([line.extent() for line in self.lines.values()])
+        if not moved:
+            logger.warning("si: no weight moved in this run, so it adds nothing to the memory")
+        xi = self.damping * moved / max(count, 1) or 1.0
+        total = {name: line.importance(xi) for name, line in self.lines.items()}
+        for name, earlier in self.importance.items():
+            total[name].add_(earlier)
+        logger.info("si: the path of this run explains %.3f nats of learn loss; xi is %.2g", explained, xi)
+        run.memory.save(self.name, total, run)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        parts = {
+            "start": {name: line.start for name, line in self.lines.items()},
+            "omega": {name: line.omega for name, line in self.lines.items()},
+            "gradient": {name: line.gradient for name, line in self.lines.items()},
+            "importance": self.importance,
+        }
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
+        from ..weights import match, place
+
+        self._bind(run)
+
+        def part(kind: str) -> dict[str, Tensor]:
+            return {
+                name: place(state[f"{kind}.{name}"], weight)
+                for name, weight in run.weights.items()
+                if f"{kind}.{name}" in state
+            }
+
+        start, omega, gradient, importance = map(part, ("start", "omega", "gradient", "importance"))
+        for found in (start, omega, gradient, importance or start):
+            match(run.weights, found, "The saved state of si")
+        lines = {name: Line(weight, start[name], omega[name], gradient[name]) for name, weight in run.weights.items()}
+        self._hold(lines, importance)
+
+    def metrics(self) -> dict[str, float]:
+        """explained (nats, since the start); with memory: penalty (nats), grad_ratio = |its gradient| / |task's|."""
+        found = {}
+        if self._explained is not None:
+            (found["explained"],) = self._summed([self._explained.reshape(1)])
+        if self._held is not None:
+            depth, pull_square, task_square = self._summed([self._held])
+            found["penalty"] = 2 * self.strength * depth
+            found["grad_ratio"] = 2 * self.strength * (pull_square / task_square) ** 0.5 if task_square else 0.0
+            self._zeros = 0 if depth else self._zeros + 1
+            if self._zeros == 3:
+                logger.warning(
+                    "si: the penalty stayed 0 for 3 logging windows: no weight that earlier runs used moved. Is the "
+                    "learning rate 0, or --memory of a run that trained other weights?"
+                )
+        self._explained = self._held = None
+        return found
+
+    def _in_one_pass(self, run: Run) -> bool:
+        """Whether reading can wait for before_step: nobody adds to the gradients earlier, and it saves a pass."""
+        return run.writers[:1] == (self.name,) and bool(self.wells) and self.strength > 0 and not run.measuring
+
+    def _bind(self, run: Run) -> None:
+        if getattr(run.model, "peft_config", None):
+            raise IncompatibleError(
+                "si cannot follow an adapter: the loss depends on the change B A of a frozen weight, whose own "
+                "gradient adapter training never makes, and how that change is split into A and B is arbitrary. Use "
+                "--plugin ewc, which holds the change itself, or fine-tune all weights."
+            )
+        self._sharded = any(hasattr(weight, "to_local") for weight in run.weights.values())
+        self._held = self._explained = None
+        self._zeros = 0
+
+    def _hold(self, lines: dict[str, Line], importance: dict[str, Tensor]) -> None:
+        from ..quadratic import Well
+
+        self.lines, self.importance = lines, importance
+        self.wells = [Well(lines[name].weight, lines[name].start, held) for name, held in importance.items()]
+
+    def _summed(self, parts: list[Tensor]) -> list[float]:
+        """The parts added up, over all ranks where weights are sharded; waits for the device."""
+        import torch
+
+        total = torch.stack(parts).sum(0)
+        if self._sharded:
+            torch.distributed.all_reduce(total)
+        return total.tolist()
+
+
+@dataclass
+class Line:
+    """The line integral along the path of one weight, with d_t = w_t - start. Summed by parts, it needs one pass a step
+    and no copy of the weights as they were before the step:
+
+        omega = -sum_t g_t (d_{t+1} - d_t) = sum_t (g_t - g_{t-1}) d_t  -  g_T d_{T+1}        g_0 = 0
+
+    A skipped step changes nothing then: its d_{t+1} is d_t.
+    """
+
+    weight: nn.Parameter
+    start: Tensor
+    omega: Tensor
+    """The sum so far, without the last term."""
+    gradient: Tensor
+    """g of the last step: the last term is open until the next, or the end."""
+
+    def read(self, unclip: float | Tensor, importance: Tensor | None = None, strength: float = 0.0) -> None:
+        """Take the gradient of a step that is about to be made, times `unclip`; what is not finite counts as 0. Given
+        an importance, add strength * importance * d to the gradient as well."""
+        import torch
+
+        from ..quadratic import pieces
+        from ..weights import local
+
+        given = self.weight.grad if self.weight.grad is not None else torch.zeros_like(self.weight)
+        held = [self.weight, self.start, self.omega, self.gradient, given]
+        held += [] if importance is None else [importance]
+        for w, start, omega, last, gradient, *firm in pieces(*map(local, held)):
+            moved, g, times = w.float() - start.float(), gradient.float(), unclip
+            if not isinstance(unclip, float):
+                g, times = (g * unclip).nan_to_num_(0.0, 0.0, 0.0), 1.0
+            omega.addcmul_(moved, torch.sub(last, g, alpha=times), value=-1)
+            torch.mul(g, times, out=last)
+            if firm:
+                gradient.addcmul_(moved, *firm, value=strength)
+
+    def total(self) -> Tensor:
+        """omega, summed over this rank's shard: a scalar."""
+        from ..quadratic import inner, pieces
+        from ..weights import local
+
+        held = (self.weight, self.start, self.omega, self.gradient)
+        return sum(
+            omega.sum() - inner(last, w.float() - start.float()) for w, start, omega, last in pieces(*map(local, held))
+        )
+
+    def extent(self) -> Tensor:
+        """[squared distance, how many weights moved, omega], summed over this rank's shard."""
+        import torch
+
+        from ..weights import local
+
+        moved = local(self._moved())
+        return torch.stack([moved.square().sum(), moved.count_nonzero().float(), self.total()])
+
+    def closed(self) -> Tensor:
+        """omega up to where the weight stands, placed as the weight is."""
+        return self.omega - self.gradient * self._moved()
+
+    def importance(self, xi: float) -> Tensor:
+        """relu(omega) / (d^2 + xi), placed as the weight is."""
+        return self.closed().relu() / (self._moved().square() + xi)
+
+    def _moved(self) -> Tensor:
+        return self.weight.detach().float() - self.start.float()
+
+
+def unclip(run: Run) -> float | Tensor:
+    """What undoes the clipping of this step. A number, which makes for a shorter pass, on a CPU, where nobody waits for
+    it and no step is skipped for gradients that are not finite."""
+    import torch
+
+    clip = torch.as_tensor(run.clip.full_tensor() if hasattr(run.clip, "full_tensor") else run.clip)
+    return 1.0 / clip.item() if run.device.type == "cpu" and clip > 0 else 1.0 / clip
+
+
+@hookimpl
+def ftplus_strategies() -> list[type[Strategy]]:
+    """The strategies of this module."""
+    return [SI]

@@ -1,0 +1,94 @@
+"""Find out whether a strategy keeps the laws that all strategies keep; for ours, and for yours.
+
+    from hf_ftplus.testing import check_strategy
+
+    def test_my_strategy_keeps_the_laws():
+        check_strategy(MyStrategy())
+
+Each law is a function (`laws.py`), and trains a Llama of some thousand weights on random tokens, on the CPU, without
+network, in about 20 seconds for all of them. What breaks a law raises an AssertionError of one sentence that names law,
+strategy and figure.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..strategy import Strategy
+from .bench import VOCAB, Bench, quiet, rng_restored, tiny_batches, tiny_model, tiny_rows, tiny_tokenizer
+from .laws import (
+    LAWS,
+    law_acts,
+    law_gets_along,
+    law_introduces_itself,
+    law_leaves_no_trace,
+    law_remembers,
+    law_same_anywhere,
+    law_silent_at_zero,
+    law_travels_light,
+)
+
+__all__ = [
+    "LAWS",
+    "VOCAB",
+    "Bench",
+    "check_strategy",
+    "law_acts",
+    "law_gets_along",
+    "law_introduces_itself",
+    "law_leaves_no_trace",
+    "law_remembers",
+    "law_same_anywhere",
+    "law_silent_at_zero",
+    "law_travels_light",
+    "tiny_batches",
+    "tiny_model",
+    "tiny_rows",
+    "tiny_tokenizer",
+]
+
+
+def check_strategy(
+    strategy: Strategy,
+    *,
+    protect: Any = None,
+    peft: bool = True,
+    processes: bool = True,
+    second_run: bool = False,
+    from_start: bool | None = None,
+    zero: dict[str, Any] | None = None,
+    learn: Any = None,
+    laws: Sequence[Callable[[Bench], None]] | None = None,
+) -> None:
+    """Train with `strategy` in many ways and demand that it keeps every law.
+
+    Args:
+        strategy: with the settings to judge it by; the object itself is never trained, only copies are.
+        protect: ready micro-batches (or a dict of them) with token ids below `VOCAB`; random ones when left out.
+        peft: also judge it on a LoRA adapter. False for a strategy that refuses adapters.
+        processes: also train on two processes, which takes some 10 seconds; the class must be importable.
+        second_run: judge it in a run that has the memory of a first one. For strategies that only record in the first.
+        from_start: whether it does nothing until weights leave their start. Left out: True, unless it mixes tasks.
+        zero: settings that turn it off. Left out: `strength`, `share` or `weight` at 0.
+        learn: a dataset to train on, of `input_ids` and `labels` below `VOCAB`: `tiny_rows` with a column `task`, say.
+        laws: only these, of `LAWS`.
+
+    Raises:
+        AssertionError: a law is broken; names law, strategy and figure.
+    """
+    with tempfile.TemporaryDirectory(prefix="ftplus-laws-") as folder, quiet(), rng_restored():
+        bench = Bench(strategy, Path(folder), protect, peft, processes, second_run, from_start, zero, learn)
+        for law in LAWS if laws is None else laws:
+            bench.law = law.__name__.removeprefix("law_").replace("_", " ")
+            try:
+                if second_run and not bench.first:
+                    bench.first = {kind.lora: bench.first_run(kind.lora) for kind in bench.kinds}
+                law(bench)
+            except AssertionError:
+                raise
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+                raise AssertionError(f"Law {bench.law!r} cannot be tried on {bench.name!r}: {said}") from error

@@ -1,0 +1,194 @@
+"""`ftplus sft` in several processes: started as `trl sft` would, ended with the code and the sentence of its ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from commands import command, make_place, same_file, stopped, words
+
+from hf_ftplus.cli import launch, main
+
+TWO = [
+    "--num_processes", "2", "--num_machines", "1", "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no",
+]  # fmt: skip
+STEPS = ["--max_steps", "40", "--save_strategy", "no", "--measure_rows", "0", "--logging_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+def on_cpu(place, out, *more):
+    few = ["--measure_rows", "4", "--completions", "0", "--ddp_timeout", "60", "--use_cpu", "true"]
+    return words(place, out, *few, *more)
+
+
+def run(line) -> subprocess.CompletedProcess:
+    return subprocess.run(line, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_deepspeed_is_refused_before_anything_is_launched(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", "--accelerate_config", "zero2", "--num_processes", "2")) == 4
+    assert "fsdp2 or multi_gpu" in capsys.readouterr().err
+
+
+def test_bad_flags_of_accelerate_are_one_line(place, tmp_path, capsys):
+    for flags, says in (
+        (["--accelerate_config", "zero9"], "zero9"),
+        (["--num_processes", "many"], "invalid int value: 'many'"),
+        (["--multi_gpu", "--num_processes", "1"], "at least 2 processes"),
+    ):
+        assert main(words(place, tmp_path / "out", *flags)) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("devices", "use_cpu", "config", "why"),
+    [
+        (0, False, False, ""),
+        (1, False, False, ""),
+        (4, False, False, "4 devices"),
+        (4, True, False, ""),
+        (1, False, True, "accelerate's configuration"),
+    ],
+)
+def test_without_a_launch_flag_it_starts_as_many_processes_as_trl_sft(
+    monkeypatch, tmp_path, devices, use_cpu, config, why
+):
+    """Only the count of devices is made up here: no machine with several has run this."""
+    from accelerate.commands.config import config_args
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "default_config.yaml"))
+    if config:
+        (tmp_path / "default_config.yaml").write_text("num_processes: 1\n")
+    assert launch.expected(use_cpu).startswith(why)
+    assert bool(launch.expected(use_cpu)) == bool(why)
+
+
+@pytest.mark.parametrize(
+    ("said", "crash", "asked", "code"),
+    [
+        ([(0, ""), (0, "")], (0, ""), 0, 0),
+        ([(3, "no rows"), (3, "no rows")], (3, "..."), 0, 3),
+        ([(1, "connection lost"), (3, "no rows")], (1, "..."), 0, 3),
+        ([(3, "no rows")], (-15, "ended by torchrun"), 0, 143),
+        ([(1, "connection lost")], (-9, "killed"), 0, 137),
+        ([(0, "")], (1, "..."), 0, 1),
+        ([], (2, "..."), 0, 2),
+        ([], (0, ""), 0, 1),
+        ([(130, "interrupted"), (1, "connection lost")], (130, "..."), signal.SIGINT, 130),
+        ([], (-9, "killed"), signal.SIGINT, 130),
+        ([(6, "disk full")], (6, "..."), signal.SIGTERM, 6),
+        ([(0, ""), (0, "")], (0, ""), signal.SIGINT, 0),
+    ],
+)
+def test_the_code_that_says_most_reaches_the_shell(said, crash, asked, code):
+    ended, sentence = launch.ending(said, crash, asked)
+    assert ended == code
+    assert bool(sentence) == bool(code)
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """The folder of a run in two processes that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = run(command(*on_cpu(place, out, *STEPS, *TWO)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def two_processes_held(out) -> bool:
+    facts = json.loads((out / "ftplus" / "report.json").read_text())["facts"]
+    return facts["processes"] == 2 and facts["strategies"]["ewc"]["penalty"] > 0
+
+
+@pytest.mark.dist
+def test_flags_of_accelerate_launch_two_processes(whole):
+    assert two_processes_held(whole)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("way", ["accelerate.commands.launch", "torch.distributed.run"])
+def test_two_processes_may_be_launched_from_outside(place, tmp_path, way):
+    options = TWO if way.startswith("accelerate") else ["--standalone", "--nproc_per_node", "2"]
+    line = [sys.executable, "-m", way, *options, "-m", "hf_ftplus", *on_cpu(place, tmp_path / "out")]
+    done = run(line)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert two_processes_held(tmp_path / "out")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("code", "more", "says"),
+    [(3, ["--max_length", "3"], "supervised token"), (5, ["--fail-if-retention-below", "1e9"], "protect: retention")],
+)
+def test_the_exit_code_of_the_ranks_reaches_the_shell_and_their_sentence_is_said_once(
+    place, tmp_path, code, more, says
+):
+    done = run(command(*on_cpu(place, tmp_path / "out", *more), *TWO))
+    assert done.returncode == code, done.stderr[-3000:]
+    assert done.stderr.count(says) == 1
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "ftplus" / "report.json").is_file() == (code == 5)
+
+
+@pytest.mark.dist
+def test_ctrl_c_saves_on_all_ranks_and_a_resumed_run_ends_with_the_same_weights(place, whole, tmp_path):
+    cut = tmp_path / "cut"
+    line = command(*on_cpu(place, cut, *STEPS, *TWO))
+    ended, error = stopped(line, lambda pid: os.killpg(pid, signal.SIGINT))
+    assert ended == 130, error
+    assert error.count("--resume_from_checkpoint true") == 1
+    assert "Traceback" not in error
+    (saved,) = cut.glob("checkpoint-*")
+    for name in (
+        "ftplus/manifest.json",
+        "ftplus/ewc.safetensors",
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+        "optimizer.pt",
+    ):
+        assert (saved / name).is_file()
+    assert int(saved.name.removeprefix("checkpoint-")) < 40
+    done = run([*line, "--resume_from_checkpoint", "true"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same_file(whole / "model.safetensors", cut / "model.safetensors")
+
+
+@pytest.mark.dist
+def test_a_signal_to_one_rank_alone_saves_on_all_of_them(place, tmp_path):
+    steps = [*STEPS, "--max_steps", "4000", *TWO]
+
+    def one(pid):
+        psutil.Process(pid).children()[1].terminate()
+
+    ended, error = stopped(command(*on_cpu(place, tmp_path / "out", *steps)), one, seconds=60)
+    assert ended == 143, error
+    (saved,) = (tmp_path / "out").glob("checkpoint-*")
+    assert (saved / "ftplus" / "manifest.json").is_file()
+
+
+@pytest.mark.dist
+def test_a_second_ctrl_c_stops_at_once_also_a_rank_that_hangs(place, tmp_path):
+    steps = [*STEPS, "--max_steps", "4000", *TWO]
+
+    def twice(pid):
+        psutil.Process(pid).children()[1].suspend()  # never again reaches the end of a step
+        os.killpg(pid, signal.SIGINT)
+        time.sleep(launch.ONE_PRESS + 0.2)
+        os.killpg(pid, signal.SIGINT)
+
+    ended, error = stopped(command(*on_cpu(place, tmp_path / "out", *steps)), twice, seconds=30)
+    assert ended == 130, error
+    assert not list((tmp_path / "out").glob("checkpoint-*"))

@@ -1,0 +1,49 @@
+"""One run as an object: values without loss, secrets nowhere."""
+
+from __future__ import annotations
+
+import pytest
+from training import arguments
+from trl import ModelConfig, ScriptArguments
+from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
+
+from hf_ftplus.config import DEFAULTS, RunConfig, build, merge
+from hf_ftplus.errors import UsageError
+from hf_ftplus.report import Report
+from hf_ftplus.run import without_secrets
+
+
+@pytest.mark.parametrize("value", [3.7, True, "many", float("nan"), float("inf"), [3]])
+def test_a_value_that_would_be_changed_is_refused(value):
+    with pytest.raises(UsageError, match=r"measure_rows: .* in YAML; expected a whole number"):
+        merge({}, {"measure_rows": value})
+
+
+@pytest.mark.parametrize("value", [3, 3.0, "3"])
+def test_a_value_that_means_the_same_is_taken(value):
+    assert merge({}, {"measure_rows": value})[0]["measure_rows"] == 3
+
+
+def test_what_is_not_said_is_as_declared():
+    config = build(merge({}, {})[0])
+    assert (config.measure_rows, config.completions) == (RunConfig.measure_rows, RunConfig.completions)
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_report_holds_the_whole_configuration_less_its_secrets(tmp_path):
+    training = arguments(tmp_path, hub_token="hf_secret", eos_token="<|im_end|>")
+    training.model_init_kwargs = {"token": "hf_secret", "revision": "main"}
+    mixture = DatasetMixtureConfig(datasets=[DatasetConfig(path="trl-lib/tldr")])
+    config = RunConfig(training=training, model=ModelConfig(), script=ScriptArguments(), mixture=mixture)
+    path = Report([], {"config": config.resolved()}).save(tmp_path / "report.json")
+    assert "hf_secret" not in path.read_text()
+    found = Report.load(path).facts["config"]
+    assert found["training"]["eos_token"] == "<|im_end|>"
+    assert found["training"]["include_num_input_tokens_seen"] == "no"
+    assert found["training"]["model_init_kwargs"] == {"revision": "main"}
+    assert found["mixture"]["datasets"][0]["path"] == "trl-lib/tldr"
+
+
+def test_a_command_is_kept_without_its_secrets():
+    assert without_secrets(["--hub_token", "hf_x", "--a", "b"]) == ["--hub_token", "***", "--a", "b"]
+    assert without_secrets(["--hub_token=hf_x", "--eos_token", "</s>"]) == ["--hub_token=***", "--eos_token", "</s>"]
