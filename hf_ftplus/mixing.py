@@ -1,7 +1,9 @@
 """What a Trainer must do so that its training rows come from several tasks.
 
-MixingMixin     asks the strategies for the mixture, and draws the training rows by it
-TasksMixin      SFTTrainer(train_dataset={"sums": rows, "chat": rows}): each task prepared and packed on its own
+    MixingMixin     asks the strategies for the mixture, and draws the training rows by it
+    TasksMixin      SFTTrainer(train_dataset={"sums": rows, "chat": rows}): each task prepared and packed on its own
+
+Both go into trainers (`trainer.py`); every override calls `super()`.
 """
 
 from __future__ import annotations

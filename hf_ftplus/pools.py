@@ -129,6 +129,10 @@ class Pools:
         self.learn = _kept(learn) if self.mixable and not streams else None
         self.streams: Streams = {name: _of_tokens(stream) for name, stream in streams.items()} if self.mixable else {}
         counted = hasattr(learn, "__len__") and not streams
+        if counted and not len(learn):
+            raise DataError(
+                "learn has no row with a supervised token; expected some. Is --max_length too short for it?"
+            )
         owners = _owners(learn) if counted else []
         names = list(streams) or list(dict.fromkeys(owners)) or ["learn"]
         for name in names:

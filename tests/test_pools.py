@@ -148,7 +148,12 @@ def test_rows_that_are_not_tokens_with_labels_cannot_be_mixed(learn):
         pools.mixed({"learn": 0.5, "chat": 0.5}, seed=0)
 
 
-def test_a_trainer_without_rows_has_a_learn_task_all_the_same():
+def test_an_empty_learn_set_is_refused():
+    with pytest.raises(DataError, match=r"learn has no row with a supervised token.*--max_length"):
+        Pools(rows(3).select([]), {})
+
+
+def test_a_trainer_without_a_learn_set_has_a_learn_task_all_the_same():
     assert Pools(None, {}).shares() == {"learn": 1.0}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import trl
 from batches import padded, random_rows
+from commands import make_place, words
 from datasets import Dataset, IterableDataset
 from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, PROTECT, arguments, same, trainer, weights_of
@@ -16,6 +18,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer
 
 import hf_ftplus
 from hf_ftplus import SFTTrainer, testing
+from hf_ftplus.cli import main
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
 from hf_ftplus.pools import supervised_tokens
 from hf_ftplus.strategies.replay import Replay, rehearsed
@@ -198,7 +201,7 @@ def test_resuming_with_other_rows_or_another_share_is_refused(tmp_path):
 
 
 def test_text_of_the_model_itself_is_replayed(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_FTPLUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / "cache"))
     it = trainer(tmp_path, "replay", protect="self:8", max_steps=2)
     assert it._mixture.counts["self"] == 3
     it.train()
@@ -362,3 +365,15 @@ def test_columns_that_protect_rows_do_not_have_are_refused(tmp_path):
 def test_dry_run_knows_what_it_costs(tmp_path):
     it = trainer(tmp_path, "replay")
     assert it.ftplus.strategies[0].preview(it.ftplus.run) == {"bytes": 0, "rows": 16, "seconds": 0}
+
+
+def test_from_the_command_line_shares_are_in_the_report_and_the_dry_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / "cache"))
+    place = make_place(tmp_path)
+    line = words(place, tmp_path / "out", "--protect", "self:8", "--set", "replay.share=0.25", plugin="replay")
+    assert main([*line, "--dry-run"]) == 0
+    assert "Replay(share=0.25, unit='rows', divide='equal')" in capsys.readouterr().out
+    assert main(line) == 0
+    facts = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())["facts"]["strategies"]["replay"]
+    assert facts["share_of_rows"] == 0.25
+    assert 0 < facts["share_of_tokens"] < 1

@@ -127,14 +127,13 @@ def test_omegas_sum_up_to_the_fall_of_the_loss_for_small_steps():
     assert si.metrics()["explained"] == pytest.approx(fall, rel=0.01)
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_it_follows_adam_and_weight_decay_and_undoes_clipping(tmp_path, clip):
     found, truth = followed(tmp_path, SI(), max_grad_norm=clip, weight_decay=0.3, learning_rate=0.01)
     assert_equals(found, truth)
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
-@pytest.mark.parametrize("clip", [0.0, 0.1])
+@pytest.mark.parametrize(("where", "clip"), [("before", 0.1), ("after", 0.0)])
 def test_what_others_add_to_gradients_is_not_the_tasks(tmp_path, where, clip):
     others = [L2SP(strength=3.0), EWC(strength=1000)]
     strategies = [*others, SI()] if where == "before" else [SI(), *others]
