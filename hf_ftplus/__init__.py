@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .callback import StrategyCallback
     from .hookspecs import hookimpl
+    from .strategies.distill import Distill
     from .strategies.ewc import EWC
+    from .strategies.multitask import MultiTask
+    from .strategies.replay import Replay
+    from .strategies.si import SI
     from .strategy import Batch, Memory, Run, Strategy, setting
     from .trainer import SFTTrainer, StrategyMixin, attach
 
@@ -20,8 +24,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EWC",
+    "SI",
     "Batch",
+    "Distill",
     "Memory",
+    "MultiTask",
+    "Replay",
     "Run",
     "SFTTrainer",
     "Strategy",
@@ -34,7 +42,11 @@ __all__ = [
 
 # loaded on first touch: `ftplus --help` must not wait for torch and trl, nor for pluggy
 _LAZY = {
+    "Distill": ".strategies.distill",
     "EWC": ".strategies.ewc",
+    "MultiTask": ".strategies.multitask",
+    "Replay": ".strategies.replay",
+    "SI": ".strategies.si",
     "hookimpl": ".hookspecs",
     **dict.fromkeys(("Batch", "Memory", "Run", "Strategy", "setting"), ".strategy"),
     "StrategyCallback": ".callback",

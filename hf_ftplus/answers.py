@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .disk import replace
 from .errors import IncompatibleError, StorageError
 from .examples import Example
 
@@ -91,14 +90,7 @@ class Answers:
         }
         name = hashlib.sha256(b"".join(self._new)).hexdigest()[:24]
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(dir=self.folder, prefix=".part-", suffix=".tmp")
-            os.close(handle)
-            try:
-                save_file(part, scratch)
-                os.replace(scratch, self.folder / f"part-{name}.safetensors")
-            finally:
-                Path(scratch).unlink(missing_ok=True)
+            replace(self.folder / f"part-{name}.safetensors", lambda file: save_file(part, file))
         except OSError as error:
             raise StorageError(
                 f"Cannot keep the teacher's answers in {self.folder}: {error.strerror or error}. Point FTPLUS_CACHE at "

@@ -32,7 +32,8 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         head = self.whole()
-        logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() * self.scale
+        logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def whole(self) -> Head:

@@ -134,6 +134,7 @@ class StrategyMixin(MixingMixin):
         total = sum(self.ftplus.call(strategy, "token_loss", self.ftplus.run, batch) for strategy in extra)
         if head.weight.grad_fn is not None:  # gathered: ranks that asked it nothing go backward through it all the same
             total = total + head(hidden[:0]).sum()
+        self._hidden.clear()  # of a strategy's own passes
         total = total * self._token_scale(num_items, len(targets))
         return (result[0] + total, *result[1:]) if isinstance(result, tuple) else result + total
 

@@ -37,14 +37,26 @@ def test_every_flag_of_ours_that_the_readme_names_exists():
     from hf_ftplus.cli.sft import sft
 
     known = CliRunner().invoke(sft, ["--help"]).output
-    for flag in ["--plugin", "--protect", "--measure", "--metric", "--memory", "--dry-run", "--fail-if-retention-below"]:
+    for flag in [
+        "--plugin",
+        "--protect",
+        "--measure",
+        "--metric",
+        "--memory",
+        "--dry-run",
+        "--fail-if-retention-below",
+    ]:
         assert flag in README
         assert flag in known
 
 
 def test_every_file_in_the_readmes_tree_exists():
     tree = README[README.rindex("```\nhf_ftplus/") :].split("```")[1]
-    names = [name for line in tree.splitlines() for name in re.findall(r"[\w/]+(?:\.py|/)", re.split(r"  +", line.strip())[0])]
+    names = [
+        name
+        for line in tree.splitlines()
+        for name in re.findall(r"[\w/]+(?:\.py|/)", re.split(r"  +", line.strip())[0])
+    ]
     assert len(names) > 20
     for name in names:
         assert (ROOT / name).exists() or (ROOT / "hf_ftplus" / name).exists(), name

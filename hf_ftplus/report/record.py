@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..disk import replace
 from ..errors import DataError, StorageError
 from ..evaluation.results import TaskResult
 from .table import completions_view, table
@@ -50,8 +48,8 @@ class Report:
         """
         path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            replace(path, lambda file: file.write_text(text, encoding="utf-8"))
         except OSError as error:
             raise StorageError(
                 f"Cannot write {path} ({error.strerror}); expected a writable folder. Choose another --output_dir."
@@ -110,23 +108,3 @@ def strict(value: Any) -> Any:
 def _whole(text: str) -> str:
     """Half a surrogate pair, which no UTF-8 file can hold, as an escape."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    """mkstemp makes files that only their owner reads; a report is an ordinary file."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
