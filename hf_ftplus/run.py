@@ -178,9 +178,9 @@ def preview(config: RunConfig) -> None:
         claim(config, probe=False)
         trainer, rows = prepare(config)
         trainer.install(config.strategies, rows.protect or None, config.memory)
-        learn = trainer.train_dataset
+        learn, mixed = trainer.train_dataset, trainer.ftplus and trainer.ftplus.learn_rows
         say(f"model     {config.model.model_name_or_path}: {count(trainer)}")
-        say(f"learn     {len_of(learn)} rows, {share_supervised(learn):.0%} of tokens carry loss")
+        say(f"learn     {mixed or len_of(learn)} rows, {share_supervised(learn):.0%} of tokens carry loss")
         for row in show_rows(trainer, 3):
             say(f"row       {row}")
         for strategy in config.strategies:
