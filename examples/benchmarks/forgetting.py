@@ -34,6 +34,8 @@ ROWS = {
     "plain 2e-4": "--learning_rate 2e-4",
     "ewc 3e4, 2e-4": f"{EWC}=30000 --learning_rate 2e-4",
     "plain LoRA 2e-3": "--use_peft --lora_r 16 --lora_target_modules all-linear --learning_rate 2e-3",
+    "ewc LoRA 1e3, 2e-3": f"{EWC}=1000 --use_peft --lora_r 16 --lora_target_modules all-linear --learning_rate 2e-3",
+    "ewc LoRA 1e4, 2e-3": f"{EWC}=10000 --use_peft --lora_r 16 --lora_target_modules all-linear --learning_rate 2e-3",
     "ewc LoRA 3e4, 2e-3": f"{EWC}=30000 --use_peft --lora_r 16 --lora_target_modules all-linear --learning_rate 2e-3",
 }
 """Low rates get up to twice the demo's 60 steps, to learn as much."""

@@ -116,7 +116,7 @@ def _show_strategy(strategy: type[Strategy], facts: dict[str, Any]) -> None:
         line = Text.assemble(plain(f"{item['name']} = {item['default']}", "bold"), "  ", plain(limits, "dim"))
         console.print(Padding(line, (0, 0, 0, 2), expand=False))
         console.print(Padding(plain(item["help"]), (0, 0, 0, 6), expand=False))
-    example = next(iter(facts["settings"]), None)
+    example = next((item for item in facts["settings"] if item["default"] is not None), None)
     if example:
         console.print()
         setting = f"{strategy.name}.{example['name']}={example['default']}"
