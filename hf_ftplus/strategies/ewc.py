@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_ftplus")
 
 FULL, LORA = 10_000.0, 1_000.0
-"""Strengths if none is given, from the demo's facts in 60 steps (examples/benchmarks). Unclipped, full fine-tuning learns
-94 % at 30,000 and loses 0.09 nats where plain loses 1.17; LoRA learns 85 % at 1,000 and loses 0.19 (plain 1.25), 47 % at
-10,000, 5 % at 30,000. Clipping to 1 makes any of them act ten times as hard."""
+"""Strengths if none is given, from the demo's facts in 60 steps (examples/benchmarks). Unclipped, full fine-tuning
+learns 94 % at 30,000 and loses 0.09 nats where plain loses 1.17; LoRA learns 85 % at 1,000 and loses 0.19 (plain 1.25),
+47 % at 10,000, 5 % at 30,000. Clipping to 1 makes any of them act ten times as hard."""
 
 
 @dataclass
