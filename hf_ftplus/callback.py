@@ -16,6 +16,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from . import state
 from .batches import SelfText, learn_batches, protect_batches, same_batches
@@ -153,7 +154,7 @@ class StrategyCallback(TrainerCallback):
         if not self.strategies:
             return
         self._alone(state)
-        checkpoint = self._checkpoint(args, state.global_step) if state.global_step else None
+        checkpoint = self._checkpoint(args, state) if state.global_step else None
         mixed = self.run.protect if self.run and self.acting("mix") else None
         written = SelfText(checkpoint.parent if checkpoint else Path(args.output_dir), again=checkpoint is not None)
         run = self.setup(model, args, processing_class, train_dataloader, written)
@@ -215,8 +216,9 @@ class StrategyCallback(TrainerCallback):
                 self.call(strategy, "after_step", self.run)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # the Trainer saves, rotates and pushes before on_save: write now what belongs to the checkpoint it will make
-        if control.should_save:
+        # The Trainer saves, rotates and pushes before on_save: write now what belongs to the checkpoint it will make.
+        # Within a trainer `_save_checkpoint` does, and no folder is left behind when evaluation fails in between.
+        if control.should_save and not self.within_trainer:
             self.save(args, state.global_step)
 
     on_epoch_end = on_step_end
@@ -289,10 +291,20 @@ class StrategyCallback(TrainerCallback):
         for strategy in self.acting("finish"):
             self.call(strategy, "load_state_dict", states[strategy.name], self.run)
 
-    def _checkpoint(self, args: TrainingArguments, step: int) -> Path:
+    def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The one that training goes on from."""
         given = self.resumed_from or args.resume_from_checkpoint
-        return Path(given) if given and Path(str(given)).is_dir() else Path(args.output_dir) / f"checkpoint-{step}"
+        if given and Path(str(given)).is_dir():
+            return Path(given)
+        guess = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        found = guess / TRAINER_STATE_NAME
+        if not found.is_file() or str(TrainerState.load_from_json(str(found)).log_history) != str(state.log_history):
+            raise IncompatibleError(
+                f"Training goes on from a checkpoint at step {state.global_step} that is not {guess}, and a callback "
+                "is not told which. Set TrainingArguments(resume_from_checkpoint=FOLDER) to the folder given to "
+                "train(), or use hf_ftplus.attach()."
+            )
+        return guess
 
     def _restore(self, checkpoint: Path, step: int) -> None:
         names = [strategy.name for strategy in self.strategies]

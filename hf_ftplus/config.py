@@ -152,14 +152,12 @@ def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], 
         given = rest.pop(option.yaml, None)
         if option.name == "plugin":
             ours["plugin"], ours["settings"] = _plugins(given)
-            if flags.get(
-                "plugin"
-            ):  # other strategies than the file's: its settings stay for those that are named again
+            if flags.get("plugin"):  # instead of the file's; its settings stay for those that are named again
                 ours["settings"] = {
                     name: values for name, values in ours["settings"].items() if name in flags["plugin"]
                 }
         elif given is not None:
-            ours[option.name] = _listed(given, option) if option.many else _single(given, option)
+            ours[option.name] = _listed(given) if option.many else _single(given, option)
         if flags.get(option.name) not in (None, ()):
             ours[option.name] = list(flags[option.name]) if option.many else flags[option.name]
     return ours, rest
@@ -285,7 +283,7 @@ def _plugins(given: Any) -> tuple[list[str], dict[str, dict[str, Any]]]:
     return names, settings
 
 
-def _listed(given: Any, option: Option) -> list[str]:
+def _listed(given: Any) -> list[str]:
     """A list, one value, or a mapping of NAME to DATA."""
     if isinstance(given, dict):
         return [f"{name}={value}" for name, value in given.items()]

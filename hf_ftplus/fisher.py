@@ -90,9 +90,7 @@ def fisher(
     once = nullcontext if sharded else autocast
     with once(), _undisturbed(model), row_column_sums(adapters) as sums:
         for index, batch in progress(_shares(batches, rank, world, sharded, apart=estimator == "empirical")):
-            generator.manual_seed(
-                seed * 1_000_003 + index
-            )  # of the batch, not of the rank: the same on any number of ranks
+            generator.manual_seed(seed * 1_000_003 + index)  # of the batch: the same on any number of ranks
             tokens += backward_logits(model, batch, estimator, generator, autocast)
             for name, weight in weights.items():
                 if weight.grad is not None:

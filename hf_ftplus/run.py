@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 from . import data
-from .callback import STATE_FOLDER, autocast, refuse
+from .callback import STATE_FOLDER, autocast, give_back_memory, refuse
 from .config import SECRETS, RunConfig
-from .errors import FTPlusError, IncompatibleError, RetentionError, StorageError
+from .errors import IncompatibleError, RetentionError, StorageError
 from .evaluation import Evaluation, retention_gate
 from .report import Report
 from .rows import Rows, check_supervised, find, keep_apart, share_supervised, tasks, tokenizer_of, write
@@ -59,6 +60,7 @@ def sft(config: RunConfig) -> Report:
         train(trainer, config)
     with timed(seconds, "saving"):
         trainer.save_model(config.training.output_dir)
+    let_go_of_optimizer(trainer)
     with timed(seconds, "measuring after"):
         results = start.evaluation.after(trainer.model)
     report = Report(results, facts(config, trainer, seconds))
@@ -180,7 +182,7 @@ def preview(config: RunConfig) -> None:
         trainer.install(config.strategies, rows.protect or None, config.memory)
         learn, mixed = trainer.train_dataset, trainer.ftplus and trainer.ftplus.learn_rows
         say(f"model     {config.model.model_name_or_path}: {count(trainer)}")
-        say(f"learn     {mixed or len_of(learn)} rows, {share_supervised(learn):.0%} of tokens carry loss")
+        say(f"learn     {mixed or len_of(learn)} rows{share_in_words(learn.select(range(mixed)) if mixed else learn)}")
         for row in show_rows(trainer, 3):
             say(f"row       {row}")
         for strategy in config.strategies:
@@ -204,8 +206,9 @@ def no_empty_folder(config: RunConfig, unless_done: bool = False) -> Iterator[No
         yield
         done = True
     finally:
-        if not existed and not (done and unless_done) and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if not existed and not (done and unless_done):
+            with suppress(OSError):  # not empty, or another rank was first
+                folder.rmdir()
 
 
 def train(trainer: SFTTrainer, config: RunConfig) -> None:
@@ -214,20 +217,28 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
     trainer.add_callback(interrupt)
     try:
         trainer.train(resume_from_checkpoint=resume_point(config))
-    except FTPlusError:
-        if trainer.state.global_step >= trainer.state.max_steps > 0:  # trained to the end: what failed came after it
+    except StorageError:
+        if trainer.state.global_step >= trainer.state.max_steps > 0:  # trained to the end: its last checkpoint failed
             trainer.save_model(config.training.output_dir)
         raise
     except KeyboardInterrupt:
-        step = trainer.state.global_step
-        saved = (Path(config.training.output_dir) / f"checkpoint-{step}").is_dir()
-        if interrupt.agreed and saved and trainer.is_world_process_zero():
+        if interrupt.saved and trainer.is_world_process_zero():
             click.echo(
-                f"Saved checkpoint-{step}. Go on with the same command and --resume_from_checkpoint true.", err=True
+                f"Saved checkpoint-{trainer.state.global_step}. Go on with the same command and "
+                "--resume_from_checkpoint true.",
+                err=True,
             )
         raise
     finally:
         interrupt.restore()
+
+
+def let_go_of_optimizer(trainer: SFTTrainer) -> None:
+    """Measuring needs none of its state, which under Adam is twice the size of the trained weights."""
+    for holder in (trainer, trainer.callback_handler):
+        holder.optimizer = holder.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    give_back_memory()
 
 
 def resume_point(config: RunConfig) -> str | bool | None:
@@ -336,6 +347,11 @@ def show_rows(trainer: SFTTrainer, most: int) -> Iterator[str]:
                 text, inside = text + ("»" if inside else "«"), not inside
             text += data.escape(tokenizer.decode([token]), 1000)
         yield text + ("»" if inside else "")
+
+
+def share_in_words(rows: Any) -> str:
+    share = share_supervised(rows)
+    return "" if math.isnan(share) else f", {share:.0%} of tokens carry loss"
 
 
 def in_words(cost: dict[str, float]) -> str:

@@ -134,12 +134,24 @@ def _same_identity(saved: dict[str, Any], now: dict[str, Any], where: Path) -> N
 def _write(
     folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None = None
 ) -> None:
-    """All tensors, then the manifest; every rank calls, rank 0 writes."""
+    """All tensors, then the manifest; every rank calls, rank 0 writes, and all of them fail if it does."""
+    files = {name: _apart({key: whole(tensor) for key, tensor in tensors.items()}) for name, tensors in files.items()}
+    several = torch.distributed.is_initialized()
+    failed = [""] if several and torch.distributed.get_rank() else [_written(folder, files, facts, kept)]
+    if several:
+        torch.distributed.broadcast_object_list(failed)
+    if failed[0]:
+        raise StorageError(
+            f"Could not write strategy state to {folder}: {failed[0]}. Free some space or choose another --output_dir."
+        )
+
+
+def _written(
+    folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None
+) -> str:
+    """What went wrong, if anything."""
     from safetensors.torch import save_file
 
-    files = {name: _apart({key: whole(tensor) for key, tensor in tensors.items()}) for name, tensors in files.items()}
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return
     try:
         entries = dict(kept or {})
         for name, tensors in files.items():
@@ -149,9 +161,8 @@ def _write(
         text = json.dumps({"format": FORMAT, **facts, "files": entries}, indent=1)
         replace(folder / MANIFEST, lambda file: file.write_text(text))
     except OSError as error:
-        raise StorageError(
-            f"Could not write strategy state to {folder}: {error}. Free some space or choose another --output_dir."
-        ) from error
+        return str(error)
+    return ""
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -179,7 +190,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
     except (ValueError, KeyError, TypeError):
-        raise StorageError(f"{path} is damaged. Resume from an earlier checkpoint.") from None
+        raise StorageError(f"{path} is damaged. Use an earlier checkpoint, or another run's memory.") from None
     if version != FORMAT:
         raise IncompatibleError(
             f"{path} has format {version}; this hf_ftplus reads format {FORMAT}. Upgrade hf-ftplus."
@@ -193,7 +204,8 @@ def _read(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor
     path = folder / f"{name}.safetensors"
     if not path.is_file() or _sha256(path) != manifest["files"][name]["sha256"]:
         raise StorageError(
-            f"{path} is missing or not what was written there (sha256 differs). Resume from an earlier checkpoint."
+            f"{path} is missing or not what was written there (sha256 differs). Use an earlier checkpoint, or another "
+            "run's memory."
         )
     return load_file(path)
 

@@ -222,7 +222,8 @@ class SaveOnInterrupt(TrainerCallback):
     def __init__(self) -> None:
         self.agreed = 0
         """The signal that all ranks save and stop for."""
-        self._told, self._since = 0, 0.0
+        self.saved = False
+        self._told, self._since, self._over = 0, 0.0, False
         self._before: dict[int, Any] = {}
 
     def on_step_begin(
@@ -232,6 +233,8 @@ class SaveOnInterrupt(TrainerCallback):
             self._before = {number: signal.signal(number, self._tell) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _tell(self, number: int, frame: Any) -> None:
+        if self._over:  # no step is left to save after
+            raise KeyboardInterrupt(128 + number)
         if number == signal.SIGINT and self._told and time.monotonic() - self._since > ONE_PRESS:
             raise KeyboardInterrupt
         if not self._told:
@@ -248,8 +251,14 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.agreed:
+            self.saved = True
             args.distributed_state.wait_for_everyone()  # the first rank to leave is the end of the others
             raise KeyboardInterrupt(128 + self.agreed)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._over = control.should_training_stop or state.global_step >= state.max_steps
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

@@ -86,7 +86,7 @@ def test_a_missing_file_is_noticed(saved):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "?"'])
 def test_a_damaged_manifest_is_told_as_such(saved, text):
     (saved / "manifest.json").write_text(text)
-    with pytest.raises(StorageError, match=r"damaged\. Resume from an earlier checkpoint"):
+    with pytest.raises(StorageError, match=r"damaged\. Use an earlier checkpoint"):
         state.load_checkpoint(saved, ["box"], tiny_llama())
 
 

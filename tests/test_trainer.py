@@ -115,6 +115,34 @@ def test_attach_gives_what_the_subclass_gives(tmp_path):
     assert moved(attached) < 0.9 * moved(plain)
 
 
+class FailsToEvaluate(SFTTrainer):
+    def evaluate(self, *args, **kwargs):
+        raise RuntimeError("evaluation failed")
+
+
+def test_a_failure_before_the_save_leaves_no_half_checkpoint(tmp_path):
+    it = trainer(tmp_path, "ewc", cls=FailsToEvaluate, save_strategy="steps", save_steps=2, eval_strategy="no")
+    it.eval_dataset, it.args.eval_strategy = it.train_dataset, "steps"
+    it.args.eval_steps = it.state.eval_steps = 2
+    with pytest.raises(RuntimeError, match="evaluation failed"):
+        it.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_callback_is_not_fooled_by_a_checkpoint_elsewhere(tmp_path):
+    def make(folder, lr):
+        callback = StrategyCallback("ewc", protect=PROTECT)
+        return trainer(
+            folder, cls=trl.SFTTrainer, callbacks=[callback], save_strategy="steps", save_steps=2, learning_rate=lr
+        )
+
+    make(tmp_path / "here", 3e-3).train(), make(tmp_path / "there", 1e-3).train()
+    again = make(tmp_path / "here", 1e-3)
+    with pytest.raises(IncompatibleError, match="a callback is not told which"):
+        again.train(resume_from_checkpoint=str(tmp_path / "there" / "checkpoint-2"))
+    make(tmp_path / "here", 3e-3).train(resume_from_checkpoint=str(tmp_path / "here" / "checkpoint-2"))
+
+
 def test_a_callback_in_an_untouched_script_gives_the_same_weights(tmp_path):
     callback = trainer(tmp_path / "a", cls=trl.SFTTrainer, callbacks=[StrategyCallback("ewc", protect=PROTECT)])
     subclass = trainer(tmp_path / "b", "ewc")

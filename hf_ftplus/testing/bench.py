@@ -298,10 +298,12 @@ def rng_restored() -> Iterator[None]:
     import numpy as np
 
     python, numpy = random.getstate(), copy.deepcopy(np.random.get_state())
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextlib.contextmanager
