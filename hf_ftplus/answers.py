@@ -61,9 +61,8 @@ class Answers:
 
     def lacks(self, batch: dict[str, Tensor]) -> bool:
         """Whether any example of a micro-batch was never answered to."""
-        return any(
-            key_of(example) not in self._where and key_of(example) not in self._new for example in examples_in(batch)
-        )
+        keys = map(key_of, examples_in(batch))
+        return any(key not in self._where and key not in self._new for key in keys)
 
     def add(self, batch: dict[str, Tensor], tokens: Tensor, log_probs: Tensor) -> None:
         """Keep the answers [N, k], [N, k + 1] to a micro-batch with N supervised tokens."""
@@ -111,16 +110,13 @@ class Answers:
             if place is None:
                 raise IncompatibleError(
                     f"An example of {len(example['input_ids'])} tokens was not there when distill asked the teacher: "
-                    "rows are streamed, or changed between epochs. Set cache=false."
+                    "rows are streamed, cut to other pieces (packing_strategy wrapped), or changed between epochs. Set "
+                    "cache=false."
                 )
             part, start, length = place
             found.append(tuple(self._parts[part][name][start : start + length] for name in ("tokens", "log_probs")))
         tokens, log_probs = (torch.cat(column).to(device, non_blocking=True) for column in zip(*found, strict=True))
         return tokens, log_probs
-
-    def bytes(self) -> int:
-        """On disk, for all examples ever answered to."""
-        return sum(tensor.numel() * tensor.element_size() for part in self._parts for tensor in part.values())
 
 
 def examples_in(batch: dict[str, Tensor]) -> list[Example]:

@@ -108,15 +108,6 @@ def fused(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu") and is_triton_available()
 
 
-def gathered(tensor: Tensor | None) -> Tensor | None:
-    """A sharded weight (FSDP2) as a whole one, whose gradient is averaged over ranks on its way back to the shards."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import Partial
-
-    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
-
-
 def _with_trl(
     hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head, temperature: float, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -207,7 +198,7 @@ def _kl(p: Tensor, x: Tensor) -> Tensor:
     The textbook sum of p log(p / q) cancels down to the rounding of two logarithms, 1e-7 nats either side of zero,
     which is all there is near the start.
     """
-    return torch.linalg.vecdot(p, torch.expm1(x).sub_(x))
+    return torch.expm1(x).sub_(x).mul_(p).sum(-1)  # vecdot would be a product in bf16 under autocast
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

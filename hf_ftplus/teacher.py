@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .errors import DataError, IncompatibleError, UsageError
-from .logits import Head, hidden_states, lm_head
+from .logits import Head, evaluating, hidden_states, lm_head
 from .model import resolve
 from .weights import canonical, place
 
@@ -206,24 +206,16 @@ def kept_on(copy: Tensor, device: str) -> Tensor:
 
 def given_back(state: dict[str, Tensor], weights: dict[str, nn.Parameter], device: str) -> dict[str, Tensor]:
     """Copies out of a checkpoint, where `copied` would have put them."""
-    return {
-        name: copy.cpu() if device == "cpu" else place(copy, weights[name.partition(".")[2]])
-        for name, copy in state.items()
-    }
+    return {name: kept_on(place(copy, weights[name.partition(".")[2]]), device) for name, copy in state.items()}
 
 
 def _refuse_shards(name: str, weight: Tensor) -> None:
-    instead = (
-        "Set cache=true, which asks the starting model before training and keeps its answers, train a LoRA adapter, or "
-        "launch with --accelerate_config multi_gpu."
-    )
     if hasattr(weight, "to_local"):
         raise IncompatibleError(
             f"distill cannot put a frozen copy in the place of {name}: FSDP2 gathers its own shards into the module. "
-            f"{instead}"
+            "Set cache=true, which asks the starting model before training and keeps its answers, train a LoRA "
+            "adapter, or launch with --accelerate_config multi_gpu."
         )
-    if hasattr(weight, "ds_id"):
-        raise IncompatibleError(f"distill cannot copy {name}, which DeepSpeed ZeRO-3 keeps in parts. {instead}")
 
 
 def adapter_is_zero(model: nn.Module, weights: dict[str, nn.Parameter]) -> bool:
@@ -255,9 +247,9 @@ def load_other(name: str, model: nn.Module, tokenizer: Any, device: torch.device
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = resolve(name)
     config = getattr(model, "config", None)
-    try:
+    with loading(name):
+        folder = resolve(name)
         known = AutoTokenizer.from_pretrained(folder)
         same_tokens(tokenizer, known, name)
         teacher = AutoModelForCausalLM.from_pretrained(
@@ -265,22 +257,31 @@ def load_other(name: str, model: nn.Module, tokenizer: Any, device: torch.device
             dtype=torch.bfloat16 if dtype == "bfloat16" else "auto",
             attn_implementation=getattr(config, "_attn_implementation", None),  # packing means the same to both
         )
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"distill cannot load the teacher {name!r}: {str(error).splitlines()[0]} Expected a folder with a causal "
-            "LM and its tokenizer, or the name of one on the Hub."
-        ) from error
     other = Other(teacher.to(device).requires_grad_(False))
     sizes = lm_head(model).weight.shape[0], lm_head(teacher).weight.shape[0]
     other.vocabulary = common_vocabulary(*sizes, max(known.get_vocab().values()) + 1, name)
     return other
 
 
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Whatever keeps a teacher from being loaded, as a DataError that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"distill cannot load the teacher {name!r}: {reason} Expected a folder with a causal LM and its tokenizer, "
+            "or the name of one on the Hub."
+        ) from error
+
+
 def bytes_of_other(name: str, dtype: str) -> int:
     """Bytes that another model will take, from its config alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(resolve(name))
+    with loading(name):
+        config = AutoConfig.from_pretrained(resolve(name))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     each = 2 if dtype == "bfloat16" else (getattr(config, "dtype", None) or torch.float32).itemsize
@@ -376,19 +377,6 @@ def prove(teacher: Teacher, weights: dict[str, nn.Parameter]) -> None:
             f"trained weights ({live[0]}, ...). Something replaced the model's forward or its layers; train without it "
             "(Unsloth, Liger, patches of your own), set cache=true, or name another teacher."
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; every module's own mode comes back after it."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def outermost_lists(model: nn.Module) -> list[nn.ModuleList]:

@@ -13,9 +13,8 @@ With `on=auto` it is protect where there is protect data, learn otherwise: on tw
 The starting model costs no memory under LoRA (the adapter switched off), one copy of the trained weights in
 full fine-tuning, which is also what a checkpoint must hold to be resumed, and nothing with `cache`.
 
-Protect rows are read beside the learn rows, `share` of a row for each, drawn anew at every step by a rule that knows
-only the seed, the step and the place of the learn row in it: the same rows at any split of a step into micro-batches
-and processes, and after a resume. Row p stands beside a learn row of n tokens with
+Protect rows are read beside the learn rows, `share` of a row for each, drawn anew at every step (`beside.py`). Row p
+stands beside a learn row of n tokens with
 
     n / share * (KL summed over p) / (tokens of a mean protect row),
 
@@ -24,14 +23,9 @@ which adds up, per learn token, to the mean KL per protect token of its task in 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
-import random
 import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import DataError, IncompatibleError, UsageError
@@ -41,7 +35,6 @@ from ..strategy import Batch, Run, Strategy, setting
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..examples import Example
     from ..teacher import Teacher
 
     Batches = list[dict[str, Tensor]]
@@ -98,28 +91,32 @@ class Distill(Strategy):
         super().__post_init__()
         if self.teacher != START and (self.teacher_dtype == "int8" or self.teacher_device == "cpu"):
             raise UsageError(
-                f"distill.teacher_dtype is {self.teacher_dtype!r} and distill.teacher_device {self.teacher_device!r}, "
-                f"which are for a copy of the starting model; the teacher is {self.teacher!r}. Load it in bfloat16, or "
-                "set cache=true: it is asked before training, and leaves."
+                f"teacher_dtype=int8 and teacher_device=cpu are for a copy of the starting model; distill.teacher is "
+                f"{self.teacher!r}. Leave them out: teacher_dtype=bfloat16 works for any teacher, and with cache=true "
+                "it leaves before training."
             )
 
     def preview(self, run: Run) -> dict[str, float]:
         """Bytes of the teacher, or of its answers to the protect data, and the seconds it takes to have them."""
-        from ..answers import bytes_per_token
+        from ..answers import Answers, bytes_per_token
+        from ..asking import key_of_answers, seconds_to_ask
+        from ..model import cache as cache_folder
         from ..teacher import adapter_is_zero, bytes_of_copies, bytes_of_other
 
         self._bind(run)
-        batches = [batch for task in run.protect.values() for batch in task] if self.protecting else []
-        cost = {"bytes": 0.0, "rows": sum(len(batch["labels"]) for batch in batches), "seconds": 0.0}
+        rows = {"rows": sum(len(batch["labels"]) for batch in self._protect(run))} if self.protecting else {}
         if self.off:
-            return cost
+            return {**rows, "bytes": 0.0, "seconds": 0.0}
+        if self.cache and (self.learning or self.teacher != START):
+            return rows  # what there is to ask, or whom, is not known yet
         if self.cache:
-            tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-            return {
-                **cost,
-                "bytes": tokens * bytes_per_token(self.top_k),
-                "seconds": self._seconds_to_ask(run, batches),
-            }
+            teacher = self._starting(run)
+            kept = Answers(cache_folder() / "teacher" / key_of_answers(teacher, run, self.top_k, self.temperature))
+            wanted = [batch for batch in self._protect(run) if kept.lacks(batch)]
+            tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in wanted)
+            seconds = seconds_to_ask(teacher, wanted, run, self.top_k, self.temperature)
+            return {**rows, "bytes": tokens * bytes_per_token(self.top_k), "seconds": seconds}
+        cost = {**rows, "seconds": 0.0}
         if self.teacher != START:
             return {**cost, "bytes": bytes_of_other(self.teacher, self.teacher_dtype)}
         free = adapter_is_zero(run.model, run.weights)
@@ -128,6 +125,7 @@ class Distill(Strategy):
     def prepare(self, run: Run) -> None:
         """Make the teacher and prove that it is one; with `cache`, ask it everything now and let it go."""
         from ..answers import Answers
+        from ..asking import key_of_answers
         from ..model import cache as cache_folder
 
         self._bind(run)
@@ -137,7 +135,7 @@ class Distill(Strategy):
         if not self.cache:
             self._listen_to(teacher, run)
             return
-        self.vocabulary, self.key = teacher.vocabulary, self._key_of(teacher, run)
+        self.vocabulary, self.key = teacher.vocabulary, key_of_answers(teacher, run, self.top_k, self.temperature)
         self.answers = Answers(cache_folder() / "teacher" / self.key)
         self._ask_all(teacher, run)
         logger.info("distill: %s, answers kept in %s", self._where(), self.answers.folder)
@@ -153,7 +151,7 @@ class Distill(Strategy):
         self._seen += 1
         if not parts:
             return batch.hidden.sum() * 0.0
-        total, kl = self._compare(run, parts)
+        total, kl = self._compare(run, batch, parts)
         for part, found in zip(parts, kl.split([len(part.hidden) for part in parts]), strict=True):
             if part.idle:
                 continue
@@ -222,6 +220,8 @@ class Distill(Strategy):
 
     def _bind(self, run: Run) -> None:
         """Decide where to compare and how much it counts, and take the protect data apart."""
+        from ..beside import Examples
+
         on = self.on if self.on != "auto" else "protect" if run.protect else "learn"
         default = {"learn": ON_LEARN, "protect": ON_PROTECT}
         self.strengths = {
@@ -234,7 +234,7 @@ class Distill(Strategy):
         self.source, self.answers, self.key, self.vocabulary = None, None, None, None
         self._window, self._seen, self._at = {}, 0, (-1, 0)
         self._sharded = any(hasattr(weight, "to_local") for weight in run.model.parameters())
-        self.tasks = [Task.of(name, batches) for name, batches in run.protect.items()] if self.protecting else []
+        self.tasks = [Examples.of(name, batches) for name, batches in run.protect.items()] if self.protecting else []
         if self.off:
             return
         if self.protecting and not self.tasks:
@@ -253,7 +253,10 @@ class Distill(Strategy):
         """The starting model, before any weight moved; with `cache` it is asked right now, and needs no copy."""
         from ..teacher import AdapterOff, Frozen, Teacher, adapter_is_zero, copied
 
-        if adapter_is_zero(run.model, run.weights):
+        free = adapter_is_zero(run.model, run.weights)
+        if (free or self.cache) and (self.teacher_dtype, self.teacher_device) != ("same", "same"):
+            logger.warning("distill: there is no copy of the starting model here; its dtype and device do nothing")
+        if free:
             return AdapterOff(run.model)
         if self.cache:
             return Teacher(run.model)
@@ -275,130 +278,88 @@ class Distill(Strategy):
     # ---- one micro-batch ---------------------------------------------------------------------------------------------
 
     def _on_learn(self, batch: Batch) -> Part:
-        weights = batch.hidden.new_full((len(batch.labels),), self.strengths["learn"], dtype=_float32())
+        import torch
+
+        weights = batch.hidden.new_full((len(batch.labels),), self.strengths["learn"], dtype=torch.float32)
         return Part("learn", batch.inputs, batch.hidden, weights)
 
     def _on_protect(self, run: Run, batch: Batch) -> Part | None:
         """The student's own pass over the protect rows that stand beside this micro-batch."""
         import torch
 
+        from ..beside import beside, collated, seed_of, tokens_of_rows
         from ..generate import private_rng
         from ..logits import hidden_states
 
-        labels = batch.inputs["labels"]
-        place = self._place(run, len(labels))
-        drawn = beside(run.seed, run.step, range(place, place + len(labels)), self.share, self.tasks)
+        learnt = tokens_of_rows(batch.inputs)
+        place, device = self._place(run, len(learnt)), learnt.device
+        drawn = beside(run.seed, run.step, range(place, place + len(learnt)), self.share, self.tasks)
         idle = self._sharded and not drawn  # shards are gathered by all ranks or by none
         drawn = [(0, self.tasks[0].examples[0], self.tasks[0].tokens)] if idle else drawn
         if not drawn:
             return None
-        inputs = _collated([example for _, example, _ in drawn], labels.device)
-        with private_rng(labels.device, hash_of(run.seed, run.step, place)):  # dropout of its own
+        inputs = collated([example for _, example, _ in drawn], device)
+        with private_rng(device, seed_of(run.seed, run.step, place)):  # dropout of its own
             hidden = states_through_output(run.model, inputs) if self._sharded else hidden_states(run.model, inputs)[0]
-        rows = torch.tensor([row for row, _, _ in drawn]).to(labels.device, non_blocking=True)
-        tokens = torch.tensor([tokens for _, _, tokens in drawn]).to(labels.device, non_blocking=True)
-        each = (labels[:, 1:] != -100).sum(1)[rows] / tokens * (0.0 if idle else self.strengths["protect"] / self.share)
-        counts = (inputs["labels"][:, 1:] != -100).sum(1)
-        return Part("protect", inputs, hidden, each.repeat_interleave(counts, output_size=len(hidden)), idle)
+        rows = torch.tensor([row for row, _, _ in drawn]).to(device, non_blocking=True)
+        tokens = torch.tensor([tokens for _, _, tokens in drawn]).to(device, non_blocking=True)
+        each = learnt[rows] / tokens * (0.0 if idle else self.strengths["protect"] / self.share)
+        return Part(
+            "protect", inputs, hidden, each.repeat_interleave(tokens_of_rows(inputs), output_size=len(hidden)), idle
+        )
 
     def _place(self, run: Run, rows: int) -> int:
-        """Place of this micro-batch's first row among all rows of the optimizer step, over all ranks."""
+        """Place of this micro-batch's first row among all rows of the optimizer step, over ranks with as many rows."""
         import torch.distributed as dist
 
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        step, number = self._at
-        number = number + 1 if step == run.step else 0
-        self._at = run.step, number
-        return (number * world + rank) * rows
+        step, start = self._at
+        start = start if step == run.step else 0
+        self._at = run.step, start + world * rows
+        return start + rank * rows
 
-    def _compare(self, run: Run, parts: list[Part]) -> tuple[Tensor, Tensor]:
+    def _compare(self, run: Run, batch: Batch, parts: list[Part]) -> tuple[Tensor, Tensor]:
         """Weighted sum with graph, and the KL of each token; in one pass, so that one gradient of the head is held."""
         import torch
 
-        from ..divergence import bucketed_kl, forward_kl, gathered
-        from ..logits import lm_head
+        from ..divergence import bucketed_kl, forward_kl
         from ..teacher import first_tokens
 
-        head = lm_head(run.model)
-        head = first_tokens(replace(head, weight=gathered(head.weight), bias=gathered(head.bias)), self.vocabulary)
+        head = first_tokens(batch.logits, self.vocabulary)
         hidden, weights = torch.cat([part.hidden for part in parts]), torch.cat([part.weights for part in parts])
         how = {"temperature": self.temperature, "weights": weights}
         if self.answers is not None:
-            kept = [self.answers.to(part.inputs, hidden.device) for part in parts]
-            return bucketed_kl(hidden, head, *(torch.cat(column) for column in zip(*kept, strict=True)), **how)
-        said = [self.source(part.inputs) for part in parts]
-        return forward_kl(hidden, head, torch.cat([states for states, _ in said]).to(hidden.device), said[-1][1], **how)
+            kept = zip(*(self.answers.to(part.inputs, hidden.device) for part in parts), strict=True)
+            kept = [torch.cat(column) for column in kept]
+            with run.autocast():  # as the task loss is computed, and as the teacher was asked
+                return bucketed_kl(hidden, head, *kept, **how)
+        with run.autocast():
+            said = [self.source(part.inputs) for part in parts]
+            states = torch.cat([states for states, _ in said]).to(hidden.device)
+            return forward_kl(hidden, head, states, said[-1][1], **how)
 
     # ---- asking everything beforehand --------------------------------------------------------------------------------
 
     def _ask_all(self, teacher: Teacher | None, run: Run) -> None:
-        """Have an answer to every protect and learn example there will be; ranks share the work.
+        """Have the answers to every protect and learn example there will be.
 
         Raises:
             DataError: the learn rows cannot be seen beforehand.
-            IncompatibleError: answers are missing, and the teacher is gone or other ranks keep theirs elsewhere.
         """
-        import torch.distributed as dist
+        from ..asking import ask_all
 
-        batches = [batch for task in run.protect.values() for batch in task] if self.protecting else []
         learn = run.learn(sys.maxsize) if self.learning else []
         if self.learning and not learn:
             raise DataError(
                 "distill.cache asks the teacher about the learn rows before training, but they are streamed or not "
                 "tokenised. Set cache=false, or on=protect."
             )
-        lacking = [batch for batch in [*batches, *learn] if self.answers.lacks(batch)]
-        if lacking and teacher is not None:
-            self._ask(teacher, lacking, run)
-            if dist.is_initialized():
-                dist.barrier()
-            self.answers.refresh()
-            lacking = [batch for batch in lacking if self.answers.lacks(batch)]
-        if lacking:
-            raise IncompatibleError(
-                f"{self.answers.folder} lacks the teacher's answers to {len(lacking)} of {len(batches) + len(learn)} "
-                "micro-batches, and the teacher is not here to be asked again. All processes must see the same folder, "
-                "and a resumed run the one it began with: set FTPLUS_CACHE, or start a new run."
-            )
+        replayed = any(task.role == "protect" and task.drawn for task in run.tasks.values())
+        protect = self._protect(run) if self.protecting or replayed else []
+        ask_all(self.answers, teacher, [*protect, *learn], run, self.top_k, self.temperature)
 
-    def _ask(self, teacher: Teacher, batches: Batches, run: Run) -> None:
-        import torch.distributed as dist
-        from tqdm.auto import tqdm
-
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = batches[rank::world]
-        if self._sharded and len(mine) < -(-len(batches) // world):  # every rank takes part in every pass
-            mine = [*mine, batches[0]]
-        for batch in tqdm(mine, desc="asking the teacher", disable=None, leave=False):
-            self.answers.add(batch, *self._answer(teacher, batch, run))
-        self.answers.write()
-
-    def _answer(self, teacher: Teacher, batch: dict[str, Tensor], run: Run) -> tuple[Tensor, Tensor]:
-        from ..divergence import likeliest
-
-        with run.autocast():
-            return likeliest(*teacher(batch), self.top_k, temperature=self.temperature)
-
-    def _seconds_to_ask(self, run: Run, batches: Batches) -> float:
-        if not batches or self.teacher != START:
-            return 0.0
-        begin = time.perf_counter()
-        self._answer(self._starting(run), batches[0], run)
-        return (time.perf_counter() - begin) * len(batches)
-
-    def _key_of(self, teacher: Teacher, run: Run) -> str:
-        """Name of the folder for these answers: the teacher's content, its precision, and what is kept."""
-        import torch
-
-        from ..answers import FORMAT
-        from ..generate import fingerprint_of
-        from ..teacher import content
-
-        kind = run.device.type
-        with run.autocast():
-            precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "as loaded"
-        parts = [FORMAT, fingerprint_of(content(teacher)), precision, self.top_k, self.temperature, teacher.vocabulary]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    def _protect(self, run: Run) -> Batches:
+        return [batch for task in run.protect.values() for batch in task]
 
 
 @dataclass
@@ -412,51 +373,6 @@ class Part:
     """What the KL of each token counts: [N]."""
     idle: bool = False
     """There because other ranks needed company; counts nothing."""
-
-
-@dataclass
-class Task:
-    """The examples of one protect task that have a token to compare at."""
-
-    name: str
-    examples: list[Example]
-    tokens: float
-    """Supervised tokens of a mean example."""
-
-    @classmethod
-    def of(cls, name: str, batches: Batches) -> Task:
-        from ..answers import examples_in, supervised_tokens
-
-        examples = [example for batch in batches for example in examples_in(batch) if supervised_tokens(example)]
-        if not examples:
-            raise DataError(
-                f"The protect task {name!r} has no supervised token; expected completions that survive truncation."
-            )
-        return cls(name, examples, sum(map(supervised_tokens, examples)) / len(examples))
-
-
-def beside(seed: int, step: int, places: range, share: float, tasks: list[Task]) -> list[tuple[int, Example, float]]:
-    """Protect rows that stand beside the learn rows at `places` of an optimizer step.
-
-    `share` of a row for each learn row, evenly spread, so that a step of R rows has share * R of them to within one.
-    Which ones follows from seed, step and place alone.
-
-    Returns:
-        (learn row, counted from the first of `places`; protect example; tokens of a mean example of its task).
-    """
-    phase = random.Random(f"{seed} {step}").random()
-    drawn = []
-    for row, place in enumerate(places):
-        for number in range(math.floor(place * share + phase), math.floor((place + 1) * share + phase)):
-            dice = random.Random(f"{seed} {step} {number}")
-            task = dice.choice(tasks)
-            drawn.append((row, dice.choice(task.examples), task.tokens))
-    return drawn
-
-
-def hash_of(*numbers: int) -> int:
-    """A seed out of several."""
-    return random.Random(" ".join(map(str, numbers))).getrandbits(63)
 
 
 def states_through_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -499,19 +415,6 @@ def refuse_reentrant(model: nn.Module) -> None:
             "checkpointing DDP takes the second gradient of a layer for an error. Type --gradient_checkpointing_kwargs "
             "'{\"use_reentrant\": false}', or --set distill.on=learn."
         )
-
-
-def _collated(examples: list[Example], device: Any) -> dict[str, Tensor]:
-    from ..examples import collate
-
-    (batch,) = collate(examples, 0, len(examples))
-    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32
 
 
 @hookimpl

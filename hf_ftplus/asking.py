@@ -1,0 +1,83 @@
+"""Ask a teacher everything before training, and keep its answers (`answers.py`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .answers import FORMAT, Answers
+from .divergence import likeliest
+from .errors import IncompatibleError
+from .generate import fingerprint_of
+from .strategy import Run
+from .teacher import Teacher, content
+
+Batches = list[dict[str, Tensor]]
+
+
+def ask_all(
+    answers: Answers, teacher: Teacher | None, batches: Batches, run: Run, top_k: int, temperature: float
+) -> None:
+    """Have an answer to every example of `batches`; ranks share the work.
+
+    Raises:
+        IncompatibleError: answers are missing, and the teacher is gone or other ranks keep theirs elsewhere.
+    """
+    if teacher is not None:
+        lacking = [[answers.lacks(batch) for batch in batches]]
+        if dist.is_initialized():
+            dist.broadcast_object_list(lacking)  # one look for all: a later one sees what another rank has written
+        wanted = [batch for batch, lacks in zip(batches, lacking[0], strict=True) if lacks]
+        if wanted:
+            for batch in tqdm(_mine(wanted, run), desc="asking the teacher", disable=None, leave=False):
+                answers.add(batch, *ask(teacher, batch, run, top_k, temperature))
+            answers.write()
+            if dist.is_initialized():
+                dist.barrier()
+            answers.refresh()
+    missing = sum(answers.lacks(batch) for batch in batches)
+    if missing:
+        raise IncompatibleError(
+            f"{answers.folder} lacks the teacher's answers to {missing} of {len(batches)} micro-batches, and the "
+            "teacher is not here to be asked again. All processes must see the same folder, and a resumed run the one "
+            "it began with: set FTPLUS_CACHE, or start a new run."
+        )
+
+
+def _mine(batches: Batches, run: Run) -> Batches:
+    """This rank's; of a sharded model every rank takes part in every pass."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = batches[rank::world]
+    sharded = any(hasattr(weight, "to_local") for weight in run.model.parameters())
+    return [*mine, batches[0]] if sharded and len(mine) < -(-len(batches) // world) else mine
+
+
+def ask(teacher: Teacher, batch: dict[str, Tensor], run: Run, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The answers to one micro-batch, as `likeliest` gives them."""
+    with run.autocast():
+        return likeliest(*teacher(batch), top_k, temperature=temperature)
+
+
+def seconds_to_ask(teacher: Teacher, batches: Batches, run: Run, top_k: int, temperature: float) -> float:
+    """Extrapolated from the first micro-batch, over all ranks."""
+    if not batches:
+        return 0.0
+    begin = time.perf_counter()
+    ask(teacher, batches[0], run, top_k, temperature)[0].cpu()  # waits for the device
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return (time.perf_counter() - begin) * -(-len(batches) // world)
+
+
+def key_of_answers(teacher: Teacher, run: Run, top_k: int, temperature: float) -> str:
+    """Name of a folder of answers: the teacher's content, its precision, and what is kept."""
+    kind = run.device.type
+    with run.autocast():
+        precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "as loaded"
+    parts = [FORMAT, fingerprint_of(content(teacher)), precision, top_k, temperature, teacher.vocabulary]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
