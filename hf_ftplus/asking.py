@@ -17,6 +17,7 @@ from .errors import IncompatibleError
 from .generate import fingerprint_of
 from .strategy import Run
 from .teacher import Teacher, content
+from .weights import sharded
 
 Batches = list[dict[str, Tensor]]
 
@@ -54,8 +55,7 @@ def _mine(batches: Batches, run: Run) -> Batches:
     """This rank's; of a sharded model every rank takes part in every pass."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = batches[rank::world]
-    sharded = any(hasattr(weight, "to_local") for weight in run.model.parameters())
-    return [*mine, batches[0]] if sharded and len(mine) < -(-len(batches) // world) else mine
+    return [*mine, batches[0]] if sharded(run.model.parameters()) and len(mine) < -(-len(batches) // world) else mine
 
 
 def ask(teacher: Teacher, batch: dict[str, Tensor], run: Run, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from .batches import SelfText, learn_batches, protect_batches, same_batches
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
 from .plugins import resolve
 from .strategy import Memory, Run, Strategy, refuse_deepspeed
-from .weights import trainable
+from .weights import sharded, trainable
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -119,6 +119,7 @@ class StrategyCallback(TrainerCallback):
             seed=args.seed,
             memory=Memory(read=self.memory, write=out),
             autocast=autocast(args),
+            clip=None if args.max_grad_norm and not self.within_trainer else 1.0,
             writers=tuple(strategy.name for strategy in self.acting("before_step")),
             tokenizer=getattr(tokenizer, "tokenizer", tokenizer),
         )
@@ -184,7 +185,7 @@ class StrategyCallback(TrainerCallback):
     ) -> None:
         if self.run:
             self.run.step = state.global_step
-            self.run.clip = None if args.max_grad_norm else 1.0
+            self.run.clip = None if args.max_grad_norm else 1.0  # within a trainer, until it has clipped
 
     @torch.no_grad()
     def on_pre_optimizer_step(
@@ -351,7 +352,7 @@ def rescued(model: torch.nn.Module, args: TrainingArguments, tokenizer: Any) -> 
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # transformers only logs that it cannot
         whole = {}
-        if any(hasattr(weight, "to_local") for weight in model.parameters()):
+        if sharded(model.parameters()):
             for name, tensor in model.state_dict().items():
                 tensor = state.whole(tensor)  # all ranks take part
                 whole |= {name: tensor} if args.should_save else {}

@@ -123,8 +123,8 @@ def _without_secrets(value: Any) -> Any:
     return value
 
 
-def read_yaml(path: str | None) -> dict[str, Any]:
-    """The mapping in a YAML file; empty without a path.
+def read_yaml(path: str | None, what: str = "--config") -> dict[str, Any]:
+    """The mapping in a YAML file, called `what` in errors; empty without a path.
 
     Raises:
         UsageError: the file is missing, is not YAML, or is not a mapping; names line and column.
@@ -136,11 +136,11 @@ def read_yaml(path: str | None) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}; expected a YAML file.") from None
+        raise UsageError(f"{what} {path}: {error.strerror}; expected a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"--config {path} holds a {type(content).__name__}; expected a mapping of option: value.")
+        raise UsageError(f"{what} {path} holds a {type(content).__name__}; expected a mapping of option: value.")
     return content
 
 

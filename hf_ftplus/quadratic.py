@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .weights import Adapter, local, place
+from .weights import Adapter, local, place, sharded
 
 PIECE = 2**16
 """Weights handled at a time on a CPU, so that temporaries stay in its cache."""
@@ -128,7 +128,7 @@ def share_held(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter], imp
     """Share of the weights whose importance is above 0, over all shards."""
     number = sum(weight.numel() for weight in plain.values())
     held = sum(int(local(importance[f"diagonal.{name}"]).count_nonzero()) for name in plain)
-    if any(hasattr(weight, "to_local") for weight in plain.values()):
+    if sharded(plain.values()):
         total = torch.tensor(held, device=next(iter(plain.values())).device)
         dist.all_reduce(total)
         held = int(total)

@@ -79,6 +79,7 @@ def sft(config: RunConfig) -> Report:
 
 def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     """Data, then model and trainer, then what the model writes itself; cheap refusals first."""
+    refuse_several_devices(config.training)
     refuse(config.strategies, config.training)
     rows = find(config)
     trainer = sft_trainer(config, rows.learn, rows.test)
@@ -165,6 +166,15 @@ def refuse_fsdp(config: RunConfig, trainer: SFTTrainer) -> None:
         raise IncompatibleError(
             f"{mixing[0]} mixes rows before training starts, and under FSDP the model can write none until then. Give "
             "protect data that exists instead of self:N."
+        )
+
+
+def refuse_several_devices(args: TrainingArguments) -> None:
+    """Raise where one process would spread the model over several devices (DataParallel)."""
+    if args.parallel_mode.value == "not_distributed" and args.n_gpu > 1:
+        raise IncompatibleError(
+            f"{args.n_gpu} devices and one process. Type the same command with --num_processes "
+            f"{args.n_gpu}, or choose one device: CUDA_VISIBLE_DEVICES=0."
         )
 
 
@@ -383,11 +393,6 @@ def speak(config: RunConfig) -> None:
         disable_progress_bars()
         transformers_logging.disable_progress_bar()
         config.training.disable_tqdm = True
-    if config.training.parallel_mode.value == "not_distributed" and config.training.n_gpu > 1:
-        raise IncompatibleError(
-            f"{config.training.n_gpu} devices and one process. Type the same command with --num_processes "
-            f"{config.training.n_gpu}, or choose one device: CUDA_VISIBLE_DEVICES=0."
-        )
 
 
 @contextmanager

@@ -159,7 +159,7 @@ class Run:
     step: int = 0
     """Optimizer steps taken so far."""
     learning_rate: float = 0.0
-    clip: float | torch.Tensor | None = None
+    clip: float | torch.Tensor | None = 1.0
     """Factor, 1 or less, by which clipping scaled the gradients of this step; None where a callback cannot know it."""
     writers: tuple[str, ...] = ()
     """Strategies that add to gradients, in the order of their turns; empty where that is not known."""

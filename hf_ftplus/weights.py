@@ -56,6 +56,11 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
+def sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them is a DTensor: FSDP2 holds a part of it on each rank."""
+    return any(hasattr(tensor, "to_local") for tensor in tensors)
+
+
 def place(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor on the device, and in the sharding, of the weight `like`; its dtype is kept."""
     if hasattr(like, "to_local"):

@@ -22,7 +22,7 @@ from reference import bucketed, distillation, drift
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import LEARN, PROTECT, far, same, trainer, weights_of
+from training import LEARN, PROTECT, far, same, sequence, trainer, weights_of
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -729,7 +729,13 @@ def test_the_start_is_its_own_equal_in_bf16(tmp_path, settings):
     with torch.no_grad():
         model.lm_head.weight.mul_(100)  # an opinionated head, whose logits bf16 rounds by whole units
     it = trainer(
-        tmp_path, Distill(on="both", **settings), model=model, bf16=True, learning_rate=0.0, max_steps=2, max_grad_norm=0.0
+        tmp_path,
+        Distill(on="both", **settings),
+        model=model,
+        bf16=True,
+        learning_rate=0.0,
+        max_steps=2,
+        max_grad_norm=0.0,
     )
     it.train()
     (log,) = [log for log in it.state.log_history if "distill/kl_learn" in log]
@@ -801,29 +807,10 @@ def test_padding_free_protect_batches_are_taken_apart():
 # ---- what it is for --------------------------------------------------------------------------------------------------
 
 
-def sequence(folder, *strategy, steps=60):
-    """Learn one thing, then another; (loss on the first, loss on the second)."""
-    first = [
-        {"prompt": f"Colour {i}: ", "completion": ["blue", "green", "amber"][i % 3] + " as ever."} for i in range(24)
-    ]
-    second = [
-        {"prompt": f"Fruit {i}: ", "completion": ["pear", "plum", "fig"][i % 3] + " of course!"} for i in range(24)
-    ]
-    common = {"learning_rate": 5e-3, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant", "logging_steps": 1000, "max_grad_norm": 0.0}  # fmt: skip
-    taught = trainer(folder / "first", learn=first, max_steps=40, **common)
-    taught.train()
-    again = trainer(
-        folder / "second", *strategy, model=taught.model, learn=second, protect=first, max_steps=steps, **common
-    )
-    again.train()
-    judges = [trainer(folder / "judge", model=again.model, learn=rows, **common) for rows in (first, second)]
-    return [judge.evaluate(judge.train_dataset)["eval_loss"] for judge in judges]
-
-
 def test_with_its_defaults_it_keeps_what_was_known_and_learns_as_much(tmp_path):
     """Measured over two seeds: plain 6.0 and 0.5 nats; on protect 0.55 and 0.37; on learn 2.7 and 0.67."""
     plain, protect, learn = (
-        sequence(tmp_path / name, *strategy)
+        sequence(tmp_path / name, *strategy, max_grad_norm=0.0)[1:]
         for name, strategy in (("plain", []), ("protect", [Distill()]), ("learn", [Distill(on="learn")]))
     )
     assert plain[0] > 4

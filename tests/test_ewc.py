@@ -12,7 +12,7 @@ from batches import padded, random_rows
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from reference import drift, lora_penalty
 from tiny import tiny_llama
-from training import LEARN, PROTECT, far, trainer, weights_of
+from training import LEARN, PROTECT, far, sequence, trainer, weights_of
 
 from hf_ftplus import EWC, Run, Strategy, state
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
@@ -283,40 +283,11 @@ def test_packed_and_padding_free_training_is_held(tmp_path, layout):
 # ---- what it is for --------------------------------------------------------------------------------------------------
 
 
-def sequence(folder, strategy, steps=60):
-    """Learn one thing, then another with `strategy`; (loss on the first before and after, loss on the second)."""
-    first = [
-        {"prompt": f"Colour {i}: ", "completion": ["blue", "green", "amber"][i % 3] + " as ever."} for i in range(24)
-    ]
-    second = [
-        {"prompt": f"Fruit {i}: ", "completion": ["pear", "plum", "fig"][i % 3] + " of course!"} for i in range(24)
-    ]
-    common = {
-        "learning_rate": 5e-3,
-        "per_device_train_batch_size": 8,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1000,
-    }
-    taught = trainer(folder / "first", learn=first, max_steps=40, **common)
-    taught.train()
-    again = trainer(
-        folder / "second", *strategy, model=taught.model, learn=second, protect=first, max_steps=steps, **common
-    )
-
-    def loss(rows):
-        judge = trainer(folder / "judge", model=again.model, learn=rows, **common)
-        return judge.evaluate(judge.train_dataset)["eval_loss"]
-
-    before = loss(first)
-    again.train()
-    return before, loss(first), loss(second)
-
-
 def test_ewc_forgets_less_than_plain_sft_at_equal_learning(tmp_path):
     """Plain fine-tuning is stopped where it has learnt as much as EWC learns in all its steps."""
-    before, ewc_kept, ewc_learnt = sequence(tmp_path / "ewc", [EWC(strength=100)])
+    before, ewc_kept, ewc_learnt = sequence(tmp_path / "ewc", EWC(strength=100))
     for steps in (15, 20, 30, 60):
-        _, plain_kept, plain_learnt = sequence(tmp_path / f"plain{steps}", [], steps)
+        _, plain_kept, plain_learnt = sequence(tmp_path / f"plain{steps}", steps=steps)
         if plain_learnt <= ewc_learnt:
             break
     assert plain_learnt <= ewc_learnt < 1.5

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from reference import line_integral
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
-from training import LEARN, arguments, far, same, trainer, weights_of
+from training import LEARN, arguments, far, same, sequence, trainer, weights_of
 
 import hf_ftplus
 from hf_ftplus import EWC, Memory, Run, StrategyCallback
@@ -349,48 +349,11 @@ def test_it_holds_the_weights_where_the_run_found_them_by_twice_the_strength(tmp
     assert si.metrics()["penalty"] == pytest.approx(penalty.item(), rel=1e-4)
 
 
-def sequence(folder, second, steps=60):
-    """Learn one thing, then another with or without SI; (loss on the first before and after, loss on the second)."""
-    first = [
-        {"prompt": f"Colour {i}: ", "completion": ["blue", "green", "amber"][i % 3] + " as ever."} for i in range(24)
-    ]
-    other = [
-        {"prompt": f"Fruit {i}: ", "completion": ["pear", "plum", "fig"][i % 3] + " of course!"} for i in range(24)
-    ]
-    common = {
-        "learning_rate": 5e-3,
-        "per_device_train_batch_size": 8,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1000,
-    }
-    taught = trainer(folder / "first", SI(), learn=first, max_steps=40, protect=None, **common)
-    taught.train()
-    memory = folder / "first" / "ftplus" / "memory" if second else None
-    again = trainer(
-        folder / "second",
-        *second,
-        model=taught.model,
-        learn=other,
-        max_steps=steps,
-        memory=memory,
-        protect=None,
-        **common,
-    )
-
-    def loss(rows):
-        judge = trainer(folder / "judge", model=again.model, learn=rows, **common)
-        return judge.evaluate(judge.train_dataset)["eval_loss"]
-
-    before = loss(first)
-    again.train()
-    return before, loss(first), loss(other)
-
-
 def test_a_second_run_forgets_less_than_plain_sft_at_equal_learning(tmp_path):
     """With the default settings; plain fine-tuning is stopped where it has learnt as much as SI learns in all its steps."""
-    before, held_kept, held_learnt = sequence(tmp_path / "si", [SI()])
+    before, held_kept, held_learnt = sequence(tmp_path / "si", SI(), first_with=[SI()], protect=False)
     for steps in (30, 45, 60):
-        _, plain_kept, plain_learnt = sequence(tmp_path / f"plain{steps}", [], steps)
+        _, plain_kept, plain_learnt = sequence(tmp_path / f"plain{steps}", steps=steps)
         if plain_learnt <= held_learnt:
             break
     assert plain_learnt <= held_learnt < 1.0

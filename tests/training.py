@@ -87,6 +87,41 @@ def moved(it, start: Iterable[torch.Tensor] | None = None) -> float:
     )
 
 
+def sequence(folder, *strategies, first_with=(), protect=True, steps=60, **kwargs):
+    """Learn one thing, then another with `strategies`; (loss on the first before and after, loss on the second).
+
+    The second run protects the rows of the first, or has its memory if a strategy was there (`first_with`).
+    """
+    first = [
+        {"prompt": f"Colour {i}: ", "completion": ["blue", "green", "amber"][i % 3] + " as ever."} for i in range(24)
+    ]
+    second = [
+        {"prompt": f"Fruit {i}: ", "completion": ["pear", "plum", "fig"][i % 3] + " of course!"} for i in range(24)
+    ]
+    common = {
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 8,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1000,
+        **kwargs,
+    }
+    taught = trainer(folder / "first", *first_with, learn=first, protect=None, max_steps=40, **common)
+    taught.train()
+    memory = folder / "first" / "ftplus" / "memory" if first_with and strategies else None
+    again = trainer(
+        folder / "second", *strategies, model=taught.model, learn=second, protect=first if protect else None,
+        memory=memory, max_steps=steps, **common,
+    )  # fmt: skip
+
+    def loss(rows):
+        judge = trainer(folder / "judge", model=again.model, learn=rows, **common)
+        return judge.evaluate(judge.train_dataset)["eval_loss"]
+
+    before = loss(first)
+    again.train()
+    return before, loss(first), loss(second)
+
+
 @dataclass
 class Diary(Strategy):
     """Writes down when it was called, and with what."""

@@ -197,7 +197,9 @@ def _hush_torchrun() -> None:
 def _refuse_deepspeed(args: Namespace, strategies: Sequence[Strategy]) -> None:
     """Say it before any process is launched, and not once per rank."""
     file = args.config_file or _own_config()
-    if args.use_deepspeed or (file and read_yaml(str(file)).get("distributed_type") == "DEEPSPEED"):
+    if args.use_deepspeed or (
+        file and read_yaml(str(file), "accelerate's --config_file").get("distributed_type") == "DEEPSPEED"
+    ):
         from ..strategy import refuse_deepspeed
 
         refuse_deepspeed(list(strategies))

@@ -221,6 +221,7 @@ class Distill(Strategy):
     def _bind(self, run: Run) -> None:
         """Decide where to compare and how much it counts, and take the protect data apart."""
         from ..beside import Examples
+        from ..weights import sharded
 
         on = self.on if self.on != "auto" else "protect" if run.protect else "learn"
         default = {"learn": ON_LEARN, "protect": ON_PROTECT}
@@ -233,7 +234,7 @@ class Distill(Strategy):
         self.off, self.device = self.strength == 0, run.device
         self.source, self.answers, self.key, self.vocabulary = None, None, None, None
         self._window, self._seen, self._at = {}, 0, (-1, 0)
-        self._sharded = any(hasattr(weight, "to_local") for weight in run.model.parameters())
+        self._sharded = sharded(run.model.parameters())
         self.tasks = [Examples.of(name, batches) for name, batches in run.protect.items()] if self.protecting else []
         if self.off:
             return

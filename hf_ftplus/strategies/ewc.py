@@ -170,13 +170,13 @@ class EWC(Strategy):
             )
 
     def _bind(self, run: Run) -> None:
-        from ..weights import split
+        from ..weights import sharded, split
 
         self.plain, self.adapters = split(run.model)
         self.force = self.strength if self.strength is not None else LORA if self.adapters else FULL
         self._measured, self._zeros = None, 0
-        self._sharded = any(hasattr(weight, "to_local") for weight in self.plain.values())
-        if any(hasattr(adapter.A, "to_local") for adapter in self.adapters.values()):
+        self._sharded = sharded(self.plain.values())
+        if sharded(adapter.A for adapter in self.adapters.values()):
             raise IncompatibleError(
                 "ewc cannot hold a LoRA adapter under FSDP2: the rows of A and B live on different ranks. Train the "
                 "adapter under DDP (--accelerate_config multi_gpu), or fine-tune all weights under FSDP2."

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_ftplus")
 
 MODES = ("temperature", "proportional", "equal", "cap", "unimax", "weights")
+TEMPERATURE = 2.0
 UNIMAX_EPOCHS = 4.0
 """Epochs over a task that UniMax allows when `max_epochs` says nothing."""
 
@@ -45,9 +46,16 @@ class MultiTask(Strategy):
 
     name: ClassVar[str] = "multitask"
 
-    mode: str = setting("temperature", "how shares follow from the tasks' sizes", choices=MODES)
-    temperature: float = setting(
-        2.0, "of mode temperature: 1 is proportional, large is equal", unit="T of rows^(1/T)", above=0
+    mode: str | None = setting(
+        None,
+        "how shares follow from the tasks' sizes; left out: weights if there are any, else temperature",
+        choices=MODES,
+    )
+    temperature: float | None = setting(
+        None,
+        f"of mode temperature: 1 is proportional, large is equal; left out: {TEMPERATURE:g}",
+        unit="T of rows^(1/T)",
+        above=0,
     )
     cap: int | None = setting(
         None, "rows that a task counts for at most, in modes cap and temperature", unit="rows", low=1
@@ -63,16 +71,22 @@ class MultiTask(Strategy):
         super().__post_init__()
         self.tasks: dict[str, Task] = {}
         self._given = parse(self.weights)
-        if self._given and self.mode not in ("weights", MODES[0]):
+        if self._given and self.mode not in (None, "weights"):
             raise UsageError(
                 f"multitask.weights is {self.weights!r} and multitask.mode {self.mode!r}; expected one of the two. "
                 "Leave the mode out to use the weights."
             )
-        self.mode = "weights" if self._given else self.mode
+        self.mode = self.mode or ("weights" if self._given else "temperature")
         if self.mode == "weights" and not self._given:
             raise UsageError("multitask.mode is 'weights', but there are none. Type --set multitask.weights=a=2,b=1.")
         if self.mode == "cap" and self.cap is None:
             raise UsageError("multitask.mode is 'cap', but there is none. Type --set multitask.cap=3000.")
+        for name, modes in (("temperature", ("temperature",)), ("cap", ("temperature", "cap"))):
+            if getattr(self, name) is not None and self.mode not in modes:
+                raise UsageError(
+                    f"multitask.{name} is {getattr(self, name):g}, but does nothing in mode {self.mode!r}; expected mode "
+                    f"{' or '.join(modes)}. Leave one of the two out."
+                )
 
     def mix(self, run: Run, shares: dict[str, float]) -> dict[str, float]:
         """Share what the learn tasks have between them anew; protect tasks keep theirs."""
@@ -109,7 +123,7 @@ class MultiTask(Strategy):
         found = {
             "proportional": lambda: tempered(sizes, 1.0),
             "equal": lambda: normalised(dict.fromkeys(sizes, 1.0)),
-            "temperature": lambda: tempered(sizes, self.temperature, self.cap),
+            "temperature": lambda: tempered(sizes, self.temperature or TEMPERATURE, self.cap),
             "cap": lambda: tempered(sizes, 1.0, self.cap),
             "weights": lambda: normalised({task: self._given[task] for task in sizes}),
         }[self.mode]()

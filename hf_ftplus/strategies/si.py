@@ -103,12 +103,7 @@ class SI(Strategy):
 
     def read_gradients(self, run: Run) -> None:
         """Go on with the line integral: the gradient of this step, and how far the weights have come."""
-        if run.clip is None:
-            raise IncompatibleError(
-                "si needs the gradients as they were before clipping, but a callback cannot know by how much they were "
-                "clipped. Use hf_ftplus.attach(trainer, 'si', ...) or hf_ftplus.SFTTrainer(..., strategies=['si']), or "
-                "set max_grad_norm=0 (--max_grad_norm 0)."
-            )
+        refuse_unknown_clipping(run)
         if not self._in_one_pass(run):
             factor = unclip(run)
             for line in self.lines.values():
@@ -195,13 +190,16 @@ class SI(Strategy):
         return run.writers[:1] == (self.name,) and bool(self.wells) and self.strength > 0 and not run.measuring
 
     def _bind(self, run: Run) -> None:
+        from ..weights import sharded
+
         if getattr(run.model, "peft_config", None):
             raise IncompatibleError(
                 "si cannot follow an adapter: the loss depends on the change B A of a frozen weight, whose own "
                 "gradient adapter training never makes, and how that change is split into A and B is arbitrary. Use "
                 "--plugin ewc, which holds the change itself, or fine-tune all weights."
             )
-        self._sharded = any(hasattr(weight, "to_local") for weight in run.weights.values())
+        refuse_unknown_clipping(run)
+        self._sharded = sharded(run.weights.values())
         self._held = self._explained = None
         self._zeros = 0
 
@@ -287,6 +285,16 @@ class Line:
 
     def _moved(self) -> Tensor:
         return self.weight.detach().float() - self.start.float()
+
+
+def refuse_unknown_clipping(run: Run) -> None:
+    """Raise where gradients are clipped and nobody says by how much."""
+    if run.clip is None:
+        raise IncompatibleError(
+            "si needs the gradients as they were before clipping, but a callback cannot know by how much they were "
+            "clipped. Use hf_ftplus.attach(trainer, 'si', ...) or hf_ftplus.SFTTrainer(..., strategies=['si']), or "
+            "set max_grad_norm=0 (--max_grad_norm 0)."
+        )
 
 
 def unclip(run: Run) -> float | Tensor:
