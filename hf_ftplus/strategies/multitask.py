@@ -84,8 +84,8 @@ class MultiTask(Strategy):
         for name, modes in (("temperature", ("temperature",)), ("cap", ("temperature", "cap"))):
             if getattr(self, name) is not None and self.mode not in modes:
                 raise UsageError(
-                    f"multitask.{name} is {getattr(self, name):g}, but does nothing in mode {self.mode!r}; expected mode "
-                    f"{' or '.join(modes)}. Leave one of the two out."
+                    f"multitask.{name} is {getattr(self, name):g}, but does nothing in mode {self.mode!r}; expected "
+                    f"mode {' or '.join(modes)}. Leave one of the two out."
                 )
 
     def mix(self, run: Run, shares: dict[str, float]) -> dict[str, float]:
