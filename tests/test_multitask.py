@@ -340,7 +340,10 @@ def test_names_may_hold_spaces_and_equals_signs():
         ({"mode": "weights"}, r"mode is 'weights', but there are none\. Type --set multitask\.weights"),
         ({"mode": "cap"}, r"mode is 'cap', but there is none\. Type --set multitask\.cap"),
         ({"mode": "equal", "weights": "a=1"}, r"expected one of the two"),
-        ({"mode": "equal", "temperature": 3}, r"temperature is 3, but does nothing in mode 'equal'; expected mode temp"),
+        (
+            {"mode": "equal", "temperature": 3},
+            r"temperature is 3, but does nothing in mode 'equal'; expected mode temp",
+        ),
         ({"weights": "a=1", "cap": 3}, r"cap is 3, but does nothing in mode 'weights'"),
         ({"mode": "equl"}, r"multitask\.mode is 'equl'.*Did you mean 'equal'"),
     ],
