@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +95,8 @@ def _convert(source: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **gguf)
     tokenizer.pad_token = PAD
     tokenizer.model_max_length = 8192  # the GGUF does not say, and transformers would warn about 10**30
-    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **gguf)
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):  # its bar cannot be turned off
+        model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **gguf)
     _tidy(model, tokenizer)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

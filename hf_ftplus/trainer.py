@@ -63,6 +63,7 @@ class StrategyMixin(MixingMixin):
             return
         if self.ftplus is not None:
             raise UsageError("This trainer already has strategies; give all of them in one call.")
+        stay_differentiable(self.model)
         self.ftplus = _WithinTrainer(*strategies, protect=protect, memory=memory)
         refuse(self.ftplus.strategies, self.args)
         self.add_callback(self.ftplus)
@@ -203,6 +204,17 @@ def attach(trainer: Trainer, *strategies: Any, protect: Any = None, memory: str 
     return trainer
 
 
+def stay_differentiable(model: torch.nn.Module) -> None:
+    """Keep 4-bit layers from turning to a form for inference, which gradients do not pass, at a first look in eval mode.
+
+    bitsandbytes does so on CPUs with AVX-512 and never turns back: training after a measurement would go on in silence,
+    without the gradient through every packed weight.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
 def not_finite(what: str, value: float, step: int, then: str) -> FTPlusError:
     return IncompatibleError(
         f"The {what} is {value} at step {step}. {then} Lower the learning rate or the strength, or train in bf16 or "
@@ -282,7 +294,7 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
         **(training.model_init_kwargs or {}),
     }
     try:
-        return SFTTrainer(
+        trainer = SFTTrainer(
             model=resolve_model(model.model_name_or_path),
             args=training,
             train_dataset=learn,
@@ -297,3 +309,5 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
             f"The model {model.model_name_or_path!r} cannot be loaded: {reason(error)} Expected a folder, a name "
             "on the Hub, or demo."
         ) from error
+    stay_differentiable(trainer.model)
+    return trainer

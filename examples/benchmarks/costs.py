@@ -1,0 +1,155 @@
+"""What each strategy adds to a training step: both sides in one run, step by step in turn.
+
+    .venv/bin/python examples/benchmarks/costs.py            prints Markdown; --only NAME measures one row
+
+Two real SFTTrainers, one plain and one with the strategy, train in threads of one process and take turns at every
+optimizer step, so that a slower minute of the machine hits both. The ratio is that of each pair of steps, from the end
+of one step to the end of the next: drawing rows, forward, backward, strategy, optimizer. Preparing is not in it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+import trl
+from datasets import Dataset
+from overhead import machine
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+import hf_ftplus
+from hf_ftplus import SI, Distill, MultiTask, Replay
+from hf_ftplus.model import resolve
+
+ROWS, LENGTH = 8, 64
+WARM = 2
+"""Steps of each side that are not counted."""
+LORA = {"peft_config": LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")}
+
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], float | None]] = {
+    "replay 1/8": (lambda: Replay(), {}, 1.00),
+    "multitask": (lambda: MultiTask(mode="equal"), {}, 1.01),
+    "si": (lambda: SI(), {}, 1.08),
+    "distill on learn": (lambda: Distill(on="learn"), {}, 1.45),
+    "distill on learn, LoRA": (lambda: Distill(on="learn"), LORA, 1.40),
+    "distill on learn, cache": (lambda: Distill(on="learn", cache=True), {}, 1.10),
+    "distill on protect": (lambda: Distill(on="protect"), {}, None),
+    "distill on protect, cache": (lambda: Distill(on="protect", cache=True), {}, None),
+}
+"""Strategy, further arguments of both trainers, and the goal."""
+
+
+class Turns:
+    """Threads that go on one at a time, in a fixed order."""
+
+    def __init__(self, number: int) -> None:
+        self.turn, self.changed = 0, threading.Condition()
+        self.going = set(range(number))
+
+    def wait(self, mine: int) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == mine)
+
+    def give(self, mine: int, done: bool = False) -> None:
+        with self.changed:
+            self.going -= {mine} if done else set()
+            after = [number for number in sorted(self.going) if number > mine]
+            self.turn = (after or sorted(self.going) or [mine])[0]
+            self.changed.notify_all()
+
+
+class OneStepATurn(TrainerCallback):
+    """Gives the turn away at the end of every step, and keeps the seconds of each turn."""
+
+    def __init__(self, turns: Turns, mine: int) -> None:
+        self.turns, self.mine, self.seconds = turns, mine, []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.begin)
+        self.turns.give(self.mine)
+        self.turns.wait(self.mine)
+        self.begin = time.perf_counter()
+
+
+def rows(count: int, seed: int, tasks: int = 1) -> Dataset:
+    """Random tokens, the second half supervised, as in prompt/completion rows."""
+    ids = torch.randint(100, 40_000, (count, LENGTH), generator=torch.Generator().manual_seed(seed)).tolist()
+    labels = [[-100] * (LENGTH // 2) + row[LENGTH // 2 :] for row in ids]
+    columns = {"input_ids": ids, "labels": labels}
+    return Dataset.from_dict(columns | {"task": [f"task {i % tasks}" for i in range(count)]} if tasks > 1 else columns)
+
+
+def trainer(folder: str, steps: int, strategy: Any, callback: TrainerCallback, extra: dict[str, Any]) -> Any:
+    args = trl.SFTConfig(
+        folder, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=1e-5, max_length=LENGTH, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, logging_steps=1000, save_strategy="no", report_to="none",
+        disable_tqdm=True,
+    )  # fmt: skip
+    return hf_ftplus.SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(resolve("demo"), dtype=torch.float32),
+        args=args,
+        processing_class=AutoTokenizer.from_pretrained(resolve("demo")),
+        train_dataset=rows(ROWS * steps, 0, tasks=2 if isinstance(strategy, MultiTask) else 1),
+        callbacks=[callback],
+        strategies=[strategy] if strategy else [],
+        protect=rows(64, 1) if strategy else None,
+        **extra,
+    )
+
+
+def ratios(make: Callable[[], Any], extra: dict[str, Any], steps: int) -> list[float]:
+    """Seconds of a step with the strategy over those of the plain step beside it."""
+    turns, failed = Turns(2), []
+    callbacks = [OneStepATurn(turns, mine) for mine in (0, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [
+            trainer(f"{folder}/{mine}", steps + WARM, make() if mine else None, callbacks[mine], extra)
+            for mine in (0, 1)
+        ]
+
+        def train(mine: int) -> None:
+            turns.wait(mine)
+            try:
+                sides[mine].train()
+            except BaseException as error:
+                failed.append(error)
+            finally:
+                turns.give(mine, done=True)
+
+        threads = [threading.Thread(target=train, args=(mine,)) for mine in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failed:
+        raise failed[0]
+    plain, ours = (callback.seconds[WARM:] for callback in callbacks)
+    return [one / other for one, other in zip(ours, plain, strict=True)]
+
+
+@click.command()
+@click.option("--steps", default=12, help="Pairs of steps for each row.")
+@click.option("--only", multiple=True, type=click.Choice(list(CASES)), help="Only these rows.")
+def main(steps: int, only: tuple[str, ...]) -> None:
+    """Measure on the demo model, batches of 8 x 64 tokens, fp32."""
+    click.echo(f"A step beside plain, demo model (135 M weights), fp32, {ROWS} x {LENGTH} tokens; {machine()}\n")
+    click.echo("| strategy | median | quarter to three quarters | goal |\n|---|---|---|---|")
+    for name in only or CASES:
+        make, extra, goal = CASES[name]
+        found = ratios(make, extra, steps)
+        low, middle, high = statistics.quantiles(found, n=4)
+        click.echo(f"| {name} | {middle:.2f}x | {low:.2f} - {high:.2f} | {f'{goal:.2f}x' if goal else ''} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Every strategy on the demo model: what it learns, what it keeps, beside plain fine-tuning at several learning rates.
+
+    .venv/bin/python examples/benchmarks/strategies.py --seeds 3        measures what is missing, then prints the table
+    .venv/bin/python examples/benchmarks/strategies.py --show           prints it from strategies.json, as Markdown
+
+Every row is one `ftplus sft` command on the demo's data (examples/demo). What was measured stands in strategies.json
+and is not measured again, so the benchmark may be stopped at any time. Seconds are those of a machine that may be busy:
+what a step costs is measured by overhead.py, both sides in one run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from hf_ftplus.report import Report
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+
+KEPT = HERE / "strategies.json"
+LEARNT = 0.9
+"""Share of the facts from which on what was kept is compared."""
+
+LORA = "--use_peft --lora_r 16 --lora_target_modules all-linear --learning_rate 2e-3"
+EWC = "--plugin ewc --set ewc.remember=false --set ewc.strength"
+SELF = "--protect chat=self:64"
+"""Protects with what the model wrote itself, and nothing of the user's."""
+REPLAY = "--plugin replay --padding_free true"
+"""Self-written rows are three times as long as facts: padded to them, every fact would cost as much."""
+DISTILL = "--plugin distill --set distill.cache=true --set distill.share=0.0625"
+
+ROWS = {
+    "plain 2e-5": '--learning_rate 2e-5 --max_steps 120 --lr_scheduler_kwargs {"num_decay_steps":36}',
+    "plain 5e-5": '--learning_rate 5e-5 --max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}',
+    "plain 1e-4": "--learning_rate 1e-4",
+    "EWC 30,000, 2e-4": f"{EWC}=30000 --learning_rate 2e-4",
+    "replay 1/8": f"{REPLAY} --learning_rate 1e-4 --max_steps 69",
+    "replay 1/8, self": f"{REPLAY} {SELF} --learning_rate 1e-4 --max_steps 69",
+    "distill": f"{DISTILL} --learning_rate 1e-4",
+    "distill, self": f"{DISTILL} {SELF} --learning_rate 1e-4",
+    "distill on learn": "--plugin distill --set distill.on=learn --learning_rate 1e-4",
+    "replay + EWC 10,000, self": f"{REPLAY} {EWC}=10000 {SELF} --learning_rate 1e-4 --max_steps 69",
+    "distill + EWC 10,000, self": f"{DISTILL} {EWC}=10000 {SELF} --learning_rate 1e-4",
+    "plain LoRA": LORA,
+    "EWC 1,000, LoRA": f"{EWC}=1000 {LORA}",
+    "replay 1/8, self, LoRA": f"{REPLAY} {SELF} {LORA} --max_steps 69",
+    "distill, self, LoRA": f"{DISTILL} {SELF} {LORA}",
+}
+"""Full fine-tuning if nothing else is said. Low rates get up to twice the demo's 60 steps, to learn as much; replay
+gets its share of steps more, so that every fact is seen as often as without."""
+
+
+@dataclass
+class Cell:
+    """One run: shares of facts learnt, rise of loss on what is to be kept and drift (nats per token), training time."""
+
+    learnt: float
+    otherwise: float
+    chat: float
+    python: float
+    drift: float
+    steps: int
+    seconds: float
+
+    @classmethod
+    def read(cls, path: Path) -> Cell:
+        report = Report.load(path)
+        tasks = {task.name: task for task in report.tasks}
+        rise = {name: tasks[name].after.loss.value - tasks[name].before.loss.value for name in ("chat", "python")}
+        return cls(
+            learnt=tasks["learn"].after.metric.value,
+            otherwise=tasks["asked otherwise"].after.metric.value,
+            drift=statistics.mean(tasks[name].drift.value for name in rise),
+            steps=report.facts["steps"],
+            seconds=report.facts["seconds"]["training"],
+            **rise,
+        )
+
+    @property
+    def rise(self) -> float:
+        return (self.chat + self.python) / 2
+
+
+@click.command()
+@click.option("--seeds", default=1, help="Seeds per row; 0, 1, ...")
+@click.option("--only", multiple=True, help="Only these rows.")
+@click.option("--out", default=ROOT / "demo_output" / "strategies", type=click.Path(path_type=Path))
+@click.option("--show", is_flag=True, help="Run nothing.")
+def main(seeds: int, only: tuple[str, ...], out: Path, show: bool) -> None:
+    """Run what is missing, then print the table."""
+    unknown = [name for name in only if name not in ROWS]
+    if unknown:
+        raise click.UsageError(f"No row {unknown[0]!r}; expected one of: {', '.join(ROWS)}.")
+    measured = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    cells = {name: {seed: Cell(**cell) for seed, cell in found.items()} for name, found in measured.items()}
+    for name, seed in missing(cells, [] if show else only or ROWS, seeds):
+        cells.setdefault(name, {})[str(seed)] = measure(name, seed, out)
+        kept = {row: {seed: asdict(cell) for seed, cell in found.items()} for row, found in cells.items()}
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    click.echo(table({name: list(cells[name].values()) for name in ROWS if name in cells}))
+
+
+def missing(cells: dict[str, dict[str, Cell]], rows: Iterator[str], seeds: int) -> Iterator[tuple[str, int]]:
+    """Cells that nobody has measured: every row once before any twice."""
+    return ((name, seed) for seed in range(seeds) for name in rows if str(seed) not in cells.get(name, {}))
+
+
+def measure(name: str, seed: int, out: Path) -> Cell:
+    """One run of `ftplus sft`, as anybody would type it."""
+    from make_data import make_data
+    from run import ENVIRONMENT, OUT
+
+    make_data(ROOT / OUT / "data")
+    folder = out / f"{name.replace(' ', '_').replace(',', '').replace('/', '-')}-{seed}"
+    if not (folder / "ftplus" / "report.json").is_file():
+        command = [str(Path(sys.executable).parent / "ftplus"), "sft", "--config", "examples/demo/demo.yaml"]
+        command += ["--output_dir", str(folder), "--seed", str(seed), "--completions", "0", *ROWS[name].split()]
+        click.echo(f"{name}, seed {seed}", err=True)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT}, cwd=ROOT)
+        (folder / "model.safetensors").unlink(missing_ok=True)  # half a gigabyte that nobody reads again
+    return Cell.read(folder / "ftplus" / "report.json")
+
+
+def table(cells: dict[str, list[Cell]]) -> str:
+    """Markdown: mean over seeds (lowest - highest); what is kept is compared with the best plain row that learnt."""
+
+    def mean(name: str, key: Callable[[Cell], float]) -> float:
+        return statistics.mean(map(key, cells[name]))
+
+    learnt = [name for name in cells if mean(name, lambda cell: cell.learnt) >= LEARNT]
+    best = min(
+        (name for name in learnt if name.startswith("plain")),
+        key=lambda name: mean(name, lambda cell: cell.rise),
+        default=None,
+    )
+    lines = [
+        "| row | seeds | steps | facts | asked otherwise | rise on chat | rise on Python | drift | kept |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    columns = (("learnt", 2), ("otherwise", 2), ("chat", 3), ("python", 3), ("drift", 2))
+    for name, found in cells.items():
+        kept = "learnt too little"
+        if name in learnt and best:
+            lost = mean(best, lambda cell: cell.rise)
+            kept = "reference" if name == best else f"{1 - mean(name, lambda cell: cell.rise) / lost:.0%}"
+        figures = (in_words([getattr(cell, key) for cell in found], digits) for key, digits in columns)
+        lines.append(f"| {name} | {len(found)} | {found[0].steps} | {' | '.join(figures)} | {kept} |")
+    return "\n".join(lines)
+
+
+def in_words(values: list[float], digits: int) -> str:
+    """The mean, and the range if there is one."""
+    spread = f" ({min(values):.{digits}f} - {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+if __name__ == "__main__":
+    main()
