@@ -29,7 +29,7 @@ RUNS = {
 """The same data, steps and seed. EWC holds back what a higher rate would break, so it can use one."""
 ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",  # PyTorch: huge pages for large tensors, a sixth of the time of a step here
-    "GOMP_SPINCOUNT": "20000",  # threads wait awake for a twentieth of a millisecond: a fifth of a step is spent on short ones
+    "GOMP_SPINCOUNT": "20000",  # threads wait awake for a moment: they wait often and briefly, a fifth of a step in all
     # glibc: tensors up to 32 MB are cut from memory that is kept, not asked from the system anew at every operation
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296",
     "HF_HUB_OFFLINE": "1",
