@@ -53,6 +53,7 @@ ROWS = {
     "distill + EWC 10,000, self": f"{DISTILL} {EWC}=10000 {SELF} --learning_rate 1e-4",
     "plain LoRA": LORA,
     "EWC 1,000, LoRA": f"{EWC}=1000 {LORA}",
+    "EWC 1,000, LoRA, 90 steps": f'{EWC}=1000 {LORA} --max_steps 90 --lr_scheduler_kwargs {{"num_decay_steps":27}}',
     "replay 1/8, self, LoRA": f"{REPLAY} {SELF} {LORA} --max_steps 69",
     "distill, self, LoRA": f"{DISTILL} {SELF} {LORA}",
 }
