@@ -11,15 +11,19 @@ demo: .venv/demo
 	$(BIN)/python examples/demo/run.py
 
 # tiny models are several times faster on one thread: two threads on busy cores only wait for each other
-test: .venv/demo
+test: .venv/demo .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
 
-lint: .venv/installed
+lint: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 .venv/installed: pyproject.toml .ci/constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[demo]'
+	touch $@
+
+.venv/test: .venv/installed
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[demo,test]' -e plugins/ftplus-l2sp
 	touch $@
 
