@@ -29,6 +29,12 @@ from .weights import Adapter, local
 
 Batches = list[dict[str, Tensor]]
 
+FEW_TOKENS = 64
+"""Tokens of a micro-batch, padding included, up to which row and column sums under LoRA are exact."""
+SIGNS = 16
+"""Random signs that row and column sums of more tokens are averaged over: a relative variance of 2/16 for each
+micro-batch, beside the 2 that the square of one random gradient has anyway."""
+
 
 @dataclass
 class Fisher:
@@ -88,7 +94,7 @@ def fisher(
 
     # Around all batches: autocast drops its copies of the weights when its outermost block ends. Shards come and go.
     once = nullcontext if sharded else autocast
-    with once(), _undisturbed(model), row_column_sums(adapters) as sums:
+    with once(), _undisturbed(model), row_column_sums(adapters, generator) as sums:
         for index, batch in progress(_shares(batches, rank, world, sharded, apart=estimator == "empirical")):
             generator.manual_seed(seed * 1_000_003 + index)  # of the batch: the same on any number of ranks
             tokens += backward_logits(model, batch, estimator, generator, autocast)
@@ -151,11 +157,14 @@ def random_signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def row_column_sums(adapters: dict[str, Adapter]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def row_column_sums(
+    adapters: dict[str, Adapter], generator: torch.Generator
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Collect, for each LoRA target, row and column sums of G*G with G = sum_t delta_t x_t^T, the gradient of W [d, k].
 
     W is frozen and maybe quantised, so G is made from the layer's input x and the gradient delta of its output, and
-    never kept. For few tokens it is not even formed: row sums are diag(D^T (X X^T) D), at N^2 (d + k) instead of N d k.
+    never kept, nor even formed: the row sums of few tokens are diag(D^T (X X^T) D); of many they are the mean of
+    (D^T X z)^2 over random signs z, since E[z z^T] = 1 (Hutchinson 1990), at 2 N (d + k) a sign instead of N d k.
     """
     # every target from the start: a rank without a batch takes part in the reduction all the same
     sums = {
@@ -177,12 +186,13 @@ def row_column_sums(adapters: dict[str, Adapter]) -> Iterator[dict[str, tuple[Te
 
     def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
         x, delta = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
-        n, d, k = len(x), delta.shape[-1], x.shape[-1]
-        if n * (d + k) < d * k:
+        if len(x) <= FEW_TOKENS:
             rows, columns = (delta * (x @ x.T @ delta)).sum(0), (x * (delta @ delta.T @ x)).sum(0)
         else:
-            squared = (delta.T @ x).square_()
-            rows, columns = squared.sum(1), squared.sum(0)
+            rows, columns = (
+                (one.T @ (other @ random_signs((other.shape[-1], SIGNS), generator))).square().mean(1)
+                for one, other in ((delta, x), (x, delta))
+            )
         sums[name] = (sums[name][0] + rows, sums[name][1] + columns)
 
     try:
