@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .callback import StrategyCallback
     from .hookspecs import hookimpl
+    from .stages import sequence
     from .strategies.distill import Distill
     from .strategies.ewc import EWC
     from .strategies.multitask import MultiTask
@@ -37,6 +38,7 @@ __all__ = [
     "StrategyMixin",
     "attach",
     "hookimpl",
+    "sequence",
     "setting",
 ]
 
@@ -50,6 +52,7 @@ _LAZY = {
     "hookimpl": ".hookspecs",
     **dict.fromkeys(("Batch", "Memory", "Run", "Strategy", "setting"), ".strategy"),
     "StrategyCallback": ".callback",
+    "sequence": ".stages",
     **dict.fromkeys(("SFTTrainer", "StrategyMixin", "attach"), ".trainer"),
 }
 

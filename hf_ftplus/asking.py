@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,43 +20,46 @@ from .strategy import Run
 from .teacher import Teacher, content
 from .weights import sharded
 
-Batches = list[dict[str, Tensor]]
+Batches = Sequence[dict[str, Tensor]]
 
 
 def ask_all(
-    answers: Answers, teacher: Teacher | None, batches: Batches, run: Run, top_k: int, temperature: float
+    answers: Answers, teacher: Teacher | None, sources: list[Batches], run: Run, top_k: int, temperature: float
 ) -> None:
-    """Have an answer to every example of `batches`; ranks share the work.
+    """Have an answer to every example of every batch of `sources`; ranks share the work.
 
     Raises:
         IncompatibleError: answers are missing, and the teacher is gone or other ranks keep theirs elsewhere.
     """
+    places = [(source, index) for source in sources for index in range(len(source))]
     if teacher is not None:
-        lacking = [[answers.lacks(batch) for batch in batches]]
+        lacking = [[number for number, (source, index) in enumerate(places) if answers.lacks(source[index])]]
         if dist.is_initialized():
             dist.broadcast_object_list(lacking)  # one look for all: a later one sees what another rank has written
-        wanted = [batch for batch, lacks in zip(batches, lacking[0], strict=True) if lacks]
+        wanted = lacking[0]
         if wanted:
-            for batch in tqdm(_mine(wanted, run), desc="asking the teacher", disable=None, leave=False):
+            for number in tqdm(_mine(wanted, run), desc="asking the teacher", disable=None, leave=False):
+                source, index = places[number]
+                batch = source[index]
                 answers.add(batch, *ask(teacher, batch, run, top_k, temperature))
             answers.write()
             if dist.is_initialized():
                 dist.barrier()
             answers.refresh()
-    missing = sum(answers.lacks(batch) for batch in batches)
+    missing = sum(answers.lacks(source[index]) for source, index in places)
     if missing:
         raise IncompatibleError(
-            f"{answers.folder} lacks the teacher's answers to {missing} of {len(batches)} micro-batches, and the "
+            f"{answers.folder} lacks the teacher's answers to {missing} of {len(places)} micro-batches, and the "
             "teacher is not here to be asked again. All processes must see the same folder, and a resumed run the one "
             "it began with: set FTPLUS_CACHE, or start a new run."
         )
 
 
-def _mine(batches: Batches, run: Run) -> Batches:
-    """This rank's; of a sharded model every rank takes part in every pass."""
+def _mine(wanted: list[int], run: Run) -> list[int]:
+    """This rank's batches, by number; of a sharded model every rank takes part in every pass."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = batches[rank::world]
-    return [*mine, batches[0]] if sharded(run.model.parameters()) and len(mine) < -(-len(batches) // world) else mine
+    mine = wanted[rank::world]
+    return [*mine, wanted[0]] if sharded(run.model.parameters()) and len(mine) < -(-len(wanted) // world) else mine
 
 
 def ask(teacher: Teacher, batch: dict[str, Tensor], run: Run, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,17 +109,32 @@ def by_length(examples: list[data.Example], block: int = 64) -> list[data.Exampl
     return [example for part in blocks for example in sorted(part, key=lambda example: len(example["input_ids"]))]
 
 
-def learn_batches(dataloader: Any, batch_size: int, rows: int) -> list[dict[str, Tensor]]:
+@dataclass(frozen=True)
+class LearnBatches(Sequence):
+    """Micro-batches of the first `rows` rows of a dataset, each made when it is asked for: no set is held whole."""
+
+    dataset: Any
+    collate: Callable[[list[Any]], dict[str, Any]]
+    size: int
+    rows: int
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.size)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = range(0, self.rows, self.size)[index]
+        with torch.random.fork_rng(devices=[]):  # a collator that masks at random takes nothing from training
+            batch = self.collate([self.dataset[i] for i in range(start, min(start + self.size, self.rows))])
+        return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+
+
+def learn_batches(dataloader: Any, batch_size: int, rows: int) -> Sequence[dict[str, Tensor]]:
     """Micro-batches of the first `rows` training rows; none when the rows are not tokens and labels (DPO, streams)."""
     dataset = getattr(dataloader, "dataset", None)
     if not hasattr(dataset, "__len__"):  # a stream; torch gives every dataset a __getitem__
         return []
-    rows = min(rows, len(dataset))
-    starts = range(0, rows, batch_size)
-    with torch.random.fork_rng(devices=[]):  # a collator that masks at random takes nothing from training
-        batches = [dataloader.collate_fn([dataset[i] for i in range(s, min(s + batch_size, rows))]) for s in starts]
-    kept = [{k: v for k, v in batch.items() if isinstance(v, Tensor)} for batch in batches]
-    return kept if all({"input_ids", "labels"} <= batch.keys() for batch in kept) else []
+    batches = LearnBatches(dataset, dataloader.collate_fn, batch_size, min(rows, len(dataset)))
+    return batches if batches and {"input_ids", "labels"} <= batches[0].keys() else []
 
 
 def examples_of(batches: list[dict[str, Tensor]]) -> list[dict[str, list[int]]]:

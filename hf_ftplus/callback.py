@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from . import state
 from .batches import SelfText, learn_batches, protect_batches, same_batches
+from .data import as_tasks
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
 from .plugins import resolve
 from .strategy import Memory, Run, Strategy, refuse_deepspeed
@@ -102,32 +103,43 @@ class StrategyCallback(TrainerCallback):
     ) -> Run:
         """Make the Run: live weights, protect data as micro-batches, where memory is read and written."""
         refuse(self.strategies, args)
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-            raise IncompatibleError(
-                "FSDP version 1 flattens weights into one, so strategies cannot tell them apart. Set fsdp_version: 2 "
-                "in the accelerate config, or type --accelerate_config fsdp2."
-            )
-        out = Path(args.output_dir) / STATE_FOLDER / "memory"
-        run = Run(
-            model=model,
-            weights=trainable(model),
-            protect={},
-            learn=lambda rows: learn_batches(
-                train_dataloader, args.per_device_train_batch_size, min(rows, self.learn_rows or rows)
-            ),
-            device=args.device,
-            seed=args.seed,
-            memory=Memory(read=self.memory, write=out),
-            autocast=autocast(args),
-            clip=None if args.max_grad_norm and not self.within_trainer else 1.0,
-            writers=tuple(strategy.name for strategy in self.acting("before_step")),
-            tokenizer=getattr(tokenizer, "tokenizer", tokenizer),
+        run = self._sight(model, args, tokenizer)
+        run.learn = lambda rows: learn_batches(
+            train_dataloader, args.per_device_train_batch_size, min(rows, self.learn_rows or rows)
         )
         run.protect = protect_batches(self.protect, run, args, tokenizer, written)
         if self.run is not None:
             run.tasks, run.rows = self.run.tasks, self.run.rows
         self.run = run
         return run
+
+    def refuse(self, model: torch.nn.Module, args: TrainingArguments, tokenizer: Any) -> None:
+        """Let every strategy refuse what it cannot train, before anything is asked of the model."""
+        run = self._sight(model, args, tokenizer)
+        for strategy in self.strategies:
+            self.call(strategy, "refuse", run)
+
+    def _sight(self, model: torch.nn.Module, args: TrainingArguments, tokenizer: Any) -> Run:
+        """The Run before a row is read: its protect tasks have names only."""
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            raise IncompatibleError(
+                "FSDP version 1 flattens weights into one, so strategies cannot tell them apart. Set fsdp_version: 2 "
+                "in the accelerate config, or type --accelerate_config fsdp2."
+            )
+        out = Path(args.output_dir) / STATE_FOLDER / "memory"
+        return Run(
+            model=model,
+            weights=trainable(model),
+            protect={name: [] for name in as_tasks(self.protect)},
+            learn=lambda rows: [],
+            device=args.device,
+            seed=args.seed,
+            memory=Memory(read=self.memory, write=out),
+            autocast=autocast(args),
+            clip=None if args.max_grad_norm and not self.within_trainer else 1.0,
+            strategies=tuple(self.strategies),
+            tokenizer=getattr(tokenizer, "tokenizer", tokenizer),
+        )
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._alone(state)
@@ -315,7 +327,7 @@ class StrategyCallback(TrainerCallback):
 
 
 def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
-    """Raise for launchers and settings under which a strategy would act wrongly, before anything trains."""
+    """Raise for launchers and settings under which a strategy would act wrongly, before a model is loaded."""
     if args.deepspeed or args.distributed_state.distributed_type == "DEEPSPEED":
         refuse_deepspeed(strategies)
     if strategies and args.auto_find_batch_size:
@@ -323,6 +335,8 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
             "auto_find_batch_size starts training again from weights that already moved, which strategies would take "
             "for the starting model. Set per_device_train_batch_size instead."
         )
+    for strategy in strategies if not args.resume_from_checkpoint else ():
+        strategy.refuse(None)
 
 
 def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:

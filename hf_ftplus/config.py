@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import conditions, metric
+from .chosen import plugins_of, strategies
 from .errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from .data import TaskSpec
     from .strategy import Strategy
+    from .tasks import TaskConfig
 
-METRICS = ("choice", "exact_match")
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 
@@ -60,7 +62,10 @@ OPTIONS = (
         metavar="[NAME=]DATA[:SPLIT]",
     ),
     Option(
-        "metric", "How a task is scored beside loss: choice or exact_match. Repeatable.", True, metavar="TASK=METRIC"
+        "metric",
+        "How a task is scored: choice, exact_match, f1, rouge; exact_match:REGEX finds the answer. Repeatable.",
+        True,
+        metavar="TASK=METRIC",
     ),
     Option("memory", "OUTPUT/ftplus/memory of an earlier run, whose knowledge still counts.", metavar="DIR"),
     Option(
@@ -68,12 +73,19 @@ OPTIONS = (
     ),
     Option("completions", "Completions per task shown side by side, before and after.", kind=int, metavar="N"),
     Option(
+        "stop_when",
+        "End training early: learn-plateaus[:PATIENCE[:NATS]], or 'retention-falls-below X'. Repeatable.",
+        True,
+        metavar="CONDITION",
+    ),
+    Option(
         "fail_if_retention_below",
         "Exit with 5 if any protect task keeps less than this share.",
         kind=float,
         metavar="X",
     ),
 )
+YAML_ONLY = ("tasks",)
 DEFAULTS = {"measure_rows": 64, "completions": 3}
 SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 """Left out of the report wherever they stand; an eos_token is none."""
@@ -91,10 +103,29 @@ class RunConfig:
     protect: list[TaskSpec] = field(default_factory=list)
     measure: list[TaskSpec] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """As declared in YAML; `protect`, `measure` and `metrics` have their part of them, too."""
     memory: Path | None = None
     measure_rows: int = DEFAULTS["measure_rows"]
     completions: int = DEFAULTS["completions"]
     fail_if_retention_below: float | None = None
+    stop_when: list[str] = field(default_factory=list)
+    go_on: str = "the same command and --resume_from_checkpoint true"
+    """What to type after Ctrl-C."""
+
+    @property
+    def learns(self) -> list[str]:
+        """The names of what is learnt."""
+        return [task.name for task in self.tasks if task.role == "learn"] or ["learn"]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares of training rows that tasks are given."""
+        return {task.name: task.share for task in self.tasks if task.share is not None}
+
+    @property
+    def unmeasured(self) -> list[str]:
+        return [task.name for task in self.tasks if task.measure is False]
 
     def resolved(self) -> dict[str, Any]:
         """All of it as plain values for the report; secrets left out."""
@@ -105,10 +136,12 @@ class RunConfig:
             "protect": [str(spec) for spec in self.protect],
             "measure": [str(spec) for spec in self.measure],
             "metrics": self.metrics,
+            "tasks": [task.given for task in self.tasks],
             "memory": str(self.memory) if self.memory else None,
             "measure_rows": self.measure_rows,
             "completions": self.completions,
             "fail_if_retention_below": self.fail_if_retention_below,
+            "stop_when": self.stop_when,
             "model": vars(self.model),
             "data": vars(self.script),
             "mixture": vars(self.mixture),
@@ -131,16 +164,23 @@ def read_yaml(path: str | None, what: str = "--config") -> dict[str, Any]:
     """
     import yaml
 
+    from .tasks import refuse_twice
+
     if path is None:
         return {}
+    text = ""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UsageError(f"{what} {path}: {error.strerror}; expected a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from None
+        said = f"{what} {path} is not YAML: {' '.join(str(error).split())}"
+        raise UsageError(said + (" Put templates in quotes." if "{{" in str(text) else "")) from None
     if not isinstance(content, dict):
         raise UsageError(f"{what} {path} holds a {type(content).__name__}; expected a mapping of option: value.")
+    if "tasks" in content:
+        refuse_twice(text, path)
     return content
 
 
@@ -151,7 +191,7 @@ def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], 
     for option in OPTIONS:
         given = rest.pop(option.yaml, None)
         if option.name == "plugin":
-            ours["plugin"], ours["settings"] = _plugins(given)
+            ours["plugin"], ours["settings"] = plugins_of(given)
             if flags.get("plugin"):  # instead of the file's; its settings stay for those that are named again
                 ours["settings"] = {
                     name: values for name, values in ours["settings"].items() if name in flags["plugin"]
@@ -160,6 +200,7 @@ def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], 
             ours[option.name] = _listed(given) if option.many else _single(given, option)
         if flags.get(option.name) not in (None, ()):
             ours[option.name] = list(flags[option.name]) if option.many else flags[option.name]
+    ours["tasks"] = rest.pop("tasks", None)
     return ours, rest
 
 
@@ -169,75 +210,55 @@ def build(ours: dict[str, Any]) -> RunConfig:
     Raises:
         UsageError: unknown strategy, setting, task or metric, or a value out of range; with the nearest known word.
     """
-    from .data import TaskSpec, distinct_names, parse_all
+    from .data import parse_all
+    from .tasks import join, read, refuse_shares
 
-    protect, measure = parse_all(ours.get("protect", ())), [TaskSpec.parse(text) for text in ours.get("measure", ())]
-    distinct_names(spec.name for spec in measure)
+    tasks, faults = read(ours.get("tasks"))
+    if faults:
+        raise UsageError("\n".join(faults))
+    protect, measure = parse_all(ours.get("protect", ())), parse_all(ours.get("measure", ()))
     if any(spec.name == "learn" for spec in protect):
         raise UsageError("A protect task is called 'learn', the name of the new data. Name it: --protect OTHER=DATA.")
-    known = list(dict.fromkeys(["learn", *(spec.name for spec in (*protect, *measure))]))
+    join(tasks, protect, measure)
+    learns = [task.name for task in tasks if task.role == "learn"] or ["learn"]
+    known = list(dict.fromkeys([*learns, *(spec.name for spec in (*protect, *measure))]))
+    chosen = strategies(ours)
+    refuse_shares(tasks, chosen)
     gate = ours.get("fail_if_retention_below")
     if gate is not None and not 0 < gate < float("inf"):
         raise UsageError(f"--fail-if-retention-below {gate}; expected a share above 0, such as 0.95.")
-    if gate is not None and ours["measure_rows"] == 0:
-        raise UsageError("--fail-if-retention-below needs a measurement, but --measure-rows is 0.")
-    if gate is not None and not protect:
-        raise UsageError("--fail-if-retention-below has no protect task to judge. Type --protect DATA or self:256.")
+    stop_when, unmeasured = ours.get("stop_when", []), [task.name for task in tasks if task.measure is False]
+    judges = ["--fail-if-retention-below"] if gate is not None else []
+    judges += [f"--stop-when {conditions.RETENTION}"] if conditions.read(stop_when).retention is not None else []
+    for judge in judges:
+        if ours["measure_rows"] == 0:
+            raise UsageError(f"{judge} needs a measurement, but --measure-rows is 0.")
+        if all(spec.name in unmeasured for spec in protect):
+            raise UsageError(f"{judge} has no protect task to judge. Type --protect DATA or self:256.")
     return RunConfig(
-        strategies=strategies(ours),
+        strategies=chosen,
         protect=protect,
         measure=measure,
-        metrics=_metrics(ours.get("metric", ()), known),
+        metrics={task.name: task.metric for task in tasks if task.metric} | _metrics(ours.get("metric", ()), known),
+        tasks=tasks,
         memory=_memory(ours.get("memory")),
         measure_rows=_at_least(0, ours["measure_rows"], "measure_rows"),
         completions=_at_least(0, ours["completions"], "completions"),
         fail_if_retention_below=gate,
+        stop_when=stop_when,
     )
-
-
-def strategies(ours: dict[str, Any]) -> list[Strategy]:
-    """The strategies asked for, with their settings from YAML and --set."""
-    from .plugins import resolve
-
-    settings: dict[str, dict[str, Any]] = {name: dict(values) for name, values in ours.get("settings", {}).items()}
-    names = list(ours.get("plugin", ()))
-    found = {}
-    for text in ours.get("set", ()):
-        name, setting, value = _assignment(text)
-        settings.setdefault(name, {})[setting] = value
-    for name in names:
-        strategy = resolve((name, settings.pop(name, {})), blocked=tuple(ours.get("no_plugin", ())))
-        late = settings.pop(strategy.name, None)  # settings go by the strategy's name even when a file was given
-        found[strategy.name] = resolve((type(strategy), late)) if late else strategy
-    if len(found) < len(names):
-        raise UsageError(f"A strategy is given twice: {', '.join(names)}. Give each once.")
-    for name in settings:
-        raise UsageError(
-            f"--set {name}.…: no strategy {name!r} in this run.{nearest(name, list(found))} Add --plugin {name}."
-        )
-    return list(found.values())
-
-
-def _assignment(text: str) -> tuple[str, str, str]:
-    path, equals, value = text.partition("=")
-    name, dot, setting = path.strip().rpartition(".")
-    if not (equals and dot and name and setting):
-        raise UsageError(f"--set {text!r}; expected NAME.SETTING=VALUE, such as ewc.strength=3000.")
-    return name, setting, value.strip()
 
 
 def _metrics(texts: Iterable[str], tasks: list[str]) -> dict[str, str]:
     found = {}
     for text in texts:
-        task, equals, metric = text.partition("=")
-        if not equals or metric not in METRICS:
-            raise UsageError(
-                f"--metric {text!r}; expected TASK=METRIC with METRIC one of {', '.join(METRICS)}."
-                f"{nearest(metric, METRICS)}"
-            )
+        task, equals, name = text.partition("=")
+        if not equals:
+            raise UsageError(f"--metric {text!r}; expected TASK=METRIC with METRIC one of {', '.join(metric.METRICS)}.")
+        metric.parse(name, f"--metric {text!r}")
         if task not in tasks:
             raise UsageError(f"--metric {text!r}: no task {task!r}.{nearest(task, tasks)} Tasks: {', '.join(tasks)}.")
-        found[task] = metric
+        found[task] = name
     return found
 
 
@@ -257,30 +278,6 @@ def _at_least(low: int, value: Any, name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise UsageError(f"--{name} {value!r}; expected a whole number of {low} or more.")
     return value
-
-
-def _plugins(given: Any) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """`plugins:` in YAML: a name, a list of names or of `name: {settings}`, or a mapping of name to settings."""
-    items = (
-        []
-        if given is None
-        else given
-        if isinstance(given, list)
-        else list(given.items())
-        if isinstance(given, dict)
-        else [given]
-    )
-    names, settings = [], {}
-    for item in items:
-        pairs = item.items() if isinstance(item, dict) else [item] if isinstance(item, tuple) else [(item, None)]
-        for name, values in pairs:
-            if not isinstance(name, str) or not isinstance(values, (dict, type(None))):
-                raise UsageError(
-                    f"plugins: {item!r}; expected a name, or a name with its settings: ewc: {{strength: 3000}}."
-                )
-            names.append(name)
-            settings[name] = dict(values or {})
-    return names, settings
 
 
 def _listed(given: Any) -> list[str]:

@@ -14,9 +14,9 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,12 +32,12 @@ from .files import READERS, Entry, Malformed
 from .formats import Row, Shape, escape, shape_of
 
 __all__ = [
-    "Example", "TaskSpec", "Tokenized", "as_tasks", "collate", "distinct_names", "is_batches", "load", "normalise",
-    "parse_all", "tokenize",
+    "Example", "TaskSpec", "Tokenized", "as_tasks", "collate", "distinct_names", "is_batches", "is_local", "load",
+    "normalise", "parse_all", "tokenize",
 ]  # fmt: skip
 
 SHOWN = 5
-"""Problems listed before reading stops."""
+"""Problems listed; the rest is counted."""
 CHUNK = 20_000
 """Rows held as Python objects while a file is read; the rest waits in Arrow, at about the size of the file."""
 
@@ -57,6 +57,10 @@ class TaskSpec:
     split: str | None = None
     generate: int | None = None
     """Number of examples that the starting model writes itself; None for data that exists."""
+    config: str | None = None
+    """Of several that a dataset on the Hub has."""
+    through: Callable[[int], Callable[[Row], Row]] | None = field(default=None, repr=False)
+    """Gives, for a seed, what every row goes through before its format is looked for (a template)."""
 
     @classmethod
     def parse(cls, text: str) -> TaskSpec:
@@ -69,10 +73,30 @@ class TaskSpec:
         name, rest = (named["name"].strip(), named["rest"]) if named else ("", text)
         if not rest.strip():
             raise UsageError(f"{text!r} names no data; expected [NAME=]FILE_OR_HUB[:split] or [NAME=]self:256.")
-        if rest == "self" or rest.startswith("self:"):
-            return cls(name or "self", "self", generate=_count(rest))
-        source, split = _split(rest)
+        return cls.of(name, rest)
+
+    @classmethod
+    def of(cls, name: str, text: str) -> TaskSpec:
+        """One task by its name (or a name of its source) and what stands behind it: FILE_OR_HUB[:split], or self:256.
+
+        Raises:
+            UsageError: `self:` without a number of rows.
+        """
+        if text == "self" or text.startswith("self:"):
+            return cls(name or "self", "self", generate=_count(text))
+        source, split = _split(text)
         return cls(name or Path(source).stem, source, split)
+
+    def load(self, seed: int = 0) -> Dataset:
+        """Its rows, in a canonical format.
+
+        Args:
+            seed: of what is drawn for each row, as one of several templates.
+
+        Raises:
+            DataError: see `load`.
+        """
+        return load(self.source, self.split, self.config, through=self.through(seed) if self.through else None)
 
     def __str__(self) -> str:
         tail = f":{self.generate}" if self.generate else f":{self.split}" if self.split else ""
@@ -180,36 +204,61 @@ def is_batches(task: Any) -> bool:
 # ---- from a source to canonical rows -------------------------------------------------------------------------------
 
 
-def load(source: str, split: str | None = None) -> Dataset:
+Through = Callable[[Row], Row]
+"""What a row goes through before its format is looked for; raises ValueError with what is wrong with it."""
+
+
+def load(
+    source: str,
+    split: str | None = None,
+    config: str | None = None,
+    *,
+    through: Through | None = None,
+    named: bool = False,
+) -> Dataset:
     """Rows of a local .jsonl, .json, .csv or .parquet file or of a Hub dataset, in a canonical format.
 
     A local file has one split, `train`; slices such as `train[:100]` work everywhere.
+
+    Args:
+        source: file or Hub name.
+        split: of it; left out, `train`.
+        config: of several that a dataset on the Hub has.
+        through: makes a row in some format of what stands there.
+        named: keep a column `task` that says in words which task a row belongs to.
 
     Raises:
         DataError: missing, empty, malformed (with file, line and column) or in no known format.
     """
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
-    if suffix in READERS and (path.is_file() or _looks_local(source)):
-        return _slice(_local(path, suffix), split, source)
+    if is_local(source):
+        return _slice(_local(path, suffix, through, named), split, source)
     if path.is_file():
         raise DataError(f"{source} is a {suffix or 'file without suffix'}; expected one of {', '.join(READERS)}.")
     if not path.exists() and _looks_local(source):
         raise DataError(f"{source} does not exist; expected a file or folder.{_neighbour(path)}")
     where = f"{source}:{split or 'train'}"
-    return normalise(_through_datasets(where, source, split=split or "train"), where)
+    return normalise(_through_datasets(where, source, name=config, split=split or "train"), where, through, named)
 
 
 def _looks_local(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix.lower() in READERS
 
 
-def _local(path: Path, suffix: str) -> Dataset:
+def is_local(source: str) -> bool:
+    """Whether `load` reads a file of this machine, and not a dataset of the Hub."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() in READERS and (path.is_file() or _looks_local(source))
+
+
+def _local(path: Path, suffix: str, through: Through | None, named: bool) -> Dataset:
     if not path.is_file():
         raise DataError(f"{path} does not exist; expected a file.{_neighbour(path)}")
     if suffix == ".parquet":
-        return normalise(_through_datasets(str(path), "parquet", data_files=str(path), split="train"), str(path))
-    return _build(READERS[suffix](path), str(path))
+        rows = _through_datasets(str(path), "parquet", data_files=str(path), split="train")
+        return normalise(rows, str(path), through, named)
+    return _build(READERS[suffix](path), str(path), through, named)
 
 
 def _neighbour(path: Path) -> str:
@@ -235,11 +284,11 @@ def reason(error: Exception) -> str:
     return escape(str(error).strip().partition("\n")[0], 300) or type(error).__name__
 
 
-def _through_datasets(where: str, name: str, **options: Any) -> Dataset:
+def _through_datasets(where: str, path: str, **options: Any) -> Dataset:
     """`datasets.load_dataset`, with its many exceptions as one sentence, and no bar where nobody watches."""
     try:
         with _bars_only_on_terminals():
-            return datasets.load_dataset(name, **options)
+            return datasets.load_dataset(path, **options)
     except Exception as error:  # load_dataset raises whatever its reader, fsspec or the network raised
         raise DataError(
             f"{where} cannot be read: {type(error).__name__}: {reason(error).rstrip('.')}. Expected a local file "
@@ -259,31 +308,27 @@ def _bars_only_on_terminals() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def normalise(data: Dataset | list[Row], where: str) -> Dataset:
-    """Any supported format (formats.py) in canonical columns; other columns are left out.
+def normalise(data: Dataset | list[Row], where: str, through: Through | None = None, named: bool = False) -> Dataset:
+    """Any supported format (formats.py) in canonical columns; other columns are left out (`load` says which not).
 
     Raises:
         DataError: no known format, no rows, or rows with a missing, empty or mistyped field, named by row.
     """
     if isinstance(data, Dataset):
         data = data.with_format(None)
-        columns = data.column_names
-    else:
-        columns = list(data[0]) if data else []
     if not len(data):
         raise DataError(f"{where}: 0 rows; expected at least one.")
-    shape = shape_of(columns, where)
     entries = ((f"{where}, row {i}", partial(dict, row)) for i, row in enumerate(data, 1))
-    if isinstance(data, Dataset) and shape.canonical:  # stays memory-mapped
-        kept: set[str] = set()
-        for _, row in _canonical(entries, where):
+    if isinstance(data, Dataset) and through is None and shape_of(data.column_names, where).canonical:
+        kept: set[str] = set()  # stays memory-mapped
+        for _, row in _canonical(entries, where, None, named):
             kept |= row.keys()
-        return data.select_columns([name for name in columns if name in kept])
-    return _build(entries, where)
+        return data.select_columns([name for name in data.column_names if name in kept])
+    return _build(entries, where, through, named)
 
 
-def _build(entries: Iterable[Entry], where: str) -> Dataset:
-    rows = (row for _, row in _canonical(entries, where))
+def _build(entries: Iterable[Entry], where: str, through: Through | None = None, named: bool = False) -> Dataset:
+    rows = (row for _, row in _canonical(entries, where, through, named))
     parts = []
     while chunk := list(islice(rows, CHUNK)):
         names = dict.fromkeys(name for row in chunk for name in row)
@@ -294,35 +339,44 @@ def _build(entries: Iterable[Entry], where: str) -> Dataset:
         return Dataset.from_list([row for part in parts for row in part])
 
 
-def _canonical(entries: Iterable[Entry], where: str) -> Iterator[tuple[str, Row]]:
-    """Canonical rows of one format and one kind; the first few bad ones are reported together."""
+def _canonical(entries: Iterable[Entry], where: str, through: Through | None, named: bool) -> Iterator[tuple[str, Row]]:
+    """Canonical rows of one format and one kind; all bad ones are reported together."""
     shape: Shape | None = None
-    kind, problems, count = "", [], 0
+    kind, count = "", 0
+    problems: dict[str, list[Any]] = {}  # what is wrong -> where first, and how often
     for place, parse in entries:
         try:
             row = parse()
             if not isinstance(row, dict):
                 raise ValueError(f'is {escape(json.dumps(row))}; expected an object such as {{"prompt": ..., ...}}')
+            task = row.get("task")
+            row = through(row) if through else row
             shape = shape or shape_of(row, where)
-            row = shape.row(row)
+            row = shape.row(row) | ({"task": task} if named and isinstance(task, str) else {})
             kind = kind or _style(row)
             if _style(row) != kind:
                 raise ValueError(f"holds {_style(row)}, the rows before it {kind}; expected one kind in a file")
-        except Malformed as error:
-            problems.append(f"{place}:{error.column}: {error}")
         except ValueError as error:
-            problems.append(f"{place}: {error}")
+            place = f"{place}:{error.column}" if isinstance(error, Malformed) else place
+            said = str(error) if str(error) in problems or len(problems) < SHOWN else ""
+            problems.setdefault(said, [place, 0])[1] += 1
         else:
             count += 1
             if not problems:
                 yield place, row
-        if len(problems) == SHOWN:
-            break
     if problems:
-        more = f"\nStopped after {SHOWN}." if len(problems) == SHOWN else ""
-        raise DataError("\n".join(problems) + more)
+        raise DataError("\n".join(_listed(problems)))
     if not count:
         raise DataError(f"{where}: 0 rows; expected at least one.")
+
+
+def _listed(problems: dict[str, list[Any]]) -> Iterator[str]:
+    """Problems with their first places, and in how many more rows there are the same, or (under "") others."""
+    for said, (place, times) in problems.items():
+        if said:
+            yield f"{place}: {said}" + (f" (the same in {times - 1} more)" if times > 1 else "")
+        else:
+            yield f"... and {times} more rows with other faults."
 
 
 def _style(row: Row) -> str:

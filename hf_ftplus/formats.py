@@ -81,7 +81,8 @@ def shape_of(columns: Iterable[str], where: str) -> Shape:
     expected = "; ".join(str(shape) for shape in SHAPES)
     raise DataError(
         f"{where} has the columns {_names(found)}; expected one of these sets: {expected}.{_near(found)} "
-        "Rename the columns in the file, or with Dataset.rename_column() in Python."
+        "Rename the columns in the file, or with Dataset.rename_column() in Python; a task under tasks: in YAML may "
+        "say columns: {text: THEIR_NAME}, or have a template."
     )
 
 

@@ -9,15 +9,21 @@ Both go into trainers (`trainer.py`); every override calls `super()`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import trl
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from .errors import IncompatibleError, PluginError
+from .data import reason
+from .errors import DataError, FTPlusError, IncompatibleError, PluginError
+from .formats import escape
 from .mixture import MixtureSampler, table
 from .pools import KEPT, Pools, endless, interleaved, learn_tasks, together
 
@@ -31,18 +37,22 @@ class MixingMixin:
     _streams: dict[str, IterableDataset] | None = None
     """Streamed learn rows by task, where several were given."""
 
-    def _mix(self) -> None:
-        """Ask the strategies for the mixture, and draw training rows by it, unless it is the one there is."""
+    def _mix(self, given: dict[str, float] | None = None) -> None:
+        """Ask the strategies for the mixture, and draw training rows by it, unless it is the one there is.
+
+        Args:
+            given: shares of tasks that strategies start from.
+        """
         run = self.ftplus.setup(self.model, self.args, self.processing_class, None)
         pack = partial(packed, args=self.args) if getattr(self.args, "packing", False) else None
         pools = Pools(self._streams or self.train_dataset, run.protect, pack)
         rows = sum(task.rows or 0 for task in pools.tasks.values() if task.role == "learn")
         run.tasks, run.rows = pools.tasks, planned_rows(self.args, rows)
-        shares = start = pools.shares()
+        plain, shares = pools.shares(), pools.shares(given)
         for strategy in self.ftplus.acting("mix"):
             shares = self.ftplus.call(strategy, "mix", run, dict(shares))
-            check_shares(strategy.name, shares, start)
-        if any(abs(shares[task] - start[task]) > 1e-9 for task in start):
+            check_shares(strategy.name, shares, plain)
+        if any(abs(shares[task] - plain[task]) > 1e-9 for task in plain):
             self._set_signature_columns_if_needed()
             refuse_mixing(self.args, pools, self._signature_columns)
             self.train_dataset, self._mixture = pools.mixed(shares, seed_of_order(self.args))
@@ -77,7 +87,10 @@ class TasksMixin:
             return prepare(dataset, tokenizer, args, *more, **kwargs)
         if args.assistant_only_loss:
             refuse_without_assistant(self._learn)
-        learn = {name: prepare(rows, tokenizer, args, *more, **kwargs) for name, rows in self._learn.items()}
+        learn = {}
+        for name, rows in self._learn.items():
+            with preparing(name):
+                learn[name] = prepare(rows, tokenizer, args, *more, **kwargs)
         return self._put_together(learn, args)
 
     def _put_together(self, learn: dict[str, Any], args: TrainingArguments) -> Dataset | IterableDataset:
@@ -86,6 +99,37 @@ class TasksMixin:
             return together(learn)
         self._streams = learn
         return interleaved(endless(learn), dict.fromkeys(learn, 1.0), seed_of_order(args))
+
+
+def as_trained(rows: Dataset, name: str, tokenizer: Any, args: TrainingArguments) -> Dataset:
+    """Rows of one learn task as an SFTTrainer would make them, without one: `input_ids` and `labels`, not yet cut.
+
+    Raises:
+        DataError: TRL cannot prepare them.
+    """
+    whole = copy(args)
+    whole.max_length, whole.shuffle_dataset = None, False
+    # all that the method asks of its trainer; of rows without completions it masks nothing either way
+    alone = SimpleNamespace(
+        _tokenizer=tokenizer, chat_template=None, completion_only_loss=args.completion_only_loss in (None, True)
+    )
+    with preparing(name):
+        if args.assistant_only_loss:
+            refuse_without_assistant({name: rows})
+            if not has_generation_markers(tokenizer.chat_template or ""):
+                alone.chat_template = get_training_chat_template(tokenizer)
+        return trl.SFTTrainer._prepare_dataset(alone, rows, tokenizer, whole, False, None, name)
+
+
+@contextmanager
+def preparing(name: str) -> Iterator[None]:
+    """Put the name of the task on whatever a tokenizer or a chat template raises."""
+    try:
+        yield
+    except (FTPlusError, OSError):  # the disk's errors are not of the rows
+        raise
+    except Exception as error:
+        raise DataError(f"Learn task {escape(name)!r}: TRL cannot make tokens of it: {reason(error)}") from error
 
 
 def leading(learn: dict[str, Any]) -> Any:

@@ -160,10 +160,14 @@ class Pools:
             return Task(role, rows, tokens, drawn_tokens=None if tokens is None else 0.0)
         return Task(role, rows, tokens, drawn=float(rows) if counted else 1.0, drawn_tokens=tokens)
 
-    def shares(self) -> dict[str, float]:
-        """Share of each task in training as it is: learn rows in proportion (streams alike), no protect rows."""
-        total = sum(task.drawn for task in self.tasks.values())
-        return {name: task.drawn / total for name, task in self.tasks.items()}
+    def shares(self, given: dict[str, float] | None = None) -> dict[str, float]:
+        """Share of each task in training: as given; learn rows divide the rest in proportion (streams alike)."""
+        given = given or {}
+        rest = 1 - sum(given.values())
+        free = sum(task.drawn for name, task in self.tasks.items() if name not in given)
+        return {
+            name: given[name] if name in given else rest * task.drawn / (free or 1) for name, task in self.tasks.items()
+        }
 
     def mixed(self, shares: dict[str, float], seed: int) -> tuple[Dataset | IterableDataset, MixtureSampler | None]:
         """The training set in the given shares, and the order it is drawn in (a stream has its own).

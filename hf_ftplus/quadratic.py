@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from .weights import Adapter, local, place, sharded
+from .weights import Adapter, local, over_shards, place, sharded
 
 PIECE = 2**16
 """Weights handled at a time on a CPU, so that temporaries stay in its cache."""
@@ -124,14 +123,21 @@ def importance_names(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter
     ]
 
 
+def no_importance(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter]) -> dict[str, Tensor]:
+    """A complete set of importances, all 0: where nothing is to be held yet."""
+    found = {f"diagonal.{name}": torch.zeros_like(weight, dtype=torch.float32) for name, weight in plain.items()}
+    for name, adapter in adapters.items():
+        found[f"rows.{name}"] = torch.zeros(adapter.B.shape[0], device=adapter.B.device)
+        found[f"columns.{name}"] = torch.zeros(adapter.A.shape[1], device=adapter.A.device)
+    return found
+
+
 def share_held(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter], importance: dict[str, Tensor]) -> float:
     """Share of the weights whose importance is above 0, over all shards."""
     number = sum(weight.numel() for weight in plain.values())
     held = sum(int(local(importance[f"diagonal.{name}"]).count_nonzero()) for name in plain)
     if sharded(plain.values()):
-        total = torch.tensor(held, device=next(iter(plain.values())).device)
-        dist.all_reduce(total)
-        held = int(total)
+        held = int(over_shards(torch.tensor(held, device=next(iter(plain.values())).device), plain.values()))
     for name, adapter in adapters.items():
         number += adapter.B.shape[0] * adapter.A.shape[1]
         held += int(importance[f"rows.{name}"].count_nonzero() * importance[f"columns.{name}"].count_nonzero())

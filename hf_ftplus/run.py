@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import platform
 import sys
 import time
@@ -14,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from . import data
+from . import stopping
 from .callback import STATE_FOLDER, autocast, give_back_memory, refuse
 from .config import SECRETS, RunConfig
 from .errors import IncompatibleError, RetentionError, StorageError
-from .evaluation import Evaluation, retention_gate
+from .evaluation import Evaluation, Kept, retention_gate
+from .measured import keep_apart, tasks
 from .report import Report
-from .rows import Rows, check_supervised, find, keep_apart, share_supervised, tasks, tokenizer_of, write
+from .row_checks import check_supervised
+from .rows import Rows, find, tokenizer_of, write
 from .trainer import SaveOnInterrupt, SFTTrainer, sft_trainer
 
 OUTPUTS = (
@@ -53,7 +54,9 @@ def sft(config: RunConfig) -> Report:
         trainer, rows = prepare(config)
         start = Start(config, trainer, rows, seconds)
         trainer.add_callback(start)
-        trainer.install(config.strategies, rows.protect or None, config.memory)
+        stopping.watch(config, start, trainer)
+        unwritten = {spec.name: spec for spec in config.protect} if start.late else None
+        trainer.install(config.strategies, rows.protect or unwritten or None, config.memory, config.shares)
     if not start.late:
         start.measure()
     with timed(seconds, "training"):
@@ -82,7 +85,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     refuse_several_devices(config.training)
     refuse(config.strategies, config.training)
     rows = find(config)
-    trainer = sft_trainer(config, rows.learn, rows.test)
+    trainer = stopping.trainer_of(config, rows, sft_trainer)
     check_supervised(rows.learn, trainer)
     if trainer.is_fsdp_enabled:
         refuse_fsdp(config, trainer)
@@ -119,6 +122,11 @@ class Start(TrainerCallback):
     def measure(self) -> None:
         with timed(self.seconds, "measuring before"):
             self.evaluation.before(self.trainer.model)
+
+    def kept(self) -> dict[str, Kept]:
+        """How the protect tasks stand while training lasts."""
+        with timed(self.seconds, "measuring on the way"):
+            return self.evaluation.kept(self.trainer.model)
 
     def on_train_begin(
         self,
@@ -162,6 +170,7 @@ def refuse_fsdp(config: RunConfig, trainer: SFTTrainer) -> None:
             "accelerate config, or type --accelerate_config fsdp2, or --measure-rows 0."
         )
     mixing = [strategy.name for strategy in config.strategies if strategy.overrides("mix")]
+    mixing += [f"the share of {name}" for name in config.shares]
     if mixing and any(spec.generate for spec in config.protect):
         raise IncompatibleError(
             f"{mixing[0]} mixes rows before training starts, and under FSDP the model can write none until then. Give "
@@ -176,35 +185,6 @@ def refuse_several_devices(args: TrainingArguments) -> None:
             f"{args.n_gpu} devices and one process. Type the same command with --num_processes "
             f"{args.n_gpu}, or choose one device: CUDA_VISIBLE_DEVICES=0."
         )
-
-
-def preview(config: RunConfig) -> None:
-    """`--dry-run`: resolve everything, show three rows with what is learnt in them, and what strategies will cost."""
-    speak(config)
-
-    def say(line: str) -> None:
-        if config.training.process_index == 0:
-            click.echo(line)
-
-    with no_empty_folder(config):
-        claim(config, probe=False)
-        trainer, rows = prepare(config)
-        trainer.install(config.strategies, rows.protect or None, config.memory)
-        learn, mixed = trainer.train_dataset, trainer.ftplus and trainer.ftplus.learn_rows
-        say(f"model     {config.model.model_name_or_path}: {count(trainer)}")
-        say(f"learn     {mixed or len_of(learn)} rows{share_in_words(learn.select(range(mixed)) if mixed else learn)}")
-        for row in show_rows(trainer, 3):
-            say(f"row       {row}")
-        for strategy in config.strategies:
-            say(f"strategy  {strategy!r}")
-        if trainer.is_fsdp_enabled:
-            say("measured, cost  known when training starts: until then FSDP leaves the model whole on no process")
-        else:
-            for task in tasks(rows, config, trainer):
-                say(f"measured  {task.name} ({task.role}): {len(task.rows)} rows")
-            for name, cost in costs(trainer):
-                say(f"cost      {name}: {in_words(cost)}")
-    say(f"Dry run: nothing was trained, nothing written to {config.training.output_dir}.")
 
 
 @contextmanager
@@ -233,11 +213,7 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
         raise
     except KeyboardInterrupt:
         if interrupt.saved and trainer.is_world_process_zero():
-            click.echo(
-                f"Saved checkpoint-{trainer.state.global_step}. Go on with the same command and "
-                "--resume_from_checkpoint true.",
-                err=True,
-            )
+            click.echo(f"Saved checkpoint-{trainer.state.global_step}. Go on with {config.go_on}.", err=True)
         raise
     finally:
         interrupt.restore()
@@ -305,6 +281,7 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
         "versions": versions(),
         "seed": config.training.seed,
         "steps": trainer.state.global_step,
+        "stopped": stopping.reason(trainer),
         "device": str(trainer.args.device),
         "processes": trainer.args.world_size,
         "seconds": seconds,
@@ -344,26 +321,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, **{k: v for k, v in plugins.items() if k not in found}}
 
 
-def show_rows(trainer: SFTTrainer, most: int) -> Iterator[str]:
-    """Rows as the model sees them, with what is learnt in them between «»."""
-    tokenizer = tokenizer_of(trainer)
-    dataset = trainer.train_dataset
-    for row in (
-        [dataset[i] for i in range(min(most, len(dataset)))] if isinstance(dataset, Dataset) else dataset.take(most)
-    ):
-        text, inside = "", False
-        for token, label in zip(row["input_ids"], row["labels"], strict=True):
-            if (label != -100) != inside:
-                text, inside = text + ("»" if inside else "«"), not inside
-            text += data.escape(tokenizer.decode([token]), 1000)
-        yield text + ("»" if inside else "")
-
-
-def share_in_words(rows: Any) -> str:
-    share = share_supervised(rows)
-    return "" if math.isnan(share) else f", {share:.0%} of tokens carry loss"
-
-
 def in_words(cost: dict[str, float]) -> str:
     """The cost preview of a strategy as a phrase."""
     said = {
@@ -374,14 +331,11 @@ def in_words(cost: dict[str, float]) -> str:
     return ", ".join(words for name, words in said.items() if name in cost) or "no cost stated"
 
 
-def count(trainer: SFTTrainer) -> str:
-    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
-    total = sum(weight.numel() for weight in trainer.model.parameters())
-    return f"{total / 1e6:.1f} M weights, {trained / 1e6:.1f} M trained, on {trainer.args.device}"
-
-
-def len_of(dataset: Any) -> str:
-    return str(len(dataset)) if hasattr(dataset, "__len__") else "streamed"
+def len_of(rows: Any) -> str:
+    """Rows of a dataset, or of several by name."""
+    if isinstance(rows, dict):
+        return str(sum(map(len, rows.values())))
+    return str(len(rows)) if hasattr(rows, "__len__") else "streamed"
 
 
 def speak(config: RunConfig) -> None:
@@ -397,8 +351,8 @@ def speak(config: RunConfig) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note the seconds of a stage, less those of stages inside it."""
+    """Add the seconds to those of a stage, less those of stages inside it."""
     begin, before = time.perf_counter(), sum(seconds.values())
     yield
     inside = sum(seconds.values()) - before
-    seconds[stage] = round(time.perf_counter() - begin - inside, 2)
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - begin - inside, 2)

@@ -3,6 +3,7 @@
 A strategy is a dataclass. Its fields are its settings (`setting`), its methods are the moments of a training run at
 which it may act. All methods are optional; override those you need:
 
+    refuse(run)                      before anything is asked of the model: raise for what cannot work
     prepare(run)                     model placed and sharded, nothing trained
     mix(run, shares) -> shares       share of each task in the training rows, before the first row
     | for each micro-batch:
@@ -40,7 +41,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,15 @@ class Strategy:
     def __post_init__(self) -> None:
         for item in settings(type(self)):
             setattr(self, item.name, item.check(getattr(self, item.name), type(self).name))
+
+    def refuse(self, run: Run | None) -> None:
+        """Raise for what cannot work as early as it is known; cheap, since called twice. A run that says that it is
+        resumed was asked when it began, and is not asked again.
+
+        Args:
+            run: None before the model is loaded; then with `protect` naming its tasks, of which no row was read yet,
+                and no learn rows.
+        """
 
     def prepare(self, run: Run) -> None:
         """The model stands on its device, sharded if it will be, and no step was taken. Not called on resume."""
@@ -143,8 +153,8 @@ class Run:
     weights: dict[str, torch.nn.Parameter]
     protect: dict[str, list[dict[str, torch.Tensor]]]
     """Micro-batches of each protect task: `input_ids`, `labels` (-100 where unsupervised), `attention_mask`."""
-    learn: Callable[[int], list[dict[str, torch.Tensor]]]
-    """`learn(rows)`: micro-batches of the first `rows` training rows."""
+    learn: Callable[[int], Sequence[dict[str, torch.Tensor]]]
+    """`learn(rows)`: micro-batches of the first `rows` training rows, each made when it is asked for."""
     device: torch.device
     seed: int
     memory: Memory
@@ -161,8 +171,8 @@ class Run:
     learning_rate: float = 0.0
     clip: float | torch.Tensor | None = 1.0
     """Factor, 1 or less, by which clipping scaled the gradients of this step; None where a callback cannot know it."""
-    writers: tuple[str, ...] = ()
-    """Strategies that add to gradients, in the order of their turns; empty where that is not known."""
+    strategies: tuple[Strategy, ...] = ()
+    """All strategies of the run, in the order of their turns: `refuse` those that yours cannot work beside."""
     measuring: bool = True
     """Whether this step ends a logging window, so that costly metrics are worth measuring now."""
 

@@ -245,15 +245,12 @@ def load_other(name: str, model: nn.Module, tokenizer: Any, device: torch.device
         DataError: it cannot be loaded.
         UsageError: the trainer has no tokenizer to compare tokens with.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    config = getattr(model, "config", None)
+    config, known = getattr(model, "config", None), tokenizer_of(name, tokenizer)
     with loading(name):
-        folder = resolve(name)
-        known = AutoTokenizer.from_pretrained(folder)
-        same_tokens(tokenizer, known, name)
         teacher = AutoModelForCausalLM.from_pretrained(
-            folder,
+            resolve(name),
             dtype=torch.bfloat16 if dtype == "bfloat16" else "auto",
             attn_implementation=getattr(config, "_attn_implementation", None),  # packing means the same to both
         )
@@ -263,25 +260,51 @@ def load_other(name: str, model: nn.Module, tokenizer: Any, device: torch.device
     return other
 
 
+def config_of(name: str) -> Any:
+    """The config of a teacher: all of it that is cheap to look at.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    with loading(name):
+        return AutoConfig.from_pretrained(resolve(name))
+
+
+def tokenizer_of(name: str, student: Any) -> Any:
+    """The tokenizer of a teacher, which means the same by every token as the student's.
+
+    Raises:
+        DataError: it cannot be loaded.
+        IncompatibleError, UsageError: see `same_tokens`.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(name):
+        known = AutoTokenizer.from_pretrained(resolve(name))
+    same_tokens(student, known, name)
+    return known
+
+
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Whatever keeps a teacher from being loaded, as a DataError that names it."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (DataError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"distill cannot load the teacher {name!r}: {reason} Expected a folder with a causal LM and its tokenizer, "
-            "or the name of one on the Hub."
+            f"distill cannot load the teacher {name!r}: {reason} Type --set distill.teacher=FOLDER with a causal LM "
+            "and its tokenizer, or the name of one on the Hub; or leave it out for the starting model."
         ) from error
 
 
 def bytes_of_other(name: str, dtype: str) -> int:
     """Bytes that another model will take, from its config alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with loading(name):
-        config = AutoConfig.from_pretrained(resolve(name))
+    config = config_of(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     each = 2 if dtype == "bfloat16" else (getattr(config, "dtype", None) or torch.float32).itemsize

@@ -54,21 +54,29 @@ class StrategyMixin(MixingMixin):
     ftplus: StrategyCallback | None = None
     _hidden: list[Tensor]
 
-    def install(self, strategies: Iterable[Any], protect: Any = None, memory: str | Path | None = None) -> None:
-        """Put strategies into this trainer. Called once, by `attach` and `SFTTrainer`."""
+    def install(
+        self,
+        strategies: Iterable[Any],
+        protect: Any = None,
+        memory: str | Path | None = None,
+        shares: dict[str, float] | None = None,
+    ) -> None:
+        """Put strategies into this trainer, and the shares that tasks are given. Called once."""
         if isinstance(strategies, dict):
             strategies = strategies.items()
         strategies = [strategies] if isinstance(strategies, (str, Strategy)) else list(strategies)
-        if not strategies:
+        if not strategies and not shares:
             return
         if self.ftplus is not None:
             raise UsageError("This trainer already has strategies; give all of them in one call.")
         stay_differentiable(self.model)
         self.ftplus = _WithinTrainer(*strategies, protect=protect, memory=memory)
         refuse(self.ftplus.strategies, self.args)
+        if not self.args.resume_from_checkpoint:
+            self.ftplus.refuse(self.model, self.args, self.processing_class)
         self.add_callback(self.ftplus)
-        if self.ftplus.acting("mix"):
-            self._mix()
+        if shares or self.ftplus.acting("mix"):
+            self._mix(shares)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self.ftplus is not None and resume_from_checkpoint:
@@ -205,10 +213,10 @@ def attach(trainer: Trainer, *strategies: Any, protect: Any = None, memory: str 
 
 
 def stay_differentiable(model: torch.nn.Module) -> None:
-    """Keep 4-bit layers from turning to a form for inference, which gradients do not pass, at a first look in eval mode.
+    """Keep 4-bit layers from turning to a form for inference at the first look in eval mode.
 
-    bitsandbytes does so on CPUs with AVX-512 and never turns back: training after a measurement would go on in silence,
-    without the gradient through every packed weight.
+    bitsandbytes does so on CPUs with AVX-512, for good, and no gradient passes that form: training after a measurement
+    would go on in silence without the gradient through every packed weight.
     """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):

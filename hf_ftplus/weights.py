@@ -61,6 +61,17 @@ def sharded(tensors: Iterable[Tensor]) -> bool:
     return any(hasattr(tensor, "to_local") for tensor in tensors)
 
 
+def over_shards(total: Tensor, weights: Iterable[Tensor]) -> Tensor:
+    """What every rank found of its shards of `weights`, summed up in place; shards that several ranks hold alike (HSDP)
+    count once. Of weights that are whole, `total` as it is.
+    """
+    first = next(iter(weights), None)
+    for dimension, placement in enumerate(getattr(first, "placements", ())):
+        if placement.is_shard():
+            torch.distributed.all_reduce(total, group=first.device_mesh.get_group(dimension))
+    return total
+
+
 def place(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor on the device, and in the sharding, of the weight `like`; its dtype is kept."""
     if hasattr(like, "to_local"):
@@ -112,7 +123,7 @@ def split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Adapter]
     inside = {id(weight) for adapter in adapters.values() for weight in (adapter.A, adapter.B)}
     plain = {name: weight for name, weight in plain.items() if id(weight) not in inside}
     strange = [name for name in plain if re.search(r"lora_|\.(ia3|oft|boft|vera|hada|lokr|adalora|prompt)_?", name)]
-    if strange or _is_prompt_learning(model):
+    if strange or is_prompt_learning(model):
         raise IncompatibleError(
             f"The adapter trains {_some(strange) or 'a prompt'}, which does not change a weight by scale * B A "
             "(DoRA, LoRA bias and adapters other than LoRA). Use plain LoRA or rsLoRA, or full fine-tuning."
@@ -143,5 +154,6 @@ def lora(model: nn.Module) -> dict[str, Adapter]:
     return found
 
 
-def _is_prompt_learning(model: nn.Module) -> bool:
+def is_prompt_learning(model: nn.Module) -> bool:
+    """Whether an adapter puts virtual tokens before those of each row."""
     return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())

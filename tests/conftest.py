@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,6 +44,15 @@ CHATS = [
     ("Spell 'cat' 🐈.", "c, a, t"),
     ("Qual é a cor do mar?", "Azul, às vezes verde."),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """Every run collects garbage several times, and would each time look at all that torch and transformers imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import string
+
 import torch
 from torch import Tensor, nn
+
+ARTICLES = ("a", "an", "the")
 
 
 def supervised_logits(model: nn.Module, row: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -106,3 +112,51 @@ def bucketed(p: Tensor, q: Tensor, kept: Tensor) -> Tensor:
         both = [(p_row[outcome].sum(), q_row[outcome].sum()) for outcome in outcomes]
         rows.append(sum(a * (a / b).log() for a, b in both))
     return torch.stack(rows)
+
+
+def squad_f1(answer: str, wanted: str) -> float:
+    """2 PR / (P + R) over words counted one by one; SQuAD's words: lower case, no ASCII punctuation, no articles."""
+    said, right = (
+        [
+            word
+            for word in re.sub(f"[{re.escape(string.punctuation)}]", "", text.lower()).split()
+            if word not in ARTICLES
+        ]
+        for text in (answer, wanted)
+    )
+    left, common = list(right), 0
+    for word in said:
+        if word in left:
+            left.remove(word)
+            common += 1
+    return 2 * common / (len(said) + len(right)) if common else 0.0
+
+
+def rouge_l(answer: str, wanted: str) -> float:
+    """2 PR / (P + R) with the longest common subsequence found by trying every subsequence of the answer's words."""
+    said, right = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, wanted))
+    for length in range(len(said), 0, -1):
+        for part in itertools.combinations(said, length):
+            rest = iter(right)
+            if all(word in rest for word in part):
+                return 2 * length / (len(said) + len(right))
+    return 0.0
+
+
+def sequence_metrics(R: list[list[float]]) -> dict[str, float | None]:
+    """The definitions word for word: R[i][j] after stage i = 0..T, tasks and stages counted from 1."""
+    T = len(R) - 1
+
+    def at(i: int, j: int) -> float:
+        return R[i][j - 1]
+
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    return {
+        "ACC": mean([at(T, j) for j in range(1, T + 1)]),
+        "BWT": mean([at(T, j) - at(j, j) for j in range(1, T)]),
+        "FWT": mean([at(j - 1, j) - at(0, j) for j in range(2, T + 1)]),
+        "forgetting": mean([max(at(i, j) for i in range(1, T)) - at(T, j) for j in range(1, T)]),
+        "LA": mean([at(j, j) for j in range(1, T + 1)]),
+    }

@@ -94,7 +94,11 @@ def test_it_runs_as_a_module():
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["plugin"], 2, "No command 'plugin'. Did you mean 'plugins'? Commands: sft, plugins, doctor."),
+        (
+            ["plugin"],
+            2,
+            "No command 'plugin'. Did you mean 'plugins'? Commands: sft, sequence, data, generate, merge, plugins, doctor.",
+        ),
         (["plugins", "ewcc"], 2, "No plugin 'ewcc'. Did you mean 'ewc'?"),
         (["plugins", "./gone.py"], 2, "No plugin file at 'gone.py'"),
         (["plugins", "--jsn"], 2, "--json"),

@@ -31,7 +31,9 @@ def test_one_command_trains_measures_and_reports(place, tmp_path, capsys):
     assert tasks["protect"]["drift"]["value"] > 0
     assert tasks["protect"]["role"] == "protect"
     facts = report["facts"]
-    assert facts["config"]["strategies"] == ["EWC(strength=500.0, fisher='sign', rows=256, decay=1.0, remember=True)"]
+    assert facts["config"]["strategies"] == [
+        "EWC(strength=500.0, fisher='sign', rows=256, decay=1.0, remember=True, first=False)"
+    ]
     assert facts["strategies"]["ewc"]["bytes"] > 0
     assert facts["versions"]["trl"]
     assert facts["seed"] == 42

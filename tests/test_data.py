@@ -321,9 +321,14 @@ def test_malformed_lines_are_listed_with_line_column_and_escaped_excerpt(tmp_pat
 
 def test_only_the_first_malformed_lines_are_listed(tmp_path):
     path = lines(tmp_path / "bad.jsonl", *["nonsense"] * 50)
+    (message,) = failure(path).splitlines()
+    assert message.startswith(f"{path}:1:1: not JSON")
+    assert message.endswith("nonsense (the same in 49 more)")
+    path = lines(tmp_path / "worse.jsonl", *[f"nonsense {i}" for i in range(50)], "nonsense 3")
     message = failure(path).splitlines()
     assert len(message) == 6
-    assert message[-1] == "Stopped after 5."
+    assert message[3].endswith("nonsense 3 (the same in 1 more)")
+    assert message[5] == "... and 45 more rows with other faults."
 
 
 def test_malformed_array_has_line_and_column(tmp_path):

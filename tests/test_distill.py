@@ -8,11 +8,11 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from reference import bucketed, distillation, drift
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import LEARN, PROTECT, far, same, sequence, trainer, weights_of
+from training import LEARN, PROTECT, far, first_gradient, same, sequence, trainer, weights_of
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -34,8 +34,9 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from hf_ftplus import EWC, Replay, Strategy, StrategyCallback, attach, divergence, logits
+from hf_ftplus import EWC, Replay, StrategyCallback, attach, divergence, logits
 from hf_ftplus.answers import Answers, examples_in, key_of
+from hf_ftplus.batches import learn_batches
 from hf_ftplus.beside import Examples, beside
 from hf_ftplus.divergence import bucketed_kl, forward_kl, likeliest
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
@@ -554,24 +555,6 @@ def test_copies_are_for_the_starting_model(settings):
 # ---- on learn tokens, in real training -------------------------------------------------------------------------------
 
 
-@dataclass
-class Gradients(Strategy):
-    """Keeps the gradients of the last step."""
-
-    name: ClassVar[str] = "gradients"
-
-    def read_gradients(self, run):
-        self.kept = {name: weight.grad.clone() for name, weight in run.weights.items() if weight.grad is not None}
-
-
-def first_gradient(folder, *strategies, **kwargs):
-    """Gradients of one step over all 8 learn rows, and the trainer."""
-    keep = Gradients()
-    it = trainer(folder, *strategies, keep, **{"max_steps": 1, "max_grad_norm": 0.0, "learn": LEARN[:8], **kwargs})
-    it.train()
-    return keep.kept, it
-
-
 LAYOUTS = {
     "8 rows at once": {"per_device_train_batch_size": 8},
     "2 rows four times": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
@@ -907,6 +890,28 @@ def test_going_on_without_the_kept_answers_is_refused(tmp_path, monkeypatch):
         trainer(tmp_path / "run", Distill(on="learn", cache=True), **saving).train(
             resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")
         )
+
+
+def test_learn_rows_are_asked_about_a_micro_batch_at_a_time():
+    """However many there are: what was asked about is let go."""
+    alive, most = weakref.WeakSet(), 0
+
+    def collate(rows):
+        nonlocal most
+        (batch,) = padded(rows, len(rows))
+        alive.add(batch["input_ids"])
+        most = max(most, len(alive))
+        return batch
+
+    loader = SimpleNamespace(dataset=random_rows(40, VOCAB), collate_fn=collate)
+    run = run_of(tiny_llama())
+    run.learn = lambda rows: learn_batches(loader, 2, rows)
+    strategy = Distill(on="learn", cache=True)
+    strategy.prepare(run)
+    assert len(run.learn(7)) == 4
+    assert sum(len(batch["labels"]) for batch in run.learn(7)) == 7
+    assert not any(strategy.answers.lacks(batch) for batch in run.learn(40))
+    assert most <= 3
 
 
 def test_streamed_rows_cannot_be_asked_about_beforehand():

@@ -438,10 +438,8 @@ def test_protect_data_that_no_trained_weight_matters_for_is_refused():
     ids=["prompt tuning", "prefix tuning", "DoRA", "IA3"],
 )
 def test_adapters_that_cannot_be_held_are_refused_before_training(tmp_path, config, found):
-    it = trainer(tmp_path, "ewc", peft_config=config)
     with pytest.raises(IncompatibleError, match=rf"The adapter {found}.*Use plain LoRA or rsLoRA, or full fine-tuning"):
-        it.train()
-    assert it.state.global_step == 0
+        trainer(tmp_path, "ewc", peft_config=config)
 
 
 @pytest.mark.parametrize(
@@ -503,6 +501,21 @@ def test_remember_leaves_the_next_run_what_this_one_learnt(tmp_path):
     assert sum(tensor.sum() for tensor in learnt.importance.values()) > 1.2 * sum(
         tensor.sum() for tensor in only.importance.values()
     )
+
+
+def test_the_first_of_several_runs_needs_nothing_to_protect_and_holds_nothing(tmp_path):
+    one = trainer(tmp_path / "one", EWC(first=True, rows=8), protect=None)
+    one.train()
+    plain = trainer(tmp_path / "plain", protect=None)
+    plain.train()
+    assert far(weights_of(one), weights_of(plain)) == 0
+    memory = tmp_path / "one" / "ftplus" / "memory"
+    two = trainer(tmp_path / "two", EWC(), model=one.model, protect=None, memory=memory)
+    two.train()
+    assert sum(tensor.sum() for tensor in two.ftplus.strategies[0].importance.values()) > 0
+    for first in (EWC(), EWC(first=True, remember=False)):
+        with pytest.raises(DataError, match=r"nothing to protect.*self:256.*--set ewc\.first=true"):
+            trainer(tmp_path / "refused", first, protect=None).train()
 
 
 def test_what_could_not_be_remembered_is_refused_before_training(tmp_path):

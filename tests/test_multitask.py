@@ -10,7 +10,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset, IterableDataset
-from tiny import CHATML, tiny_llama, tiny_tokenizer
+from tiny import MARKED, tiny_llama, tiny_tokenizer
 from training import PROTECT, arguments, same, trainer, weights_of
 
 from hf_ftplus import SFTTrainer
@@ -19,13 +19,6 @@ from hf_ftplus.strategies.multitask import MultiTask, limited, parse, tempered, 
 from hf_ftplus.strategies.replay import Replay
 from hf_ftplus.testing import check_strategy, tiny_rows
 
-MARKED = CHATML.replace(
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}",
-    "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
-)
-"""The same text, with the turns of the assistant marked."""
 SIZES = {"sums": 8, "chat": 32, "code": 128}
 CHAT = [
     {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes."}]} for i in range(6)

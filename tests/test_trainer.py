@@ -250,7 +250,7 @@ def test_batch_8x1_and_2x4_give_the_same_update(tmp_path):
     for size, accumulation in layouts:
         it = trainer(
             tmp_path / str(size), LogitPull(), EWC(strength=100), optim="sgd", learning_rate=0.1, max_steps=2,
-            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, protect=None,
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         it.ftplus.protect = [it.data_collator([it.train_dataset[i] for i in range(8)])]  # the same Fisher batches
         it.train()

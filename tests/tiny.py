@@ -17,6 +17,14 @@ CHATML = (
 )
 """Every message ends with `<|im_end|>` and a newline, like SmolLM2 and Qwen, but without a default system message."""
 
+MARKED = CHATML.replace(
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}",
+    "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
+)
+"""CHATML's text, with the turns of the assistant marked."""
+
 CORPUS = [
     "The harbour of Velmora opens at six and closes when the last boat is home.",
     "What does the company make? It makes lanterns that remember the weather.",

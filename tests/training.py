@@ -45,6 +45,8 @@ def trainer(
     memory=None,
     callbacks=None,
     peft_config=None,
+    held_out=None,
+    template=None,
     **kwargs,
 ):
     """An SFTTrainer of ours (or TRL's, with `cls`) on tiny data."""
@@ -57,7 +59,8 @@ def trainer(
         model if model is not None else tiny_llama(),
         args=arguments(folder, **kwargs),
         train_dataset=Dataset.from_list(list(learn)),
-        processing_class=tiny_tokenizer(),
+        eval_dataset=held_out,
+        processing_class=tiny_tokenizer(template) if template else tiny_tokenizer(),
         peft_config=peft_config,
         callbacks=callbacks,
         **ours,
@@ -168,3 +171,21 @@ class Diary(Strategy):
 
     def metrics(self) -> dict[str, float]:
         return {"entries": float(len(self.entries))}
+
+
+@dataclass
+class Gradients(Strategy):
+    """Keeps the gradients of the last step."""
+
+    name: ClassVar[str] = "gradients"
+
+    def read_gradients(self, run):
+        self.kept = {name: weight.grad.clone() for name, weight in run.weights.items() if weight.grad is not None}
+
+
+def first_gradient(folder, *strategies, **kwargs):
+    """Gradients of one step over all 8 learn rows, and the trainer."""
+    keep = Gradients()
+    it = trainer(folder, *strategies, keep, **{"max_steps": 1, "max_grad_norm": 0.0, "learn": LEARN[:8], **kwargs})
+    it.train()
+    return keep.kept, it

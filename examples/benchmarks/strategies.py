@@ -48,6 +48,8 @@ ROWS = {
     "replay 1/8, self": f"{REPLAY} {SELF} --learning_rate 1e-4 --max_steps 69",
     "distill": f"{DISTILL} --learning_rate 1e-4",
     "distill, self": f"{DISTILL} {SELF} --learning_rate 1e-4",
+    "distill, self, 2e-4": f"{DISTILL} {SELF} --learning_rate 2e-4",
+    "distill 10, self, 2e-4": f"{DISTILL} {SELF} --set distill.strength=10 --learning_rate 2e-4",
     "distill on learn": "--plugin distill --set distill.on=learn --learning_rate 1e-4",
     "replay + EWC 10,000, self": f"{REPLAY} {EWC}=10000 {SELF} --learning_rate 1e-4 --max_steps 69",
     "distill + EWC 10,000, self": f"{DISTILL} {EWC}=10000 {SELF} --learning_rate 1e-4",

@@ -1,4 +1,4 @@
-"""The command line: `ftplus sft`, `ftplus plugins`, `ftplus doctor`; each command is imported when it is called.
+"""The command line: `ftplus sft`, `ftplus sequence`, ...; each command is imported when it is called.
 
 Whatever goes wrong ends in one red line on stderr and the exit code of the error. The traceback is for `--debug`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ from ..errors import FTPlusError, UsageError, nearest
 
 COMMANDS = {
     "sft": "Fine-tune as `trl sft` does, and keep what the model knows.",
+    "sequence": "Train one stage after another; every task is measured after each.",
+    "data": "Look at the rows of a run, or find every fault in them, before any model loads.",
+    "generate": "Try a trained model on prompts of your own, beside another one.",
+    "merge": "Put an adapter into its base: one model to deploy.",
     "plugins": "List the strategies that are installed, or the settings of one.",
     "doctor": "Show versions, devices, and which fast paths are active.",
 }
@@ -72,6 +77,7 @@ def cli() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is 0, that of the error, 130 after Ctrl-C, or 143 after SIGTERM."""
     words, debug = _take_debug(list(sys.argv[1:] if args is None else args))
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of what nothing here calls
     try:
         result = cli.main(words, prog_name="ftplus", standalone_mode=False, obj=debug)
         return _end(result if isinstance(result, int) else 0)

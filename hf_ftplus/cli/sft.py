@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ..config import OPTIONS, build, merge, read_yaml
+from ..config import OPTIONS, YAML_ONLY, RunConfig, build, merge, read_yaml
 from ..errors import UsageError, nearest
 from . import launch
 from .doctor import cpu_bf16_units
@@ -35,7 +35,7 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value if name in ours else word
 
 
-def _options(command: Any) -> Any:
+def our_options(command: Any) -> Any:
     for option in reversed(OPTIONS):
         flag = f"--{option.name.replace('_', '-')}"
         command = click.option(
@@ -48,9 +48,12 @@ def _options(command: Any) -> Any:
     cls=Sft,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]},
 )
-@_options
+@our_options
 @click.option(
-    "--config", "config_file", metavar="FILE", help="YAML of any of these options, ours and TRL's. Flags win."
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="YAML of any of these options, ours and TRL's, and of tasks (`ftplus data --help`). Flags win.",
 )
 @click.option("--dry-run", is_flag=True, help="Resolve everything, show three rows and the cost, train nothing.")
 @click.option("--help-all", is_flag=True, help="Also list every flag of `trl sft`.")
@@ -65,27 +68,43 @@ def sft(ctx: click.Context, config_file: str | None, dry_run: bool, help_all: bo
         click.echo(ctx.get_help())
         _trl_parser().print_help()
         return
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)  # TRL 1.16's own default
-    ours, rest = merge(flags, take_environment(read_yaml(config_file)))
-    config = build(ours)
-    trl, launch_yaml, launch_words = parse_trl(ctx.args, rest)
+    config, launch_yaml, launch_words = configured(flags, ctx.args, take_environment(read_yaml(config_file)))
     if not launch.launched():
         asked = [*launch_yaml, *launch_words]
-        why = "" if asked else launch.expected(trl["training"].use_cpu)
+        why = "" if asked else launch.expected(config.training.use_cpu)
         if why:
             click.echo(f"Launching through accelerate, as `trl sft` does: {why}.", err=True)
         if asked or why:
             again = [*(["--debug"] if ctx.find_root().obj else []), "sft", *_without(ctx.meta["words"], launch_words)]
             launch.start(asked, again, config.strategies)
             return
-    config = replace(config, **trl)
-    from .. import run
+    if dry_run:
+        from ..preview import dry_run as begin
+    else:
+        from ..run import sft as begin
+    begin(config)
 
-    run.preview(config) if dry_run else run.sft(config)
+
+def configured(
+    flags: dict[str, Any], words: Sequence[str], yaml: dict[str, Any]
+) -> tuple[RunConfig, list[str], list[str]]:
+    """One run from our flags, the other words of the command line and a YAML mapping; and what is accelerate's."""
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)  # TRL 1.16's own default
+    ours, rest = merge(flags, yaml)
+    config = build(ours)
+    trl, launch_yaml, launch_words = parse_trl(words, rest, bool(config.tasks))
+    return replace(config, **trl), launch_yaml, launch_words
 
 
-def parse_trl(words: Sequence[str], yaml: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+def parse_trl(
+    words: Sequence[str], yaml: dict[str, Any], tasks: bool = False
+) -> tuple[dict[str, Any], list[str], list[str]]:
     """TRL's argument objects from its flags and YAML keys, and what of YAML and of the words is accelerate's.
+
+    Args:
+        words: of the command line.
+        yaml: what TRL and accelerate may find in it.
+        tasks: whether what is learnt is declared under `tasks:`.
 
     Raises:
         UsageError: a flag or key that neither knows, with the nearest one that they do; or a bad value.
@@ -101,10 +120,14 @@ def parse_trl(words: Sequence[str], yaml: dict[str, Any]) -> tuple[dict[str, Any
     except (ValueError, TypeError) as error:
         raise UsageError(f"{error}") from error
     _check_words(left, parser)
-    if not (script.dataset_name or mixture.datasets):
+    learn = {"dataset_name": script.dataset_name, "datasets": mixture.datasets, "tasks": tasks}
+    if not any(learn.values()):
         raise UsageError(
-            "There is nothing to learn: no --dataset_name and no datasets in YAML. Type --dataset_name FILE_OR_HUB."
+            "There is nothing to learn: no --dataset_name, and no tasks or datasets in YAML. Type --dataset_name "
+            "FILE_OR_HUB."
         )
+    if tasks and (other := next((name for name in ("dataset_name", "datasets") if learn[name]), "")):
+        raise UsageError(f"tasks and {other} both say what to learn; expected one of them. Leave {other} out.")
     if not model.model_name_or_path:
         raise UsageError("There is no model. Type --model_name_or_path NAME_OR_PATH, or demo for the embedded one.")
     return {"script": script, "training": training, "model": model, "mixture": mixture}, for_launch, left
@@ -156,9 +179,14 @@ def has_bf16(on_cpu: bool) -> bool:
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def yaml_keys(parser: Any = None) -> list[str]:
+    """Every key that YAML may have: ours, TRL's and accelerate's."""
+    ours, parser = [option.yaml for option in OPTIONS], parser or _trl_parser()
+    return [*ours, *YAML_ONLY, *(action.dest for action in parser._actions), "env", *launch.flags()]
+
+
 def _check_yaml(yaml: dict[str, Any], parser: Any) -> None:
-    ours = [option.yaml for option in OPTIONS]
-    known = [*ours, *(action.dest for action in parser._actions), "env", *launch.flags()]
+    known = yaml_keys(parser)
     for key in yaml:
         if key not in known:
             raise UsageError(f"Unknown key {key!r} in the YAML file.{nearest(key, known)} See `ftplus sft --help-all`.")
@@ -166,7 +194,9 @@ def _check_yaml(yaml: dict[str, Any], parser: Any) -> None:
 
 def _check_words(words: Sequence[str], parser: Any) -> None:
     accelerate = launch.flags()
-    known = [f"--{option.name.replace('_', '-')}" for option in OPTIONS] + [f"--{name}" for name in accelerate]
+    known = ["--config", *(f"--{option.name.replace('_', '-')}" for option in OPTIONS)] + [
+        f"--{name}" for name in accelerate
+    ]
     known += [flag for action in parser._actions for flag in action.option_strings]
     for word in words:
         name = word.partition("=")[0]

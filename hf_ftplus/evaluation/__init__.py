@@ -3,19 +3,20 @@
 tasks       what is measured: rows as tokens, and as questions to ask
 scoring     one forward pass -> loss, accuracy and drift of every row
 drift       KL to the starting model, without keeping it
-metrics     choice by log-likelihood, exact match
+metrics     choice by log-likelihood, exact match, F1, ROUGE-L
 greedy      what the model answers
 statistics  ratios with paired bootstrap intervals (pure functions)
 results     what was found, and the retention gate
 runner      Evaluation: before, after
 """
 
+from ..metric import METRICS
 from .found import reshard
 from .greedy import with_answers
-from .results import Completion, Level, TaskResult, retention_gate
+from .results import Completion, Kept, Level, TaskResult, retention_gate
 from .runner import Evaluation
 from .statistics import Estimate, Flips
-from .tasks import METRICS, EvalTask
+from .tasks import EvalTask
 
 __all__ = [
     "METRICS",
@@ -24,6 +25,7 @@ __all__ = [
     "EvalTask",
     "Evaluation",
     "Flips",
+    "Kept",
     "Level",
     "TaskResult",
     "reshard",

@@ -24,14 +24,20 @@ def answers(
     *,
     batch_size: int = 8,
     max_new_tokens: int = 48,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
     autocast: Autocast = nullcontext,
     label: str = "answer",
 ) -> list[str]:
-    """The greedy answer to each question (token ids), up to the end of the turn. Belongs inside `as_found`."""
+    """The answer to each question (token ids), up to the end of the turn; greedy at temperature 0.
+
+    Belongs inside `as_found`.
+    """
     inner, stops = causal_lm(model), stop_ids(model, tokenizer)
     # Set on the model as well: what is left unset (penalties, beams) would come from the checkpoint's own settings.
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     settings = inner.generation_config = GenerationConfig(
-        do_sample=False,
+        **{"do_sample": False, **drawn},
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(stops) or None,

@@ -1,15 +1,18 @@
 """Score a task in its own terms: the right one of several answers, or the right answer written out.
 
-Both give 1 or 0 per row. Neither looks for a substring, and an empty answer is never right.
+Each gives a number from 0 to 1 per row (`metric.METRICS` says which grade). None looks for a substring, and an empty
+answer scores 0, also where nothing was expected.
 """
 
 from __future__ import annotations
 
 import math
 import unicodedata
+from collections import deque
 from contextlib import nullcontext
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from ..examples import tokenize
 from .scoring import Autocast, score
 from .tasks import EvalTask, answered, expected
+
+SECONDS = 1.0
+"""A pattern that takes longer over one answer, as `(a+)+b` may take for ever, has found nothing in it."""
 
 
 def choice(
@@ -48,16 +54,67 @@ def _right(row: dict, likelihoods: list[float]) -> bool:
     return row["choices"][best] == expected(row)
 
 
-def exact_match(answers: list[str], task: EvalTask) -> NDArray:
-    """1 where the answer is the expected one, after `normalise`."""
-    pairs = zip(answers, task.rows, strict=True)
-    return np.array([matches(answer, expected(row)) for answer, row in pairs], float)
+def written(answers: list[str], task: EvalTask) -> tuple[NDArray, int]:
+    """The score of each written answer, and in how many of them the metric's pattern found nothing.
+
+    The pattern reads the expected answer as well, where it matches there: a reference may end in "the answer is 42".
+    """
+    score, pattern = SCORES[task.scored_by.name], task.scored_by.pattern
+    read = [extracted(answer, pattern) for answer in answers]
+    wanted = [expected(row) for row in task.rows]
+    wanted = [whole if (part := extracted(whole, pattern)) is None else part for whole in wanted]
+    pairs = zip(read, wanted, strict=True)
+    scores = [0.0 if answer is None else float(score(answer, right)) for answer, right in pairs]
+    return np.array(scores), read.count(None)
+
+
+def extracted(text: str, pattern: str) -> str | None:
+    """What the first group of `pattern` holds where it matches last; None where it does not. No pattern: the text."""
+    if not pattern:
+        return text
+    try:
+        last = deque(regex.finditer(pattern, text, timeout=SECONDS), maxlen=1)
+    except TimeoutError:
+        return None
+    return last[0].group(1) if last else None
 
 
 def matches(answer: str, wanted: str) -> bool:
     """Whether two texts are the same answer. An empty one is never right, whatever was expected."""
     answer = normalise(answer)
     return bool(answer) and answer == normalise(wanted)
+
+
+def f1(answer: str, wanted: str) -> float:
+    """2 PR / (P + R) over words in common, as SQuAD counts them: no case, no ASCII punctuation, no a, an, the."""
+    from torchmetrics.functional.text import squad
+
+    def score(reference: str) -> float:
+        said = {"prediction_text": answer, "id": ""}
+        return float(squad(said, {"answers": {"text": [reference]}, "id": ""})["f1"]) / 100
+
+    return 0.0 if score("") else score(wanted)  # SQuAD credits nothing said where nothing was expected
+
+
+def rouge(answer: str, wanted: str) -> float:
+    """2 PR / (P + R) over the longest common sequence of words (ROUGE-L); no case, no punctuation, no stemming."""
+    from torchmetrics.functional.text import rouge_score
+
+    found = rouge_score(answer, wanted, rouge_keys="rougeL", normalizer=_letters, tokenizer=_words)
+    return float(found["rougeL_fmeasure"])
+
+
+def _letters(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).lower()
+
+
+def _words(text: str) -> list[str]:
+    """ROUGE's own words for English; its [a-z0-9] would tear others apart, and find none in Greek."""
+    return regex.findall(r"[^\W_]+", text)
+
+
+SCORES = {"exact_match": matches, "f1": f1, "rouge": rouge}
+"""Metrics of a written answer: (answer, expected) -> 0 to 1."""
 
 
 def normalise(text: str) -> str:

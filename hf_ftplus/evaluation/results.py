@@ -87,6 +87,23 @@ class TaskResult:
         return cls(**facts)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a protect task keeps while training lasts."""
+
+    figure: str
+    """The name of the figure that is compared."""
+    before: float
+    now: float
+
+    @property
+    def share(self) -> float:
+        return self.now / self.before
+
+    def __str__(self) -> str:
+        return f"{self.share:.3f} of its {self.figure.replace('_', ' ')} ({self.before:.3f} -> {self.now:.3f})"
+
+
 def retention_gate(results: Iterable[TaskResult], threshold: float) -> list[str]:
     """One sentence for each protect task whose retention is below `threshold`; an empty list means that it held.
 

@@ -18,13 +18,15 @@ from . import metrics, statistics
 from .drift import keep_head
 from .found import as_found, bare
 from .greedy import answers
-from .results import Completion, Level, TaskResult
+from .results import Completion, Kept, Level, TaskResult
 from .scoring import Autocast, Scores, Start, score
 from .statistics import NOT_MEASURED
 from .tasks import EvalTask, asked_text, expected, question
 
 SPARE = 4
 """Tokens beyond the longest expected answer: the end of the turn, and a full stop more or less."""
+REASONED = 256
+"""Tokens in which a pattern looks for an answer, at least: a model may reason before it gives one."""
 TOGETHER = 4
 """Micro-batches answered at once: writing needs no logits of the prompt, and its time goes into reading the weights."""
 
@@ -35,6 +37,8 @@ class Moment:
 
     scores: Scores
     metric: NDArray | None = None
+    unread: int = 0
+    """Answers in which the metric's pattern found nothing."""
     answers: dict[int, str] = field(default_factory=dict)
 
 
@@ -55,7 +59,7 @@ class Evaluation:
         batch_size: rows in a micro-batch when scoring; four times as many are answered at once.
         seed: of the bootstrap and of the choice of completions.
         completions: rows of each task whose greedy answers are kept side by side.
-        max_new_tokens: length of a completion; exact match allows for the longest expected answer of its task.
+        max_new_tokens: length of a completion; metrics allow for the longest expected answer of their task.
         autocast: the context of the forward passes, such as `partial(torch.autocast, "cuda", torch.bfloat16)`.
     """
 
@@ -99,6 +103,29 @@ class Evaluation:
             self._show(model, self._after)
         return self.results()
 
+    def judged(self) -> list[str]:
+        """The protect tasks that can be judged by what they keep: measured at the start, with something right."""
+        before = {task.name: self._before.get(task.name) for task in self.tasks if task.role == "protect"}
+        return [name for name, moment in before.items() if moment and moment.scores.correct.sum()]
+
+    def kept(self, model: nn.Module) -> dict[str, Kept]:
+        """How each protect task stands now, by forward passes alone.
+
+        Compared is `choice` where it is the task's metric; else token accuracy, for answers would have to be written.
+        """
+        model, judged = bare(model), self.judged()
+        with as_found(model, self.seed):
+            return {task.name: self._kept(model, task) for task in self.tasks if task.name in judged}
+
+    def _kept(self, model: nn.Module, task: EvalTask) -> Kept:
+        before = self._before[task.name]
+        if task.scored_by and not task.scored_by.written and before.metric.sum():
+            now = metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast)
+            return Kept(task.scored_by.name, before.metric.mean(), now.mean())
+        now = score(model, task.examples, self.batch_size, autocast=self.autocast, label=f"{task.name}: score")
+        tokens = before.scores.tokens.sum()
+        return Kept("token_accuracy", before.scores.correct.sum() / tokens, now.correct.sum() / tokens)
+
     def results(self) -> list[TaskResult]:
         """What has been measured so far, in the order of the tasks."""
         return [self._result(task) for task in self.tasks]
@@ -117,12 +144,16 @@ class Evaluation:
             autocast=self.autocast,
             label=f"{task.name}: score {when}",
         )
-        if task.metric == "exact_match":
-            said = self._ask(model, [(task, i) for i in range(len(task.rows))], self._longest(task), task.name)
-            return Moment(scores, metrics.exact_match(said, task))
-        if task.metric == "choice":
-            return Moment(scores, metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast))
-        return Moment(scores)
+        return Moment(scores, *self._metric(model, task))
+
+    def _metric(self, model: nn.Module, task: EvalTask) -> tuple[NDArray | None, int]:
+        """The task's own score of each row, and in how many answers its pattern found nothing."""
+        if task.scored_by is None:
+            return None, 0
+        if not task.scored_by.written:
+            return metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast), 0
+        said = self._ask(model, [(task, i) for i in range(len(task.rows))], self._room(task), task.name)
+        return metrics.written(said, task)
 
     def _show(self, model: nn.Module, moments: dict[str, Moment]) -> None:
         """Ask for the completions of all tasks together: a step costs little more for twelve rows than for four."""
@@ -141,10 +172,16 @@ class Evaluation:
             label=f"{label}: answers",
         )
 
-    def _longest(self, task: EvalTask) -> int:
-        """Tokens of the longest expected answer and some more: an answer that is longer still is wrong anyway."""
+    def _room(self, task: EvalTask) -> int:
+        """Tokens for an answer: the longest expected one and some more, for what is longer still is wrong anyway.
+
+        A metric that grades must see an answer run on, or it would be worth more than it is.
+        """
         wanted = (self.tokenizer(expected(row), add_special_tokens=False)["input_ids"] for row in task.rows)
-        return SPARE + max(map(len, wanted))
+        longest = max(map(len, wanted))
+        if task.scored_by.graded:
+            longest = max(2 * longest, self.max_new_tokens)
+        return max(longest + SPARE, REASONED if task.scored_by.pattern else 0)
 
     def shown(self, task: EvalTask) -> list[int]:
         """Rows whose completions are kept: drawn by seed and name, so the same in every run and strategy."""
@@ -162,10 +199,10 @@ class Evaluation:
             task.role,
             rows=len(task.examples),
             tokens=int(either.scores.tokens.sum()) if either else 0,
-            metric=task.metric,
+            metric=task.scored_by and task.scored_by.name,
             completions=self._completions(task, before, after),
             notes=[*task.notes]
-            + [note for when, moment in (("before", before), ("after", after)) for note in _broken(when, moment)],
+            + [note for when, moment in (("before", before), ("after", after)) for note in _notes(when, moment)],
         )
         if before:
             result.before = self._level(before)
@@ -174,7 +211,7 @@ class Evaluation:
             if after.scores.kl is not None:
                 result.drift = statistics.per_token(after.scores.kl, after.scores.tokens, self.seed)
         if before and after:
-            self._compare(result, before, after)
+            self._compare(task, result, before, after)
         return result
 
     def _level(self, moment: Moment) -> Level:
@@ -185,7 +222,7 @@ class Evaluation:
             metric=NOT_MEASURED if moment.metric is None else statistics.share(moment.metric, self.seed),
         )
 
-    def _compare(self, result: TaskResult, before: Moment, after: Moment) -> None:
+    def _compare(self, task: EvalTask, result: TaskResult, before: Moment, after: Moment) -> None:
         one, two = before.scores, after.scores
         result.change = Level(
             loss=statistics.per_token(two.nll - one.nll, one.tokens, self.seed),
@@ -196,7 +233,7 @@ class Evaluation:
         )
         was, now = (one.correct, two.correct) if result.metric is None else (before.metric, after.metric)
         result.retention = statistics.retention(was, now, self.seed)
-        if result.metric is not None:
+        if result.metric is not None and not task.scored_by.graded:
             result.flips = statistics.flips(was, now)
         if result.undefined:
             what = result.retention_of.replace("_", " ")
@@ -214,7 +251,12 @@ class Evaluation:
         ]
 
 
-def _broken(when: str, moment: Moment | None) -> list[str]:
-    """Say so when a model no longer computes: its loss is then no number, which the report shows as missing."""
-    bad = int((~np.isfinite(moment.scores.nll)).sum()) if moment else 0
-    return [f"The loss {when} training is not finite on {bad} of {len(moment.scores.nll)} rows."] if bad else []
+def _notes(when: str, moment: Moment | None) -> list[str]:
+    """What a figure alone does not say: a model that no longer computes, answers that no pattern could read."""
+    if moment is None:
+        return []
+    rows, bad = len(moment.scores.nll), int((~np.isfinite(moment.scores.nll)).sum())
+    found = [f"The loss {when} training is not finite on {bad} of {rows} rows."] if bad else []
+    if moment.unread:
+        found.append(f"No answer was found in {moment.unread} of {rows} texts {when} training; these score 0.")
+    return found

@@ -9,13 +9,13 @@ from typing import Any, Literal
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DataError, UsageError, nearest
+from ..errors import DataError, UsageError
 from ..examples import IGNORED, Example, tokenize
 from ..formats import Row
+from ..metric import Metric, parse
 
 Role = Literal["learn", "protect", "measure"]
 ROLES = ("learn", "protect", "measure")
-METRICS = ("choice", "exact_match")
 
 
 @dataclass
@@ -27,7 +27,8 @@ class EvalTask:
         role: "learn" (what is being learnt, held out), "protect" (what must stay) or "measure" (looked at only).
         examples: token ids and labels; row i of `rows` where rows are given.
         rows: canonical rows, for metrics and completions; without them completions are read from the examples.
-        metric: None, "choice" (rows with `choices`; the completion is the right one) or "exact_match".
+        metric: None, or one of `metric.METRICS`: "choice" (rows with `choices`; the completion is the right one),
+            "exact_match", "f1", "rouge"; with a pattern that finds the answer, "exact_match:answer is (.+)".
         notes: what the report says about these rows.
     """
 
@@ -37,32 +38,31 @@ class EvalTask:
     rows: list[Row] | None = None
     metric: str | None = None
     notes: list[str] = field(default_factory=list)
+    scored_by: Metric | None = field(init=False, default=None)
+    """`metric`, as read."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UsageError(f"Task {self.name!r} has the role {self.role!r}; expected one of {', '.join(ROLES)}.")
-        if self.metric is not None and self.metric not in METRICS:
-            hint = nearest(str(self.metric), METRICS)
-            raise UsageError(
-                f"Task {self.name!r} has the metric {self.metric!r}; expected one of {', '.join(METRICS)}.{hint}"
-            )
+        if self.metric is not None:
+            self.scored_by = parse(self.metric, f"Task {self.name!r} has the metric {self.metric!r}")
         self.rows = list(self.rows) if self.rows else list(self.examples)
         if len(self.rows) != len(self.examples):
             raise UsageError(
                 f"Task {self.name!r} has {len(self.rows)} rows and {len(self.examples)} examples; expected as many "
                 "(Tokenized.kept says which rows were kept; EvalTask.of sees to it)."
             )
-        if self.metric:
-            self._check_metric()
+        if self.scored_by:
+            self._check_metric(self.scored_by.name)
 
-    def _check_metric(self) -> None:
+    def _check_metric(self, metric: str) -> None:
         for i, row in enumerate(self.rows, 1):
             if not ("prompt" in row or "messages" in row):
                 raise DataError(
-                    f"Task {self.name!r}, row {i} has {', '.join(map(repr, row))}, so {self.metric} has no question to "
+                    f"Task {self.name!r}, row {i} has {', '.join(map(repr, row))}, so {metric} has no question to "
                     "ask; expected prompt + completion, or messages."
                 )
-            if self.metric == "choice" and expected(row) not in (row.get("choices") or ()):
+            if metric == "choice" and expected(row) not in (row.get("choices") or ()):
                 found = "no 'choices'" if not row.get("choices") else "a completion that is not one of its 'choices'"
                 raise DataError(
                     f"Task {self.name!r}, row {i} has {found}; for the metric 'choice' every row needs 'choices', the "

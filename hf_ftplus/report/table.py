@@ -36,6 +36,8 @@ def table(results: Results, facts: Mapping[str, Any] | None = None) -> Renderabl
             _retention(result),
         )
     lines = [Text(NOTE, style="dim"), *_notes(results), *_costs(facts or {})]
+    if facts and facts.get("stopped"):
+        lines.append(label(facts["stopped"], "yellow", characters=300))
     return Group(grid, *lines)
 
 

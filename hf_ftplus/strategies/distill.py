@@ -96,6 +96,20 @@ class Distill(Strategy):
                 "it leaves before training."
             )
 
+    def refuse(self, run: Run | None) -> None:
+        """A teacher that is not there or has other tokens, nothing to protect, and adapters that add virtual tokens."""
+        from ..teacher import config_of, tokenizer_of
+
+        if self.strength == 0:
+            return
+        if run is not None:
+            self._check(run)
+        if self.teacher != START:
+            if run is None:
+                config_of(self.teacher)
+            else:
+                tokenizer_of(self.teacher, run.tokenizer)
+
     def preview(self, run: Run) -> dict[str, float]:
         """Bytes of the teacher, or of its answers to the protect data, and the seconds it takes to have them."""
         from ..answers import Answers, bytes_per_token
@@ -238,14 +252,24 @@ class Distill(Strategy):
         self.tasks = [Examples.of(name, batches) for name, batches in run.protect.items()] if self.protecting else []
         if self.off:
             return
-        if self.protecting and not self.tasks:
+        self._check(run)
+        refuse_zero3(run.model)
+        if self.protecting and not self._sharded:
+            refuse_reentrant(run.model)
+
+    def _check(self, run: Run) -> None:
+        from ..weights import is_prompt_learning
+
+        if self.on in ("protect", "both") and not run.protect:
             raise DataError(
                 f"distill has no protect data and on is {self.on!r}. Type --protect FILE, or --protect self:256 to let "
                 "the starting model write it, or --set distill.on=learn to compare at the learn tokens."
             )
-        refuse_zero3(run.model)
-        if self.protecting and not self._sharded:
-            refuse_reentrant(run.model)
+        if is_prompt_learning(run.model):
+            raise IncompatibleError(
+                "distill compares what two models say at the same tokens, and this adapter puts virtual tokens before "
+                "them (prompt tuning, prefix tuning, p-tuning). Use LoRA or full fine-tuning."
+            )
 
     def _where(self) -> str:
         return " and ".join(f"strength {strength:g} on {place} tokens" for place, strength in self.strengths.items())
@@ -342,7 +366,7 @@ class Distill(Strategy):
     # ---- asking everything beforehand --------------------------------------------------------------------------------
 
     def _ask_all(self, teacher: Teacher | None, run: Run) -> None:
-        """Have the answers to every protect and learn example there will be.
+        """Have the answers to every protect and learn example there will be; learn rows are read a batch at a time.
 
         Raises:
             DataError: the learn rows cannot be seen beforehand.
@@ -357,7 +381,7 @@ class Distill(Strategy):
             )
         replayed = any(task.role == "protect" and task.drawn for task in run.tasks.values())
         protect = self._protect(run) if self.protecting or replayed else []
-        ask_all(self.answers, teacher, [*protect, *learn], run, self.top_k, self.temperature)
+        ask_all(self.answers, teacher, [protect, learn], run, self.top_k, self.temperature)
 
     def _protect(self, run: Run) -> Batches:
         return [batch for task in run.protect.values() for batch in task]

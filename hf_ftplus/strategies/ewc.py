@@ -54,6 +54,23 @@ class EWC(Strategy):
     )
     decay: float = setting(1.0, "share of the importances in --memory that still counts in this run", low=0, high=1)
     remember: bool = setting(True, "leave the next run the importances of what this run learnt, too (one more pass)")
+    first: bool = setting(
+        False, "the first of several runs: where there is nothing to protect yet, only remember what this run learns"
+    )
+
+    def refuse(self, run: Run | None) -> None:
+        """Nothing to protect, and adapters whose change of a weight is not scale * B A."""
+        from ..weights import split
+
+        if run is None:
+            return
+        split(run.model)
+        if not (run.protect or run.memory.read or (self.first and self.remember)):
+            raise DataError(
+                "ewc has nothing to protect: no protect data and no memory of an earlier run. Type --protect FILE, or "
+                "--protect self:256 to let the starting model write it; or, in the first of several runs, --set "
+                "ewc.first=true to only remember what it learns."
+            )
 
     def preview(self, run: Run) -> dict[str, float]:
         """Bytes of state, protect rows used, and seconds of the Fisher pass (extrapolated from one micro-batch)."""
@@ -72,15 +89,14 @@ class EWC(Strategy):
 
     def prepare(self, run: Run) -> None:
         """Note the starting weights and estimate how much the protect data depends on each."""
-        from ..quadratic import placed, starting, state_bytes
+        from ..quadratic import no_importance, placed, starting, state_bytes
 
+        self.refuse(run)
         self._bind(run)
         memory = run.memory.load(self.name, run)
         if not run.protect and memory is None:
-            raise DataError(
-                "ewc has nothing to protect: no protect data and no memory of an earlier run. Type --protect FILE, or "
-                "--protect self:256 to let the starting model write it."
-            )
+            logger.info("ewc: nothing to protect yet; what this run learns is remembered for the next")
+            memory = no_importance(self.plain, self.adapters)
         if self.remember and run.memory.write:
             self._check_learnt(run.learn(self.rows))
         importance = {name: self.decay * tensor for name, tensor in (memory or {}).items()}
@@ -99,7 +115,7 @@ class EWC(Strategy):
         """Add strength * F * (w - w*) to every gradient."""
         from ..quadratic import pull
 
-        if self.strength == 0:
+        if self.strength == 0 or not self.held:
             return
         measured = pull(self.wells, self.force, run.measuring)
         self._measured = self._measured if measured is None else measured
@@ -130,13 +146,11 @@ class EWC(Strategy):
         penalty (nats); predicted_drift = penalty / strength; grad_ratio = |penalty gradient| / |task gradient|;
         held_weights: share of the trained weights whose importance is not 0.
         """
-        import torch.distributed as dist
+        from ..weights import over_shards
 
         if self._measured is None:
             return {}
-        if self._sharded:
-            dist.all_reduce(self._measured)
-        drift, pull_square, task_square = self._measured.tolist()
+        drift, pull_square, task_square = over_shards(self._measured, self.plain.values()).tolist()
         self._measured, self._zeros = None, 0 if drift else self._zeros + 1
         if self._zeros == 3:
             logger.warning(
@@ -175,7 +189,6 @@ class EWC(Strategy):
         self.plain, self.adapters = split(run.model)
         self.force = self.strength if self.strength is not None else LORA if self.adapters else FULL
         self._measured, self._zeros = None, 0
-        self._sharded = sharded(self.plain.values())
         if sharded(adapter.A for adapter in self.adapters.values()):
             raise IncompatibleError(
                 "ewc cannot hold a LoRA adapter under FSDP2: the rows of A and B live on different ranks. Train the "
@@ -188,7 +201,7 @@ class EWC(Strategy):
 
         match(importance_names(self.plain, self.adapters), importance, "The memory of ewc")
         self.held = share_held(self.plain, self.adapters, importance)
-        if not self.held:
+        if not self.held and not self.first:
             raise DataError(
                 "ewc found every importance to be 0: no protect token depends on any trainable weight. Check that the "
                 "protect data has completions, and that the adapter sits on layers the model uses."

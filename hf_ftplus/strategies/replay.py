@@ -61,6 +61,17 @@ class Replay(Strategy):
         super().__post_init__()
         self.tasks: dict[str, Task] = {}
 
+    def refuse(self, run: Run | None) -> None:
+        """A share of tokens that a later strategy would change: it counts those of the rows mixed before."""
+        if run is None or self.unit == "rows" or self.share == 0:
+            return
+        last = [strategy.name for strategy in run.strategies if strategy.overrides("mix")][-1]
+        if last != self.name:
+            raise UsageError(
+                f"replay.unit is 'tokens', and {last} mixes the rows anew after replay has counted theirs. Give replay "
+                f"last: --plugin {last} --plugin replay; or type --set replay.unit=rows."
+            )
+
     def mix(self, run: Run, shares: dict[str, float]) -> dict[str, float]:
         """Take `share` off the top for the protect tasks; whatever else was mixed keeps its proportions."""
         self.tasks = run.tasks

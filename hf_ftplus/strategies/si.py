@@ -56,6 +56,18 @@ class SI(Strategy):
     )
     decay: float = setting(1.0, "share of the importances in --memory that still counts in this run", low=0, high=1)
 
+    def refuse(self, run: Run | None) -> None:
+        """Adapters, and gradients that are clipped by nobody knows how much."""
+        if run is None:
+            return
+        if getattr(run.model, "peft_config", None):
+            raise IncompatibleError(
+                "si cannot follow an adapter: the loss depends on the change B A of a frozen weight, whose own "
+                "gradient adapter training never makes, and how that change is split into A and B is arbitrary. Use "
+                "--plugin ewc, which holds the change itself, or fine-tune all weights."
+            )
+        refuse_unknown_clipping(run)
+
     def preview(self, run: Run) -> dict[str, float]:
         """Bytes of state; it needs no protect rows and no time before the first step."""
         self._bind(run)
@@ -187,18 +199,13 @@ class SI(Strategy):
 
     def _in_one_pass(self, run: Run) -> bool:
         """Whether reading can wait for before_step: nobody adds to the gradients earlier, and it saves a pass."""
-        return run.writers[:1] == (self.name,) and bool(self.wells) and self.strength > 0 and not run.measuring
+        writers = (strategy for strategy in run.strategies if strategy.overrides("before_step"))
+        return next(writers, None) is self and bool(self.wells) and self.strength > 0 and not run.measuring
 
     def _bind(self, run: Run) -> None:
         from ..weights import sharded
 
-        if getattr(run.model, "peft_config", None):
-            raise IncompatibleError(
-                "si cannot follow an adapter: the loss depends on the change B A of a frozen weight, whose own "
-                "gradient adapter training never makes, and how that change is split into A and B is arbitrary. Use "
-                "--plugin ewc, which holds the change itself, or fine-tune all weights."
-            )
-        refuse_unknown_clipping(run)
+        self.refuse(run)
         self._sharded = sharded(run.weights.values())
         self._held = self._explained = None
         self._zeros = 0
@@ -213,10 +220,9 @@ class SI(Strategy):
         """The parts added up, over all ranks where weights are sharded; waits for the device."""
         import torch
 
-        total = torch.stack(parts).sum(0)
-        if self._sharded:
-            torch.distributed.all_reduce(total)
-        return total.tolist()
+        from ..weights import over_shards
+
+        return over_shards(torch.stack(parts).sum(0), [line.weight for line in self.lines.values()]).tolist()
 
 
 @dataclass

@@ -81,7 +81,8 @@ def everywhere(folder: Path, size: int) -> dict[str, dict[str, Tensor]]:
 
 def ddp(folder: Path, rank: int) -> dict[str, Tensor]:
     found = everywhere(folder, 4)
-    return {f"{part}/{name}": tensor for part, tensors in found.items() for name, tensor in tensors.items()}
+    found = {f"{part}/{name}": tensor for part, tensors in found.items() for name, tensor in tensors.items()}
+    return found | stopping(folder / "stopping", rank)
 
 
 def held(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
@@ -119,11 +120,13 @@ def held(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
     return found | {f"saved.{name}": whole(tensor) for name, tensor in back.state_dict().items()}
 
 
-def shards(model: torch.nn.Module, **kwargs) -> torch.nn.Module:
+def shards(model: torch.nn.Module, copies: bool = False, **kwargs) -> torch.nn.Module:
+    """Sharded over both ranks; as `copies`, sharded over one, of which the other is a replica (HSDP)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2,))
+    names = ("replicas", "shards") if copies else ("shards",)
+    mesh = init_device_mesh("cpu", (2, 1) if copies else (2,), mesh_dim_names=names)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh, **kwargs)
@@ -160,6 +163,9 @@ def fsdp(folder: Path, rank: int) -> dict[str, Tensor]:
     )
     found = importances(model) | {f"sketch.{name}": part for name, part in sketch(model).items()}
     found |= held(model, folder)
+    copies = shards(tiny_llama(), copies=True)
+    assert all(weight.device_mesh.ndim == 2 for weight in copies.parameters())
+    found |= {f"copies.{name}": tensor for name, tensor in held(copies, folder / "copies").items()}
     for kind in MODELS:
         found |= {f"{kind}.{name}": tensor for name, tensor in of_head(kind).items()}
     assert all(isinstance(weight, DTensor) for weight in trainable(model).values())
@@ -176,7 +182,9 @@ def si(folder: Path, rank: int = 0) -> dict[str, Tensor]:
     weights = trainable(model)
     for read, write in ((None, folder / "memory"), (folder / "memory", folder / "more")):
         strategy = SI(strength=10.0)
-        run = Run(model, weights, {}, lambda rows: [], torch.device("cpu"), 0, Memory(read, write), writers=("si",))
+        run = Run(
+            model, weights, {}, lambda rows: [], torch.device("cpu"), 0, Memory(read, write), strategies=(strategy,)
+        )
         strategy.prepare(run)
         run.device = torch.device("cuda")  # the way of a device that nobody waits for
         optimizer = torch.optim.SGD(weights.values(), lr=0.1)
@@ -234,6 +242,25 @@ def outputs(folder: Path, rank: int) -> dict[str, Tensor]:
     with suppress(PluginError):
         it.train()
     return found | {f"rescued.{name}": whole(weight) for name, weight in trainable(it.model).items()}
+
+
+def stopping(folder: Path, rank: int) -> dict[str, Tensor]:
+    """The step at which training ends when the ranks, on unlike machines, find unlike shares kept."""
+    from types import SimpleNamespace
+
+    from training import trainer
+
+    from hf_ftplus.evaluation import Kept
+    from hf_ftplus.stopping import RetentionFalls
+
+    shares = iter([0.97, 0.96, 0.94, 0.93] if rank == 0 else [0.94, 0.96, 0.96, 0.96])
+    start = SimpleNamespace(
+        evaluation=SimpleNamespace(judged=lambda: ["it"]), kept=lambda: {"it": Kept("choice", 1.0, next(shares))}
+    )
+    it = trainer(folder, protect=None, max_steps=10)
+    it.add_callback(RetentionFalls(0.95, start, it))
+    it.train()
+    return {"stopping/step": torch.tensor(it.state.global_step)}
 
 
 if __name__ == "__main__":

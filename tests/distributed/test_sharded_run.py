@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_ftplus.data import load
 from hf_ftplus.evaluation import EvalTask, Evaluation
-from hf_ftplus.rows import hold_out
+from hf_ftplus.measured import hold_out
 
 pytestmark = pytest.mark.dist
 SCRIPT = Path(__file__).with_name("sharded.py")

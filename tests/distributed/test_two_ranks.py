@@ -81,6 +81,11 @@ def test_two_processes_train_as_one_does_on_the_same_rows(parallel, kind):
     assert far(part(first, f"{kind}/weights."), part(one[kind], "weights.")) < 1e-6
 
 
+def test_all_ranks_stop_at_the_same_step(parallel):
+    (first, second), _ = parallel
+    assert first["stopping/step"] == second["stopping/step"] == 3
+
+
 def test_ddp_with_reentrant_checkpointing_works_and_gives_the_same(parallel):
     """A penalty in the loss uses parameters outside the forward pass, and DDP then marks a variable ready twice."""
     (first, _), one = parallel
@@ -155,6 +160,15 @@ def test_pulls_figures_and_saved_state_of_a_sharded_model_are_those_of_a_whole_o
     for found in (first, second):
         for name, tensor in part(one, what).items():
             assert torch.allclose(part(found, what)[name], tensor, rtol=1e-3, atol=1e-7), name
+
+
+@pytest.mark.parametrize("what", ["pull.", "figure.", "saved."])
+def test_weights_that_every_rank_holds_alike_count_once(sharded, what):
+    """HSDP: a sum over all ranks would count each replica."""
+    (first, second), one = sharded
+    for found in (first, second):
+        for name, tensor in part(one, what).items():
+            assert torch.allclose(part(found, f"copies.{what}")[name], tensor, rtol=1e-3, atol=1e-7), name
 
 
 def test_a_sharded_model_resumes_from_gathered_state_bit_for_bit(sharded):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import re
+import time
+
 import pytest
+import reference
 import torch
 from evaluation.cases import moved, row_logits
 from tiny import tiny_llama, tiny_tokenizer
 
+from hf_ftplus.config import build, merge
 from hf_ftplus.errors import DataError, UsageError
 from hf_ftplus.evaluation import EvalTask, metrics, with_answers
 from hf_ftplus.evaluation.found import as_found
@@ -105,6 +111,72 @@ def test_a_part_of_the_answer_is_not_the_answer():
     assert not metrics.matches("3.5", "35")
 
 
+# ---- partly right --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("score", "slow"), [(metrics.f1, reference.squad_f1), (metrics.rouge, reference.rouge_l)])
+def test_grades_are_those_of_the_slow_reference(score, slow):
+    draw = random.Random(7)
+    words = ["the", "The", "a", "boat", "BOAT,", "boats", "is", "home.", "3.5", "don't", "!?", "well-kept"]
+    for _ in range(300):
+        answer, wanted = (" ".join(draw.choices(words, k=draw.randrange(8))) for _ in range(2))
+        assert score(answer, wanted) == pytest.approx(slow(answer, wanted), abs=1e-6), (answer, wanted)
+
+
+@pytest.mark.parametrize("score", [metrics.f1, metrics.rouge])
+@pytest.mark.parametrize("wanted", ["Lisbon", "", "?", "the"])
+@pytest.mark.parametrize("answer", ["", " \n", "?!", "."])
+def test_saying_nothing_scores_nothing_whatever_was_expected(score, answer, wanted):
+    assert score(answer, wanted) == 0
+
+
+def test_an_article_alone_is_no_answer_to_f1():
+    assert metrics.f1("the", "a") == metrics.f1("the", "") == 0
+
+
+def test_words_of_every_alphabet_count():
+    """ROUGE's own pattern knows a to z alone: Greek would score 0, and `não` would be the words n and o."""
+    assert metrics.rouge("Το λιμάνι ανοίγει", "το λιμάνι ΑΝΟΊΓΕΙ.") == 1
+    assert metrics.rouge("não", "nao") == metrics.rouge("n o", "não") == 0
+    assert metrics.rouge("हिन्दी में", "हिन्दी") == pytest.approx(2 / 3)
+
+
+# ---- an answer inside what was said ----------------------------------------------------------------------------------
+
+
+def asked(*wanted, metric) -> EvalTask:
+    rows = [{"prompt": "How many? ", "completion": text} for text in wanted]
+    return EvalTask.of("sums", "protect", rows, tiny_tokenizer(), metric=metric)
+
+
+def test_the_last_match_is_the_answer_and_no_match_is_wrong():
+    said = ["answer is 3. No: answer is 42.", "answer is 420.", "42", "", "the answer is ."]
+    scores, unread = metrics.written(said, asked(*["42"] * 5, metric=r"exact_match:answer is (.*?)\."))
+    assert scores.tolist() == [1, 0, 0, 0, 0]
+    assert unread == 2
+
+
+def test_the_pattern_reads_the_reference_too_where_it_matches():
+    task = asked("6 x 7, so #### 42", "42", "forty-two", metric=r"exact_match:#### (\S+)")
+    assert metrics.written(["#### 42"] * 3, task)[0].tolist() == [1, 1, 0]
+
+
+def test_a_group_that_took_no_part_found_nothing():
+    assert metrics.written(["no"], asked("", metric="exact_match:yes(x)|no"))[0].tolist() == [0]
+
+
+def test_a_grade_can_be_of_an_extracted_answer():
+    task = asked("two boats", metric="f1:answer is (.+)")
+    assert metrics.written(["Boats, boats. The answer is two lanterns"], task)[0].tolist() == [0.5]
+
+
+def test_a_pattern_that_would_take_for_ever_finds_nothing_in_time(monkeypatch):
+    monkeypatch.setattr(metrics, "SECONDS", 0.1)
+    begin = time.monotonic()
+    assert metrics.extracted("a" * 20000 + "c", "((?:a|aa)+b)") is None
+    assert time.monotonic() - begin < 5
+
+
 # ---- what the model says ------------------------------------------------------------------------------------------
 
 
@@ -156,7 +228,7 @@ def test_the_model_can_write_the_reference_for_questions_without_one(tokenizer):
     task = EvalTask.of("chat", "protect", done, tokenizer, metric="exact_match")
     with as_found(model):
         said = answers(model, tokenizer, [question(row, tokenizer) for row in task.rows], max_new_tokens=5)
-    assert metrics.exact_match(said, task).tolist() == [1.0] * len(task.rows)
+    assert metrics.written(said, task)[0].tolist() == [1.0] * len(task.rows)
 
 
 # ---- what cannot be measured is refused ---------------------------------------------------------------------------
@@ -165,6 +237,36 @@ def test_the_model_can_write_the_reference_for_questions_without_one(tokenizer):
 def test_a_misspelt_metric_is_an_error_with_the_nearest_name(chat_rows):
     with pytest.raises(UsageError, match="Did you mean 'exact_match'"):
         EvalTask.of("chat", "protect", chat_rows, tiny_tokenizer(), metric="exact-match")
+
+
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        ("exact", "Did you mean 'exact_match'"),
+        ("rougeL", "Did you mean 'rouge'"),
+        ("exact_match:answer is", "has no group"),
+        ("exact_match:(", "is no regular expression: missing"),
+        ("exact_match:", "has no group"),
+        ("choice:(.)", "choice takes no pattern"),
+    ],
+)
+def test_a_metric_that_cannot_be_read_is_refused(chat_rows, metric, says):
+    with pytest.raises(UsageError, match=f"Task 'chat' has the metric .*{re.escape(says)}"):
+        EvalTask.of("chat", "protect", chat_rows, tiny_tokenizer(), metric=metric)
+
+
+@pytest.mark.parametrize("metric", ["f1", "rouge"])
+def test_a_missing_package_is_named_with_what_to_type(monkeypatch, metric):
+    monkeypatch.setattr("hf_ftplus.metric.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=rf"--metric 'learn={metric}'; .*pip install 'hf-ftplus\[metrics\]'"):
+        build(merge({"metric": (f"learn={metric}",)}, {})[0])
+    assert build(merge({"metric": ("learn=choice",)}, {})[0]).metrics == {"learn": "choice"}
+
+
+def test_a_pattern_is_the_same_on_the_command_line_and_in_yaml():
+    pattern = r"exact_match:x = (\d+):"
+    for flags, yaml in (({"metric": (f"learn={pattern}",)}, {}), ({}, {"metric": {"learn": pattern}})):
+        assert build(merge(flags, yaml)[0]).metrics == {"learn": pattern}
 
 
 def test_an_unknown_role_is_an_error(chat_rows):

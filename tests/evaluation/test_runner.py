@@ -83,7 +83,7 @@ def test_the_metric_keeps_its_flips_and_defines_retention(chat_rows, tokenizer):
     rows = with_answers(model, tokenizer, chat_rows, max_new_tokens=4)
     task = EvalTask.of("chat", "protect", rows, tokenizer, metric="exact_match")
     evaluation = Evaluation([task], tokenizer, max_new_tokens=4)
-    evaluation._longest = lambda task: 4  # references of four tokens, none of which had to end by itself
+    evaluation._room = lambda task: 4  # references of four tokens, none of which had to end by itself
     evaluation.before(model)
     [found] = evaluation.after(moved(model, by=0.1))
     right = found.after.metric.value * found.rows
@@ -95,11 +95,44 @@ def test_the_metric_keeps_its_flips_and_defines_retention(chat_rows, tokenizer):
     assert found.retention.low <= found.retention.value <= found.retention.high
 
 
+def test_a_graded_metric_has_an_interval_and_no_flips(chat_rows, tokenizer):
+    """Half right is neither right nor wrong, so nothing can flip."""
+    model = moved(tiny_llama(), by=0.3)
+    rows = with_answers(model, tokenizer, chat_rows, max_new_tokens=4)
+    task = EvalTask.of("chat", "protect", rows, tokenizer, metric="rouge")
+    evaluation = Evaluation([task], tokenizer, max_new_tokens=4)
+    evaluation.before(model)
+    [found] = evaluation.after(moved(model, by=0.1))
+    assert found.metric == "rouge"
+    assert 0 < found.after.metric.value < found.before.metric.value < 1
+    assert found.after.metric.low < found.after.metric.value < found.after.metric.high
+    assert found.retention.value == pytest.approx(found.after.metric.value / found.before.metric.value)
+    assert found.flips is None
+
+
+def test_a_pattern_that_finds_no_answer_is_said_and_gets_room_for_one(chat_rows, tokenizer):
+    task = EvalTask.of("chat", "protect", chat_rows[:3], tokenizer, metric="exact_match:answer is (.+)")
+    evaluation = Evaluation([task], tokenizer, max_new_tokens=4)
+    assert evaluation._room(task) >= 256
+    evaluation._room = lambda task: 4
+    [found] = evaluation.before(tiny_llama())
+    assert found.metric == "exact_match"
+    assert "No answer was found in 3 of 3 texts before training; these score 0." in found.notes
+
+
+def test_a_grade_sees_an_answer_run_on(chat_rows, tokenizer):
+    graded, exact = (
+        EvalTask.of("chat", "protect", chat_rows, tokenizer, metric=name) for name in ("f1", "exact_match")
+    )
+    evaluation = Evaluation([graded], tokenizer, max_new_tokens=4)
+    assert evaluation._room(graded) > 1.7 * evaluation._room(exact)
+
+
 def test_an_answer_longer_than_the_limit_can_still_match(chat_rows, tokenizer):
     """Otherwise exact match would be 0 before and after, and nobody would know why."""
     task = EvalTask.of("chat", "protect", chat_rows, tokenizer, metric="exact_match")
     longest = max(len(tokenizer(row["completion"][0]["content"])["input_ids"]) for row in chat_rows)
-    assert Evaluation([task], tokenizer, max_new_tokens=2)._longest(task) > longest
+    assert Evaluation([task], tokenizer, max_new_tokens=2)._room(task) > longest
 
 
 @pytest.mark.parametrize("rows", [[{"text": "The harbour opens at six and closes late."}] * 3, None])

@@ -1,0 +1,106 @@
+"""Ask a trained model things, and another one the same things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from . import data
+from .errors import DataError, StorageError, UsageError
+from .evaluation.found import as_found
+from .evaluation.greedy import answers
+from .evaluation.tasks import asked_text, expected, question
+from .formats import Row
+from .trained import Trained
+
+
+@dataclass
+class Answered:
+    """A question, the answer of each model, and the one that the data expects if it says."""
+
+    prompt: str
+    answers: list[str]
+    expected: str | None = None
+
+
+@dataclass(frozen=True)
+class How:
+    """How answers are written. At temperature 0 the likeliest token is taken at every step."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    batch_size: int = 8
+    seed: int = 0
+
+
+def ask(models: list[Trained], rows: Iterable[Row], how: How) -> Iterator[Answered]:
+    """Answers in the order of the questions, as soon as a batch of them is there."""
+    rows = iter(rows)
+    while group := list(islice(rows, how.batch_size)):
+        found = [_answers(model, group, how) for model in models]
+        for i, row in enumerate(group):
+            wanted = expected(row, models[0].tokenizer) if "completion" in row or "messages" in row else None
+            yield Answered(asked_text(row, models[0].tokenizer), [texts[i] for texts in found], wanted)
+
+
+def _answers(it: Trained, rows: list[Row], how: How) -> list[str]:
+    questions = [question(row, it.tokenizer) for row in rows]
+    longest, room = max(map(len, questions)), getattr(it.model.config, "max_position_embeddings", None)
+    if room and longest >= room:
+        raise DataError(f"A prompt has {longest} tokens; {it.name} reads {room}, the answer included. Shorten it.")
+    with it.speaking(), as_found(it.model, how.seed):
+        return answers(
+            it.model,
+            it.tokenizer,
+            questions,
+            batch_size=how.batch_size,
+            max_new_tokens=how.max_new_tokens,
+            temperature=how.temperature,
+            top_p=how.top_p,
+        )
+
+
+def questions_of(
+    typed: Iterable[str], file: str | None, chat_template: bool, system: str | None = None, chat: bool = True
+) -> list[Row]:
+    """Questions that were typed, then those in a file, as rows that can be asked.
+
+    Text becomes a user's turn for a tokenizer with a chat template, unless `chat` is false; messages stay messages.
+
+    Raises:
+        DataError: nothing to ask, or an empty question.
+        UsageError: a system message for text that is no chat.
+    """
+    turns = chat and chat_template
+    if system and not turns:
+        why = "--no-chat was given" if chat_template else "the tokenizer has no chat template"
+        raise UsageError(f"--system is for chats, but {why}. Write it into the prompt.")
+    rows = [{"prompt": text} for text in typed] + (_in_file(file) if file else [])
+    if not rows:
+        raise DataError("Nothing to ask. Type --prompt TEXT, or --file prompts.jsonl.")
+    for number, row in enumerate(rows, 1):
+        if isinstance(row.get("prompt"), str) and not row["prompt"].strip():
+            raise DataError(f"Prompt {number} is empty; expected some text.")
+    return [_as_turns(row, system) if turns else row for row in rows]
+
+
+def _in_file(file: str) -> list[Row]:
+    if Path(file).suffix.lower() != ".txt":
+        return [{"prompt": row["text"]} if "text" in row else row for row in data.load(file)]
+    try:
+        return [{"prompt": line} for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"--file {file} cannot be read: {data.reason(error)}. Expected lines of text.") from error
+
+
+def _as_turns(row: Row, system: str | None) -> Row:
+    opening = [{"role": "system", "content": system}] if system else []
+    if not isinstance(row.get("prompt"), str):
+        return {**row, "prompt": opening + row["prompt"]} if "prompt" in row else row
+    turns = {"prompt": [*opening, {"role": "user", "content": row["prompt"]}]}
+    if "completion" in row:
+        turns["completion"] = [{"role": "assistant", "content": row["completion"]}]
+    return turns

@@ -1,0 +1,169 @@
+"""`ftplus generate`: try a trained model on prompts of your own, beside another model if you like."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from ..asked import Answered
+    from ..trained import Trained
+
+BASE = "base"
+
+
+@click.command()
+@click.option(
+    "--model",
+    "--model_name_or_path",
+    "name",
+    required=True,
+    metavar="MODEL",
+    help="What `ftplus sft` wrote: a model, or an adapter; a Hub name; or demo.",
+)
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="Repeatable; - reads a prompt from each line of stdin."
+)
+@click.option(
+    "--file",
+    metavar="FILE",
+    help="Prompts: .jsonl, .json, .csv, .parquet (`prompt`, maybe `completion`; or `messages`), .txt (one a line).",
+)
+@click.option(
+    "--compare-with",
+    metavar="MODEL",
+    help="Answer with this model, too, side by side; base: what the run started from.",
+)
+@click.option("--max_new_tokens", default=128, show_default=True, type=click.IntRange(1), help="Longest answer.")
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="0 takes the likeliest token; more draws more freely.",
+)
+@click.option(
+    "--top_p",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Draw among the likeliest tokens with this much probability.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of what is drawn.")
+@click.option("--batch_size", default=8, show_default=True, type=click.IntRange(1), help="Prompts answered at once.")
+@click.option("--system", metavar="TEXT", help="A system message before each chat.")
+@click.option("--no-chat", is_flag=True, help="Give text to the model as it is, without its chat template.")
+@click.option(
+    "--out", metavar="FILE.jsonl", type=click.Path(path_type=Path), help="Also write prompts and answers here."
+)
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="Of the weights; auto: as saved.",
+)
+@click.option("--device", help="Such as cuda:1 or cpu; the accelerator if there is one.")
+def generate(
+    name: str, prompts: tuple[str, ...], file: str | None, compare_with: str | None, out: Path | None,
+    system: str | None, no_chat: bool, dtype: str, device: str | None, **how: Any,
+) -> None:  # fmt: skip
+    """Answer prompts with a trained model.
+
+    \b
+    ftplus generate --model OUTPUT --prompt "What does Norvane make?"
+    ftplus generate --model OUTPUT --file prompts.jsonl --compare-with base --out answers.jsonl
+    """
+    typed = list(_typed(prompts, ask_stdin=not prompts and not file))
+    if out and out.is_dir():
+        raise StorageError(f"--out {out} is a folder; expected a file to write, such as answers.jsonl.")
+    if how["top_p"] < 1 and not how["temperature"]:
+        raise UsageError("--top_p does nothing at temperature 0, which takes the likeliest token. Add --temperature 1.")
+
+    from transformers.utils import logging
+
+    from ..asked import How, ask, questions_of
+    from ..trained import load
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    model = load(name, dtype, device)
+    rows = questions_of(typed, file, bool(model.tokenizer.chat_template), system, not no_chat)
+    models = [model, *([_other(model, compare_with, dtype, device)] if compare_with else [])]
+    answered = []
+    for item in ask(models, rows, How(**how)):
+        _show(item, models)
+        answered.append(item)
+    if compare_with:
+        differ = sum(item.answers[0] != item.answers[1] for item in answered)
+        click.echo(f"{differ} of {len(answered)} answers differ.")
+    if out:
+        _write(answered, models, out)
+
+
+def _typed(prompts: tuple[str, ...], ask_stdin: bool) -> Iterator[str]:
+    """Prompts of the command line; `-`, or none at all with something piped in, stands for the lines of stdin."""
+    piped = ask_stdin and not sys.stdin.isatty()
+    for prompt in ("-",) if piped else prompts:
+        if prompt == "-":
+            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        else:
+            yield prompt
+
+
+def _other(model: Trained, name: str, dtype: str, device: str | None) -> Trained:
+    """The model to compare with. The base of an adapter is the same model with the adapter switched off."""
+    from ..trained import base_of, began_with, load, resolve
+
+    if model.adapted and (name == BASE or resolve(name) == base_of(model.name)):
+        return model.base()
+    return load(began_with(model.name) if name == BASE else name, dtype, device)
+
+
+def _show(item: Answered, models: list[Trained]) -> None:
+    """One question with its answers: below each other, or side by side for two models."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..report.text import label, shown
+
+    console = Console(highlight=False)
+    long = {"characters": 100_000, "lines": 1000}
+    console.print(Text("> ").append_text(shown(item.prompt, **long)), style="bold")
+    if item.expected:
+        console.print(Text("expected: ").append_text(shown(item.expected, **long)), style="dim")
+    if len(models) == 1:
+        console.print(shown(item.answers[0], **long), "", sep="\n")
+        return
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True, header_style="cyan")
+    for model in models:
+        grid.add_column(label(model.name), overflow="fold", ratio=1)
+    grid.add_row(*(shown(answer, **long) for answer in item.answers))
+    console.print(grid, "")
+
+
+def _write(answered: list[Answered], models: list[Trained], out: Path) -> None:
+    from ..disk import replace
+
+    lines = [
+        json.dumps(
+            {"prompt": item.prompt, "completion": item.answers[0], "model": models[0].name}
+            | ({"expected": item.expected} if item.expected else {})
+            | ({"compared": item.answers[1], "compared_with": models[1].name} if len(models) > 1 else {}),
+            ensure_ascii=False,
+        )
+        for item in answered
+    ]
+    try:
+        replace(out, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"--out {out} cannot be written: {error.strerror}. Choose another file.") from error
+    click.echo(f"{len(lines)} answers written to {out}", err=True)

@@ -1,0 +1,47 @@
+"""`ftplus merge`: adapter and base as one model that can be deployed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option(
+    "--model",
+    "--model_name_or_path",
+    "name",
+    required=True,
+    metavar="ADAPTER",
+    help="The folder that `ftplus sft --use_peft` wrote.",
+)
+@click.option(
+    "--out", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="An empty folder, or none."
+)
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="Of the weights; auto: as the base was saved.",
+)
+@click.option("--device", help="Such as cuda:1 or cpu; the accelerator if there is one.")
+def merge(name: str, out: Path, dtype: str, device: str | None) -> None:
+    """Write an adapter and its base as one model.
+
+    A base that was trained on in 4 or 8 bits (QLoRA) is loaded unquantised. The result is compared with base and
+    adapter before it is written.
+    """
+    from transformers.utils import logging
+
+    from ..merged import merge
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    done = merge(name, out, dtype, device)
+    click.echo(
+        f"{done.weights / 1e6:.1f} M weights in {done.folder}; its logits differ from those of base and adapter by at "
+        f"most {done.difference:.2g} (the largest is {done.largest:.3g})."
+    )

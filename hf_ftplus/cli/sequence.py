@@ -1,0 +1,36 @@
+"""`ftplus sequence`: runs that follow one another, from one YAML file, and what each did to the tasks of all."""
+
+from __future__ import annotations
+
+import click
+
+from ..config import read_yaml
+from .sft import take_environment
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("file", metavar="YAML")
+@click.option(
+    "--dry-run", "--dry_run", "dry_run", is_flag=True, help="Check every stage and show the plan; train nothing."
+)
+def sequence(file: str, dry_run: bool) -> None:
+    """Train stage after stage and measure every task after each. Typed again, it goes on where it stopped.
+
+    \b
+    model_name_or_path: demo        # any key of `ftplus sft --config`, for all stages
+    output_dir: out
+    plugins: [ewc, replay]
+    keep: 64                        # rows kept of every finished task, for later stages to protect
+    stages:
+      - name: reviews               # ... and any of them again in a stage
+        dataset_name: reviews.jsonl
+        measure: {reviews: reviews_held_out.jsonl}
+      - name: facts
+        dataset_name: facts.jsonl
+        max_steps: 60
+    """
+    given = read_yaml(file, "ftplus sequence")
+    take_environment(given)  # before the libraries that read it are imported
+    from ..stages import sequence as run
+
+    run(given, dry_run=dry_run)

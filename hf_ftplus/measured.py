@@ -1,0 +1,107 @@
+"""What a run measures before and after: rows kept apart from those that are trained on or protect, as far as can be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from datasets import Dataset
+
+from . import data
+from .batches import DEFAULT_LENGTH
+from .callback import autocast
+from .config import RunConfig
+from .errors import DataError
+from .evaluation import EvalTask, with_answers
+from .rows import Rows, tokenizer_of
+from .trainer import SFTTrainer
+
+HELD_OUT = 5
+"""One row in so many of a protect set is measured and never used to protect."""
+ANSWERED_TOGETHER = 16
+
+logger = logging.getLogger("hf_ftplus")
+
+
+def keep_apart(rows: Rows, config: RunConfig) -> None:
+    """Give every task rows to be measured on, which neither protect nor are trained on where that can be."""
+    known = {*rows.measured, *config.unmeasured}
+    for name in [name for name in rows.protect if name not in known]:
+        rows.protect[name], rows.measured[name] = hold_out(rows.protect[name], config.measure_rows)
+        if rows.protect[name] is rows.measured[name]:
+            few = f"measured on the rows that protect it; holding some out takes {HELD_OUT}, there are "
+            _note(rows, config, name, f"{few}{len(rows.protect[name])}.")
+    for name in [name for name in config.learns if name not in known]:
+        if not config.tasks and rows.test is not None:
+            rows.measured[name] = rows.test
+            continue
+        rows.measured[name] = rows.learn[name] if config.tasks else rows.learn
+        instead = "measure: DATA in the task" if config.tasks else "--measure learn=DATA"
+        _note(rows, config, name, f"measured on trained rows; for held-out ones give {instead}.")
+
+
+def _note(rows: Rows, config: RunConfig, name: str, note: str) -> None:
+    if config.measure_rows:
+        rows.notes[name] = note
+        logger.warning("%s: %s", name, note)
+
+
+def hold_out(rows: Dataset, most: int) -> tuple[Dataset, Dataset]:
+    """(rows that protect, rows that are measured): every fifth row, at most `most`; too few rows serve as both."""
+    measured = min(most, len(rows) // HELD_OUT)
+    if not measured:
+        return rows, rows
+    chosen = set(places(len(rows), measured))
+    return rows.select([i for i in range(len(rows)) if i not in chosen]), rows.select(sorted(chosen))
+
+
+def spread(rows: Dataset, most: int) -> Dataset:
+    """At most `most` rows, evenly over the whole."""
+    return rows if len(rows) <= most else rows.select(places(len(rows), most))
+
+
+def places(length: int, count: int) -> list[int]:
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
+
+
+def tasks(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> Iterator[EvalTask]:
+    """What is measured before and after: learn first, then protect, then the rest."""
+    learn, protect = config.learns, [spec.name for spec in config.protect]
+    order = [name for name in dict.fromkeys([*learn, *protect, *rows.measured]) if name in rows.measured]
+    tokenizer = tokenizer_of(trainer)
+    for name in order if config.measure_rows else ():
+        found = rows.measured[name]
+        if not isinstance(found, Dataset):
+            logger.warning("%s is a stream and is not measured; give --measure %s=DATA.", name, name)
+            continue
+        text = config.training.dataset_text_field
+        if name == "learn" and text != "text" and text in found.column_names:
+            found = found.select_columns([text]).rename_column(text, "text")
+        found = data.normalise(spread(found, config.measure_rows), name)
+        if found.column_names == ["prompt"]:
+            if trainer.state.global_step:  # resumed under FSDP
+                logger.warning("%s is not measured: the model that could answer its questions has moved on.", name)
+                continue
+            found = answered(name, found, trainer)
+        role = "learn" if name in learn else "protect" if name in protect else "measure"
+        length = trainer.args.max_length or DEFAULT_LENGTH
+        task = EvalTask.of(name, role, found, tokenizer, length, config.metrics.get(name))
+        task.notes += [rows.notes[name]] if name in rows.notes else []
+        yield task
+
+
+def answered(name: str, questions: Dataset, trainer: SFTTrainer) -> Dataset:
+    """Questions with the starting model's own greedy answers as the reference."""
+    rows = with_answers(
+        trainer.model,
+        tokenizer_of(trainer),
+        list(questions),
+        batch_size=ANSWERED_TOGETHER,
+        autocast=autocast(trainer.args),
+    )
+    if not rows:
+        raise DataError(
+            f"{name}: the starting model answers none of the {len(questions)} questions, nothing to measure. "
+            "Give rows with a completion, or a model that was trained to answer."
+        )
+    return Dataset.from_list(rows)

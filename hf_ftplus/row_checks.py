@@ -1,0 +1,113 @@
+"""What rows must be to serve for what they are given: refused, or at least said, before anything trains on them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from .config import RunConfig
+from .errors import DataError, UsageError
+from .evaluation import EvalTask
+from .formats import Row, escape
+from .tasks import TaskConfig
+
+if TYPE_CHECKING:
+    from .trainer import SFTTrainer
+
+logger = logging.getLogger("hf_ftplus")
+
+
+def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
+    """Something must be left to learn from; what truncation dropped is said. Of several tasks none is left empty."""
+    kept, parts = trainer.train_dataset, learn if isinstance(learn, dict) else {"learn": learn}
+    if not isinstance(kept, Dataset) or not all(isinstance(part, Dataset) for part in parts.values()):
+        return
+    if not len(kept) or share_supervised(kept) == 0:
+        raise DataError(
+            f"learn: none of {sum(map(len, parts.values()))} rows has a supervised token left after truncation to "
+            f"max_length {trainer.args.max_length}. Type a larger --max_length."
+        )
+    left = Counter(kept["task"]) if isinstance(learn, dict) else {"learn": len(kept)}
+    for name, part in parts.items() if not trainer.args.packing else ():
+        if left[name] < len(part):
+            lost = len(part) - left[name]
+            logger.warning("%s: %d of %d rows lost all supervised tokens to truncation.", name, lost, len(part))
+
+
+def refuse_idle(config: RunConfig) -> None:
+    """Raise for settings of `dataset_name` that would do nothing to tasks."""
+    script, training = config.script, config.training
+    for key, idle, instead in (
+        ("dataset_config", script.dataset_config is None, "config: NAME to the tasks"),
+        ("dataset_streaming", not script.dataset_streaming, "tasks whose rows can be read whole"),
+        ("dataset_train_split", script.dataset_train_split == "train", "split: NAME to the tasks"),
+        ("dataset_test_split", script.dataset_test_split == "test", "measure: DATA to the tasks"),
+        ("dataset_text_field", training.dataset_text_field == "text", "columns: {text: NAME} to the tasks"),
+    ):
+        if not idle:
+            raise UsageError(f"{key} does nothing beside tasks. Leave it out, and give {instead}.")
+
+
+def refuse_one_task(config: RunConfig, learn: Any) -> None:
+    """Raise before the model loads where `multitask` would find one task alone."""
+    chosen = "multitask" in [strategy.name for strategy in config.strategies]
+    several = len(learn) > 1 if isinstance(learn, dict) else "task" in (learn.column_names or ())
+    if chosen and not several:
+        raise DataError(
+            "multitask shares training between several learn tasks, and finds one. Declare several under tasks: in "
+            "YAML, or give every row a column 'task' that names its task (the key datasets: keeps one, and adds none)."
+        )
+
+
+def refuse_questions(name: str, protect: Dataset) -> None:
+    if protect.column_names == ["prompt"]:
+        raise DataError(
+            f"--protect {name}: its rows are questions without completions, which say nothing about what to keep. "
+            "Give rows with completions, or measure with them: --measure."
+        )
+
+
+def check_metric(task: TaskConfig, rows: Dataset | None) -> None:
+    """Raise where rows cannot be scored as the task says, which measuring would find once the model is there."""
+    if rows is None or not (task.metric or "choices" in rows.column_names):
+        return
+    found = list(rows)
+    metric = task.metric or ("choice" if all(row["choices"] for row in found) else None)
+    EvalTask(task.name, "measure", found, found, metric)
+
+
+def warn_of_learnt(learn: Any, protect: dict[str, Dataset]) -> None:
+    """Say which protect tasks hold learn rows: what is being learnt cannot tell what was forgotten."""
+    parts = learn.values() if isinstance(learn, dict) else [learn]
+    known = {said(row) for part in parts if protect and isinstance(part, Dataset) for row in part}
+    for name, task in protect.items():
+        same = sum(said(row) in known for row in task)
+        if same:
+            logger.warning(
+                "%s: %d of its %d protect rows are learnt, too, word for word. Take them out of one of the two.",
+                escape(name),
+                same,
+                len(task),
+            )
+
+
+def said(row: Row) -> int:
+    """What a row says, in whatever format, as a number to compare by."""
+    parts = row["messages"] if "messages" in row else [row.get(key) for key in ("prompt", "completion")]
+    parts = [row.get("text") or row.get("input_ids")] if parts == [None, None] else parts
+    parts = [turn for part in parts for turn in (part if isinstance(part, list) else [part])]
+    return hash(tuple(str(turn["content"] if isinstance(turn, dict) else turn).strip() for turn in parts))
+
+
+def share_supervised(dataset: Any) -> float:
+    """Share of tokens that carry loss, over the first thousand rows that have any, else over all."""
+    if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names:
+        return float("nan")
+    for rows in (dataset.select(range(min(1000, len(dataset)))), dataset):
+        labels = [label for row in rows["labels"] for label in row]
+        if any(label != -100 for label in labels):
+            return sum(label != -100 for label in labels) / len(labels)
+    return 0.0

@@ -1,0 +1,152 @@
+"""What a stage is given by those before it, and what it leaves: model, memory, and a pool of its rows.
+
+A stage starts from the model of the one before. An adapter is merged into its base first, and the next stage makes a
+fresh one: what was learnt is then part of the weights, whatever the next stage trains. Memory (EWC, SI) of the stage
+before goes to strategies of the same name; pools of all stages before are protect tasks by the names of their stages.
+EWC adds up what memory and pools say, so that a task with a pool counts again in each later stage; its `decay` weighs
+the memory.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..chosen import strategies as chosen
+from ..config import merge
+from ..data import distinct_names, parse_all
+from ..errors import StorageError, UsageError
+from ..strategy import Strategy, settings
+from .plan import KEEP, Plan, Stage
+
+RESTS: dict[str, dict[str, Any]] = {"ewc": {"first": True}, "replay": {"share": 0.0}}
+"""Strategies that look back, and the settings with which they go through a first stage that has nothing behind it."""
+LOOKED_AT = ("plugins", "set", "protect", "metric", "no_plugin")
+
+
+def look_back(plan: Plan, stage: Stage) -> None:
+    """Find out which strategies are given memory, and which have nothing to look back on.
+
+    Raises:
+        UsageError: a later stage whose strategy would find nothing; or only some of several would find their memory.
+    """
+    ours, found = _strategies(stage)
+    before = plan.before(stage)
+    if before and before.yaml.get("use_peft", False) == stage.yaml.get("use_peft", False):  # else it would not fit
+        stage.remembers = _remembering(found, before)
+    protect = bool(ours.get("protect")) or _protects(stage.yaml.get("tasks"))
+    behind = protect or bool(before and plan.keep)
+    memory = [*stage.remembers, *(["ewc"] if stage.number == 1 and "memory" in stage.yaml else [])]
+    stage.rests = [s.name for s in found if s.name in RESTS and not behind and s.name not in memory]
+    if stage.rests and before:
+        raise UsageError(
+            f"{', '.join(stage.rests)} would find nothing to protect: keep is 0, there is no protect data, and "
+            f"{before.name!r} leaves no memory that fits. Type keep: {KEEP}, or protect: self:256"
+        )
+
+
+def _strategies(stage: Stage) -> tuple[dict[str, Any], list[Strategy]]:
+    """Our options that say what protects and how, and the strategies of these."""
+    ours, _ = merge({}, {key: stage.yaml[key] for key in LOOKED_AT if key in stage.yaml})
+    return ours, chosen(ours)
+
+
+def _remembering(found: list[Strategy], before: Stage) -> list[str]:
+    names = [strategy.name for strategy in found if strategy.overrides("finish")]
+    left = [strategy.name for strategy in before.config.strategies if strategy.overrides("finish")]
+    kept, lost = [name for name in names if name in left], [name for name in names if name not in left]
+    if kept and lost:
+        raise UsageError(
+            f"{', '.join(lost)} would look for its memory of the stage before, which has only {', '.join(left)}. Give "
+            f"{', '.join(lost)} to {before.name!r}, too, or take {', '.join(kept)} out here."
+        )
+    return kept
+
+
+def _protects(tasks: Any) -> bool:
+    """Whether any of `tasks:` has the role protect."""
+    tasks = tasks.values() if isinstance(tasks, dict) else tasks if isinstance(tasks, list) else ()
+    return any(isinstance(task, dict) and task.get("role") == "protect" for task in tasks)
+
+
+def stage_yaml(plan: Plan, stage: Stage, model: str | None = None, memory: Path | None = None) -> dict[str, Any]:
+    """All keys of one stage, for `ftplus sft --config`.
+
+    Args:
+        model: what the stage before left; None where that has not run yet.
+        memory: the same.
+    """
+    ours, strategies = _strategies(stage)
+    found = {key: value for key, value in stage.yaml.items() if key not in LOOKED_AT[:4]}
+    found |= {"output_dir": str(stage.folder)}
+    found |= {"model_name_or_path": model} if model else {}
+    found |= {"memory": str(memory)} if memory else {}
+    own = {stage.name: stage.measured_as}
+    protect = {spec.name: str(spec).partition("=")[2] for spec in parse_all(ours.get("protect", ()))}
+    pools = {other.name: str(plan.pool(other)) for other in plan.stages[: stage.number - 1] if plan.keep}
+    distinct_names([*protect, *pools])
+    metrics = dict(text.partition("=")[::2] for text in ours.get("metric", ()))  # also of what only this stage protects
+    metrics = {name: metric for name, metric in metrics.items() if name != "learn"} | plan.metrics
+    parts = {
+        "plugins": [{name: _settings(s, stage)} for name, s in zip(ours["plugin"], strategies, strict=True)],
+        "protect": protect | pools,
+        "measure": {own.get(name, name): data for name, data in plan.measure.items()},
+        "metric": {own.get(name, name): metric for name, metric in metrics.items()},
+    }
+    found |= {key: value for key, value in parts.items() if value}
+    return yaml.safe_load(yaml.safe_dump(found, sort_keys=False))
+
+
+def _settings(strategy: Strategy, stage: Stage) -> dict[str, Any]:
+    given = {item.name: getattr(strategy, item.name) for item in settings(type(strategy))}
+    return given | (RESTS[strategy.name] if strategy.name in stage.rests else {})
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def handed_on(plan: Plan, stage: Stage) -> tuple[str | None, Path | None]:
+    """Model and memory that a stage is given; None for the first, which has its own, and for a memory nobody left."""
+    before = plan.before(stage)
+    if before is None:
+        return None, None
+    merged, memory = before.folder / "merged", before.folder / "ftplus" / "memory"
+    model = merged if merged.is_dir() else before.folder
+    return str(model), memory if stage.remembers and (memory / "manifest.json").is_file() else None
+
+
+def hand_on(plan: Plan, stage: Stage) -> None:
+    """Leave what later stages start from, unless it is there: rows of the learn set, a model without adapter."""
+    from ..merged import merge as merge_adapter
+    from ..rows import learn_rows
+    from .reservoir import pool, write
+
+    if plan.is_last(stage):
+        return
+    file, merged, device = plan.pool(stage), stage.folder / "merged", "cpu" if stage.config.training.use_cpu else None
+    if plan.keep and not file.is_file():
+        seed = [stage.config.training.seed, zlib.crc32(stage.name.encode())]
+        rows = pool(learn_rows(stage.config)[0], stage.config, plan.keep, seed, stage.name)
+        with storing(file):
+            write(rows, file)
+    if (stage.folder / "adapter_config.json").is_file() and not merged.is_dir():
+        with storing(merged), tempfile.TemporaryDirectory(dir=stage.folder, prefix=".merged-") as scratch:
+            # in the precision that the base was trained in, so that nothing of what was learnt is rounded away
+            merge_adapter(str(stage.folder), Path(scratch) / "model", stage.config.model.dtype or "auto", device)
+            os.replace(Path(scratch) / "model", merged)
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """A disk that fails is said in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"Cannot write {path}: {error.strerror or error}. Choose another output_dir.") from error

@@ -1,0 +1,80 @@
+"""Keep some rows of a finished task for later ones to rehearse: every row with the same chance, in one pass.
+
+    reservoir(rows, 64, seed)            64 of the rows, however many there are (Vitter 1985, algorithm R)
+    pool(learn, config, 64, seed)        64 of what a stage trained on, in canonical rows
+    write(rows, OUT/pools/NAME.jsonl)    whole or not at all, for nobody else's eyes
+
+Which rows are kept depends on the seed and on the order of the rows alone, so a pool that is lost is drawn again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from .. import data, disk
+from ..config import RunConfig
+
+T = TypeVar("T")
+
+
+def reservoir(rows: Iterable[T], keep: int, seed: int | list[int]) -> list[T]:
+    """`keep` of the rows (all, if there are fewer), in their order; each is kept with probability keep / rows."""
+    random = np.random.default_rng(seed)
+    kept: list[tuple[int, T]] = []
+    for place, row in enumerate(rows):
+        if place < keep:
+            kept.append((place, row))
+        elif (drawn := int(random.integers(place + 1))) < keep:
+            kept[drawn] = place, row
+    return [row for _, row in sorted(kept, key=lambda item: item[0])]
+
+
+def pool(learn: Any, config: RunConfig, keep: int, seed: int | list[int], name: str) -> Dataset:
+    """`keep` rows of a learn set in canonical columns, whatever it is: a dataset, a stream, or several by task.
+
+    Of a stream only the rows that training took are drawn from.
+
+    Raises:
+        DataError: rows in no known format, such as token ids; names the columns found.
+    """
+    if isinstance(learn, dict):
+        parts = [data.normalise(rows, f"{name} ({task})") for task, rows in learn.items()]
+        learn = concatenate_datasets(parts)
+    if isinstance(learn, Dataset):
+        kept = learn.select(reservoir(range(len(learn)), keep, seed))
+    else:
+        kept = Dataset.from_list(reservoir(islice(learn, rows_taken(config)), keep, seed))
+    text = config.training.dataset_text_field
+    if text != "text" and text in kept.column_names:
+        kept = kept.select_columns([text]).rename_column(text, "text")
+    return data.normalise(kept, name)
+
+
+def rows_taken(config: RunConfig) -> int:
+    """Rows that training draws, unpacked; for streams, whose steps are known."""
+    training = config.training
+    return training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
+def write(rows: Dataset, path: Path) -> None:
+    """JSON lines. The rows are a user's: only they may read them."""
+
+    def fill(file: Path) -> None:
+        file.touch(mode=0o600)
+        file.write_text("".join(json.dumps(_there(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+    disk.replace(path, fill)
+
+
+def _there(value: Any) -> Any:
+    """Without what is None: Arrow gives every message the fields of all of them."""
+    if isinstance(value, dict):
+        return {key: _there(item) for key, item in value.items() if item is not None}
+    return [_there(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,215 @@
+"""The story of a sequence: check all stages, run what is left of each, hand on, and make the matrix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import yaml
+
+from .. import disk
+from ..errors import RetentionError, UsageError
+from .handover import hand_on, handed_on, stage_yaml, storing
+from .plan import Plan, Stage, read, within
+from .resuming import clear, last_checkpoint, refuse_changed, refuse_foreign
+
+if TYPE_CHECKING:
+    from ..report import Report
+    from ..report.matrix import Matrix
+
+GO_ON = "the same command"
+INTERRUPTED = (130, 143)
+
+
+def sequence(source: str | Path | Mapping[str, Any], dry_run: bool = False) -> Matrix | None:
+    """Run the stages of a YAML file (or of a mapping with the same keys), or what is left of them.
+
+    Args:
+        source: every key of `ftplus sft --config`, shared by all stages; `stages`, each with a name and whatever it
+            changes; and `keep`, the rows kept of every finished task.
+        dry_run: check everything and show the plan; nothing is trained or written, and nothing returned.
+
+    Returns:
+        R[i, j], the score on task j after stage i, with what follows from it; printed, and saved after every stage.
+
+    Raises:
+        FTPlusError: see the exit codes in `errors.py`; with the name of the stage. All stages are checked before the
+            first one trains.
+        KeyboardInterrupt: Ctrl-C; the stage has saved, and the same call goes on.
+    """
+    if "LOCAL_RANK" in os.environ:
+        raise UsageError(
+            "A sequence starts the processes of each stage itself. Type it without a launcher, and put num_processes: "
+            "N (or another key of `accelerate launch`) into the YAML."
+        )
+    plan = read(source)
+    counts = check(plan)
+    if dry_run:
+        show(plan, counts)
+        return None
+    for note in plan.notes:
+        click.echo(note, err=True)
+    reports: list[Report] = []
+    for stage in plan.stages:
+        with within(stage):
+            reports.append(run(plan, stage))
+            matrix = kept(plan, reports)
+            judge(stage, reports[-1])
+            hand_on(plan, stage)
+    matrix.show()
+    return matrix
+
+
+def check(plan: Plan) -> dict[str, str]:
+    """Read the data of every stage, and see that settings go together, before anything trains.
+
+    Returns the number of learn rows of each stage, in words.
+
+    Raises:
+        FTPlusError: with the name of the stage.
+    """
+    from datasets import Dataset
+
+    from ..callback import refuse
+    from ..model import DEMO, resolve
+    from ..rows import find
+    from ..run import len_of, refuse_several_devices
+    from .reservoir import pool
+
+    counts, pools = {}, {str(plan.pool(stage)) for stage in plan.stages}
+    if (model := plan.stages[0].config.model.model_name_or_path) != DEMO:  # which may yet have to be made
+        resolve(model)
+    for stage in plan.stages:
+        config = stage.config
+        with within(stage):
+            refuse_foreign(stage)
+            refuse_several_devices(config.training)
+            refuse(config.strategies, config.training)
+            protect = [spec for spec in config.protect if spec.source not in pools]
+            rows = find(replace(config, protect=protect, measure=_new(plan, stage)))
+            for name, found in rows.measured.items():
+                if found.column_names == ["prompt"]:
+                    _only_questions(plan, stage, name)
+            learn = list(rows.learn.values()) if isinstance(rows.learn, dict) else [rows.learn]
+            if plan.keep and isinstance(learn[0], Dataset):
+                pool(learn[0].select([0]), config, 1, 0, stage.name)
+            counts[stage.name] = " + ".join(map(len_of, learn))
+    return counts
+
+
+def _new(plan: Plan, stage: Stage) -> list[Any]:
+    """What no stage before has measured; all of them measure the same."""
+    found = [spec for spec in stage.config.measure if spec.name == stage.measured_as]
+    others = [spec for spec in stage.config.measure if stage.number == 1 and spec.name not in plan.names]
+    plan.incomparable |= {spec.name for spec in others if spec.generate}
+    return found + [spec for spec in others if spec not in found]
+
+
+def _only_questions(plan: Plan, stage: Stage, name: str) -> None:
+    if name == stage.measured_as:
+        raise UsageError(
+            f"measure: {stage.name} has questions without completions. What each stage's starting model answers cannot "
+            "tell how well it was learnt; expected rows with completions."
+        )
+    plan.incomparable.add(name)
+    plan.notes.append(f"{name} has questions without completions: measured in each stage, left out of the matrix.")
+
+
+# ---- one stage -------------------------------------------------------------------------------------------------------
+
+
+def run(plan: Plan, stage: Stage) -> Report:
+    """One stage from wherever it stands; its report."""
+    from ..callback import give_back_memory
+    from ..report import Report
+
+    found = stage_yaml(plan, stage, *handed_on(plan, stage))
+    refuse_changed(stage, found)
+    which = f"Stage {stage.number} of {len(plan.stages)}, {stage.name}"
+    if stage.report.is_file():
+        click.echo(f"{which}: finished before.", err=True)
+        return Report.load(stage.report)
+    checkpoint = last_checkpoint(stage)
+    click.echo(f"{which}: {stage.folder}{f', on from {checkpoint.name}' if checkpoint else ''}", err=True)
+    with storing(stage.file):
+        if not checkpoint:
+            clear(stage)
+        text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+        disk.replace(stage.file, lambda file: file.write_text(text, encoding="utf-8"))
+    try:
+        train(stage, found, checkpoint)
+    except (RetentionError, KeyboardInterrupt, click.ClickException) as error:  # the last: of launched processes
+        code = getattr(error, "exit_code", INTERRUPTED[0])
+        if code in INTERRUPTED:
+            click.echo(f"Stopped in stage {stage.name}; {GO_ON} goes on.", err=True)
+        if code != RetentionError.exit_code:  # then all is saved: judged when the matrix is, too
+            raise
+    finally:
+        give_back_memory()
+    return Report.load(stage.report)
+
+
+def train(stage: Stage, found: dict[str, Any], checkpoint: Path | None) -> None:
+    """The stage as `ftplus sft` runs it; in processes of its own where its YAML, or the machine, asks for several."""
+    from ..cli import launch
+    from ..cli.sft import configured
+    from ..run import sft
+
+    config, asked, _ = configured({}, (), found)
+    if asked or launch.expected(config.training.use_cpu):
+        more = ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
+        launch.start(asked, ["sft", "--config", str(stage.file), *more], config.strategies)
+        return
+    config.training.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
+    config.go_on = GO_ON
+    sft(config)
+
+
+def judge(stage: Stage, report: Report) -> None:
+    """The retention gate of a stage; asked again of a finished one, or the same command would pass it by."""
+    from ..evaluation import retention_gate
+
+    gate = stage.config.fail_if_retention_below
+    if gate is not None and (lost := retention_gate(report.tasks, gate)):
+        raise RetentionError("\n".join(lost))
+
+
+def kept(plan: Plan, reports: list[Report]) -> Matrix:
+    """The matrix of the stages that have run, on disk."""
+    from ..report.matrix import Matrix
+
+    matrix = Matrix.of(plan.names, plan.others, [stage.measured_as for stage in plan.stages], reports)
+    matrix.notes = [*plan.notes, *matrix.notes]
+    matrix.save(plan.out)
+    return matrix
+
+
+# ---- the plan, shown -------------------------------------------------------------------------------------------------
+
+
+def show(plan: Plan, counts: dict[str, str]) -> None:
+    """`--dry-run`: what each stage trains on, with what, and what it hands on."""
+    for stage in plan.stages:
+        config, training, before = stage.config, stage.config.training, plan.before(stage)
+        steps = f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
+        start = f"the model of {before.name}" if before else config.model.model_name_or_path
+        click.echo(f"{stage.folder}\n  learn     {counts[stage.name]} rows, {steps}, from {start}")
+        for strategy in config.strategies:
+            given = f"  with its memory of {before.name}" if strategy.name in stage.remembers else ""
+            given = "  nothing to protect yet" if strategy.name in stage.rests else given
+            click.echo(f"  strategy  {strategy!r}{given}")
+        if config.protect:
+            click.echo(f"  protect   {', '.join(map(str, config.protect))}")
+        if not plan.is_last(stage):
+            after = plan.stages[stage.number]
+            model = "its adapter merged into the model" if config.model.use_peft else "its model"
+            memory = f", memory of {', '.join(after.remembers)}" if after.remembers else ""
+            click.echo(f"  hands on  {model}{memory}{f', {plan.keep} rows' if plan.keep else ''}")
+    click.echo(f"measured at the start and after each stage: {', '.join(plan.measure)}")
+    for note in plan.notes:
+        click.echo(note)
+    click.echo(f"Dry run: nothing was trained, nothing written to {plan.out}.")

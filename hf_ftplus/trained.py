@@ -1,0 +1,117 @@
+"""A model that was trained, ready to be asked: a whole one, or an adapter on its base; and what its run began with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .callback import STATE_FOLDER
+from .data import reason
+from .errors import DataError
+from .model import resolve
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass
+class Trained:
+    """A model with its tokenizer."""
+
+    name: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    adapted: bool = False
+    """Whether an adapter sits on it, which can be switched off."""
+    off: bool = False
+    """Whether it is asked without its adapter."""
+
+    def base(self) -> Trained:
+        """The same model without its adapter; no second one is loaded."""
+        return replace(self, name="base", off=True)
+
+    def speaking(self) -> AbstractContextManager[Any]:
+        """Inside, `model` is this model."""
+        return self.model.disable_adapter() if self.off else nullcontext()
+
+
+def load(name: str, dtype: str = "auto", device: str | None = None) -> Trained:
+    """A model by folder, Hub name or `demo`; an adapter is put on the base that its configuration names.
+
+    Args:
+        name: of the model, or the folder of an adapter.
+        dtype: of its weights; "auto" as they were saved.
+        device: where it goes; the accelerator if there is one, if left out.
+
+    Raises:
+        DataError: there is no such model, or no tokenizer beside it.
+    """
+    path, base = resolve(name), base_of(name)
+    model = weights(base or path, dtype)
+    if base:
+        from peft import PeftModel
+
+        with _said_of(name):
+            model = PeftModel.from_pretrained(model, path)
+    device = device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    try:
+        return Trained(name, model.eval().to(device), _tokenizer(path, base), adapted=base is not None)
+    except RuntimeError as error:  # a device that does not exist
+        raise DataError(f"--device {device}: {reason(error)} Leave it out, or type cpu.") from error
+
+
+def weights(name: str, dtype: str = "auto") -> PreTrainedModel:
+    """The causal LM of this name, unquantised."""
+    with _said_of(name):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+
+
+def base_of(name: str) -> str | None:
+    """The model below the adapter in the folder `name`; None where there is no adapter."""
+    file = Path(resolve(name)) / ADAPTER
+    if not file.is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise DataError(f"{file} names no base_model_name_or_path; expected the model that the adapter was trained on.")
+    return resolve(base)
+
+
+def began_with(name: str) -> str:
+    """The model that the run in the folder `name` started from, as its report says.
+
+    Raises:
+        DataError: there is no report.
+    """
+    file = Path(resolve(name)) / STATE_FOLDER / "report.json"
+    if not file.is_file():
+        raise DataError(
+            f"{name} holds no {STATE_FOLDER}/report.json, so what it started from is not known. Name it: "
+            "--compare-with MODEL."
+        )
+    return json.loads(file.read_text(encoding="utf-8"))["facts"]["config"]["model"]["model_name_or_path"]
+
+
+def _tokenizer(path: str, base: str | None) -> PreTrainedTokenizerBase:
+    for place in filter(None, (path, base)):
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            last = error
+    raise DataError(f"{path} has no tokenizer that can be loaded: {reason(last)}") from last
+
+
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"The model {name!r} cannot be loaded: {reason(error)} Expected a folder, a name on the Hub, or demo."
+        ) from error

@@ -1,0 +1,186 @@
+"""`ftplus generate` and `ftplus merge`: what they answer and write, beside PEFT's own, and what they refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from commands import make_place, words
+from peft import PeftModel
+from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_ftplus.cli import main
+
+QUICK = ["--measure_rows", "0"]
+CHAT = [{"role": "user", "content": "Name a colour."}]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, an adapter that was trained on it, and a prompt-tuned one."""
+    place = make_place(tmp_path_factory.mktemp("place"))
+    flags = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--learning_rate", "5e-2", *QUICK]
+    assert main(words(place, place / "adapter", *flags)) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def merged(place):
+    assert main(["merge", "--model", str(place / "adapter"), "--out", str(place / "merged")]) == 0
+    return place / "merged"
+
+
+def answer(model, messages=CHAT, tokens=12):
+    """Greedy, with transformers alone."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.eval().generate(**ids, do_sample=False, max_new_tokens=tokens)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def adapted(place):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "model"), place / "adapter")
+
+
+def asked(place, tmp_path, *flags):
+    """Rows that `ftplus generate` writes."""
+    out = tmp_path / "answers.jsonl"
+    assert main(["generate", "--out", str(out), "--max_new_tokens", "12", *map(str, flags)]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_an_adapter_answers_on_its_base_as_with_peft(place, tmp_path):
+    (row,) = asked(place, tmp_path, "--model", place / "adapter", "--prompt", "Name a colour.")
+    assert row["completion"] == answer(adapted(place))
+    assert row["model"].endswith("adapter")
+
+
+@pytest.mark.parametrize("other", ["base", "model"])
+def test_beside_its_base(place, tmp_path, capsys, other):
+    other = str(place / other) if other == "model" else other
+    (row,) = asked(place, tmp_path, "--model", place / "adapter", "--prompt", "Name a colour.", "--compare-with", other)
+    base = answer(AutoModelForCausalLM.from_pretrained(place / "model"))
+    assert row["compared"] == base != row["completion"]
+    assert "1 of 1 answers differ." in capsys.readouterr().out
+
+
+def test_base_of_a_whole_model_is_what_its_run_started_from(place, tmp_path):
+    full = tmp_path / "full"
+    assert main(words(place, full, "--learning_rate", "5e-2", *QUICK)) == 0
+    (row,) = asked(place, tmp_path, "--model", full, "--prompt", "Name a colour.", "--compare-with", "base")
+    assert row["compared_with"] == str(place / "model")
+    assert row["compared"] == answer(AutoModelForCausalLM.from_pretrained(place / "model"))
+
+
+def test_many_prompts_come_back_in_order_whatever_the_batch(place, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    prompts = ["Why?", "Name a fruit that grows by the sea.", "Count to five.", "x", "Who leads the workshop?"]
+    file.write_text("".join(json.dumps({"prompt": text, "completion": "So."}) + "\n" for text in prompts))
+    one, all_ = (
+        asked(place, tmp_path, "--model", place / "adapter", "--file", file, "--batch_size", size) for size in (1, 8)
+    )
+    assert [row["prompt"] for row in one] == prompts
+    assert one == all_
+    assert {row["expected"] for row in one} == {"So."}
+
+
+def test_text_files_stdin_and_plain_text(place, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("Why?\n\nWho?\n")
+    rows = asked(place, tmp_path, "--model", place / "adapter", "--file", tmp_path / "prompts.txt")
+    assert [row["prompt"] for row in rows] == ["Why?", "Who?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\nWho?\n"))
+    assert asked(place, tmp_path, "--model", place / "adapter") == rows
+    plain = asked(place, tmp_path, "--model", place / "adapter", "--prompt", "Why?", "--no-chat")
+    assert plain[0]["completion"] != rows[0]["completion"]
+
+
+def test_draws_follow_the_seed(place, tmp_path):
+    flags = ["--model", place / "adapter", "--prompt", "Why?", "--temperature", "2"]
+    one, again, other = (asked(place, tmp_path, *flags, "--seed", seed)[0]["completion"] for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_what_a_terminal_would_obey_is_spelt_out(place, capsys):
+    prompt = "\x1b[31mred\x07 [bold]no markup[/bold]"
+    assert main(["generate", "--model", str(place / "adapter"), "--prompt", prompt, "--max_new_tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "\\x1b[31mred\\x07 [bold]no markup[/bold]" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--model", "nowhere/at/all", "--prompt", "x"], 3, "No model at 'nowhere/at/all'"),
+        (["--model", "{model}"], 3, "Nothing to ask. Type --prompt TEXT"),
+        (["--model", "{model}", "--prompt", "  "], 3, "Prompt 1 is empty"),
+        (["--model", "{model}", "--file", "missing.jsonl"], 3, "missing.jsonl does not exist"),
+        (["--model", "{model}", "--prompt", "x", "--compare-with", "base"], 3, "what it started from is not known"),
+        (["--model", "{model}", "--prompt", "x", "--top_p", "0.5"], 2, "does nothing at temperature 0"),
+        (["--model", "{model}", "--prompt", "x", "--no-chat", "--system", "Be kind."], 2, "--no-chat was given"),
+        (["--model", "{model}", "--prompt", "x" * 2000], 3, "tokens; .* reads 512"),
+        (["--model", "{model}", "--prompt", "x", "--device", "abacus"], 3, "--device abacus"),
+    ],
+)
+def test_careless_commands(place, monkeypatch, capsys, flags, code, words):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(["generate", *(flag.format(model=place / "model") for flag in flags)]) == code
+    assert re.search(words, capsys.readouterr().err.replace("\n", " "))
+
+
+# ---- merge -----------------------------------------------------------------------------------------------------------
+
+
+def test_merged_it_says_what_base_and_adapter_say(place, merged, tmp_path):
+    with torch.no_grad():
+        ids = torch.arange(20)[None]
+        whole = AutoModelForCausalLM.from_pretrained(merged)
+        torch.testing.assert_close(whole(ids).logits, adapted(place)(ids).logits, rtol=1e-3, atol=1e-4)
+    assert not (merged / "adapter_config.json").exists()
+    assert "peft" not in (merged / "config.json").read_text()
+    (row,) = asked(place, tmp_path, "--model", merged, "--prompt", "Name a colour.")
+    assert row["completion"] == answer(adapted(place))
+    assert tiny_tokenizer().chat_template in ((merged / "chat_template.jinja").read_text(),)
+
+
+def test_memory_of_the_run_knows_the_merged_model(place, merged, tmp_path):
+    memory = ["--memory", str(place / "adapter" / "ftplus" / "memory")]
+    lora = ["--use_peft", "true", "--lora_target_modules", "all-linear", *QUICK]
+    assert main(words(place, tmp_path / "other", *memory, *lora)) == 4  # the base is another model
+    again = tmp_path / "again"
+    shutil.copytree(merged, again / "model")
+    for name in ("learn", "protect"):
+        shutil.copy(place / f"{name}.jsonl", again)
+    assert main(words(again, tmp_path / "next", *memory, *lora)) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "code", "words"),
+    [
+        ("model", "new", 2, "holds no adapter"),
+        ("adapter", "model", 6, "is not an empty folder"),
+        ("nowhere/at/all", "new", 3, "No model at"),
+    ],
+)
+def test_careless_merges(place, capsys, model, out, code, words):
+    name = model if "/" in model else str(place / model)
+    assert main(["merge", "--model", name, "--out", str(place / out)]) == code
+    assert words in capsys.readouterr().err
+    assert not (place / "new").exists()
+
+
+def test_an_adapter_that_cannot_be_merged(place, tmp_path, capsys):
+    from peft import PromptTuningConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, config).save_pretrained(tmp_path / "prompt")
+    tiny_tokenizer().save_pretrained(tmp_path / "prompt")
+    assert main(["merge", "--model", str(tmp_path / "prompt"), "--out", str(tmp_path / "new")]) == 4
+    assert "PROMPT_TUNING) cannot be merged" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,373 @@
+"""Runs that follow one another: what is handed on, what the matrix shows, and that no interruption changes it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from commands import same_file
+from safetensors.torch import load_file
+from scipy.stats import chisquare
+from sequences import make_sequence_place, sequence_yaml
+
+import hf_ftplus
+from hf_ftplus import run
+from hf_ftplus.errors import RetentionError, StorageError, UsageError
+from hf_ftplus.report import Report
+from hf_ftplus.report.matrix import Matrix
+from hf_ftplus.stages.plan import read
+from hf_ftplus.stages.reservoir import reservoir
+
+STOP = '''
+import os
+import signal
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hf_ftplus import Strategy
+
+
+@dataclass
+class Stop(Strategy):
+    """Presses Ctrl-C where it is told to."""
+
+    name: ClassVar[str] = "stop"
+
+    def after_step(self, run):
+        if os.environ.get("STOP_AT") == f"{run.memory.write.parents[1].name}:{run.step + 1}":
+            os.kill(os.getpid(), signal.SIGINT)
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = make_sequence_place(tmp_path_factory.mktemp("sequence"))
+    (folder / "stop.py").write_text(STOP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """Three stages of EWC, SI and replay that nothing interrupts."""
+    out = place / "whole"
+    return out, hf_ftplus.sequence(everything(place, out))
+
+
+def everything(place, out, **changes):
+    return sequence_yaml(place, out, plugins=["ewc", "si", "replay", str(place / "stop.py")], **changes)
+
+
+def stage_of(out, name):
+    return yaml.safe_load((out / name / "ftplus" / "stage.yaml").read_text())
+
+
+def reports(out):
+    return [Report.load(file) for file in sorted(out.glob("*/ftplus/report.json"))]
+
+
+# ---- the matrix ------------------------------------------------------------------------------------------------------
+
+
+def test_plain_forgets_and_strategies_do_not(place, tmp_path):
+    shared = {"max_steps": 30, "save_strategy": "no"}
+    plain = hf_ftplus.sequence(sequence_yaml(place, tmp_path / "plain", **shared))
+    held = [{"ewc": {"strength": 30}}, {"replay": {"share": 0.5}}]
+    kept = hf_ftplus.sequence(sequence_yaml(place, tmp_path / "kept", plugins=held, keep=24, **shared))
+    assert plain.summary()["LA"] > 0.5  # there was something to forget
+    assert kept.summary()["LA"] > 0.9 * plain.summary()["LA"]
+    assert plain.summary()["BWT"] < -0.4
+    assert kept.summary()["BWT"] > -0.05
+    assert plain.summary(losses=True)["BWT"] > 2
+    assert kept.summary(losses=True)["BWT"] < 0.2
+    assert kept.summary()["ACC"] > plain.summary()["ACC"] + 0.3
+
+
+def test_every_task_is_measured_at_the_start_and_after_each_stage(whole):
+    out, matrix = whole
+    assert matrix.stages == ["colours", "fruits", "cities"]
+    assert np.array(matrix.loss).shape == (4, 3)
+    found = reports(out)
+    for i, report in enumerate(found):
+        tasks = {task.name: task for task in report.tasks}
+        for j, name in enumerate(matrix.stages):
+            task = tasks["learn" if i == j else name]
+            assert task.after.loss.value == matrix.loss[i + 1][j]
+            assert task.after.token_accuracy.value == matrix.score[i + 1][j]
+            assert task.before.loss.value == pytest.approx(
+                matrix.loss[i][j], abs=1e-6
+            )  # what was handed on is what was left
+    assert len({round(value, 6) for row in matrix.loss for value in row}) == 12
+
+
+def test_the_matrix_is_kept_as_json_and_csv(whole):
+    out, matrix = whole
+    found = json.loads((out / "sequence.json").read_text())
+    assert found["summary"] == {"score": matrix.summary(), "loss": matrix.summary(losses=True)}
+    assert Matrix.load(out / "sequence.json") == matrix
+    lines = (out / "sequence.csv").read_text().splitlines()
+    assert lines[0] == "after,task,score,loss"
+    assert len(lines) == 1 + 12
+    assert lines[-1] == f"cities,cities,{matrix.score[3][2]},{matrix.loss[3][2]}"
+
+
+# ---- what is handed on -----------------------------------------------------------------------------------------------
+
+
+def test_a_stage_starts_from_the_model_memory_and_pools_of_those_before(whole):
+    out, _ = whole
+    first, second, third = (stage_of(out, name) for name in ("01-colours", "02-fruits", "03-cities"))
+    assert "memory" not in first
+    assert "protect" not in first
+    assert third["model_name_or_path"] == str(out / "02-fruits")
+    assert third["memory"] == str(out / "02-fruits" / "ftplus" / "memory")
+    assert second["protect"] == {"colours": str(out / "pools" / "colours.jsonl")}
+    assert list(third["protect"]) == ["colours", "fruits"]
+    roles = {task.name: task.role for task in reports(out)[2].tasks}
+    assert roles == {"learn": "learn", "colours": "protect", "fruits": "protect"}
+
+
+def test_the_first_stage_has_nothing_to_protect_and_only_remembers(whole):
+    out, _ = whole
+    settings = {name: values for item in stage_of(out, "01-colours")["plugins"] for name, values in item.items()}
+    assert settings["ewc"]["first"] is True
+    assert settings["replay"]["share"] == 0
+    later = {name: values for item in stage_of(out, "02-fruits")["plugins"] for name, values in item.items()}
+    assert later["ewc"]["first"] is False
+    assert later["replay"]["share"] == 0.125
+    facts = [report.facts["strategies"]["ewc"] for report in reports(out)]
+    assert "penalty" not in facts[0]
+    assert facts[1]["penalty"] > 0
+
+
+def test_recording_alone_trains_as_plain_does(place, tmp_path):
+    common = {"stages": 1, "save_strategy": "no"}
+    hf_ftplus.sequence(sequence_yaml(place, tmp_path / "plain", **common))
+    hf_ftplus.sequence(sequence_yaml(place, tmp_path / "ewc", plugins=["ewc", "replay"], **common))
+    weights = [tmp_path / arm / "01-colours" / "model.safetensors" for arm in ("plain", "ewc")]
+    assert same_file(*weights)
+    left = load_file(tmp_path / "ewc" / "01-colours" / "ftplus" / "memory" / "ewc.safetensors")
+    assert sum(tensor.sum() for name, tensor in left.items() if name.startswith("diagonal.")) > 0
+
+
+def test_memory_goes_on_without_any_rows_kept(place, tmp_path):
+    hf_ftplus.sequence(sequence_yaml(place, tmp_path, stages=2, plugins=["ewc"], keep=0, save_strategy="no"))
+    second = stage_of(tmp_path, "02-fruits")
+    assert "protect" not in second
+    assert not (tmp_path / "pools").exists()
+    assert reports(tmp_path)[1].facts["strategies"]["ewc"]["penalty"] > 0
+
+
+def test_memory_of_an_earlier_run_is_for_the_first_stage(place, whole, tmp_path):
+    earlier = whole[0] / "03-cities"
+    given = sequence_yaml(place, tmp_path, stages=2, max_steps=2, save_strategy="no", plugins=["ewc"], keep=0)
+    hf_ftplus.sequence({**given, "model_name_or_path": str(earlier), "memory": str(earlier)})
+    assert stage_of(tmp_path, "01-colours")["memory"] == str(earlier)
+    assert stage_of(tmp_path, "02-fruits")["memory"] == str(tmp_path / "01-colours" / "ftplus" / "memory")
+    assert all(report.facts["strategies"]["ewc"]["penalty"] > 0 for report in reports(tmp_path))
+
+
+def test_metrics_of_tasks_are_for_all_stages_and_those_of_protect_data_for_their_own(place, tmp_path):
+    protects = {"protect": {"chat": str(place / "colours.jsonl")}, "metric": {"chat": "exact_match", "learn": "f1"}}
+    first, second = read(sequence_yaml(place, tmp_path, stages=2, each={"fruits": protects})).stages
+    assert first.config.metrics == {"fruits": "f1"}
+    assert second.config.metrics == {"chat": "exact_match", "learn": "f1"}
+
+
+def test_a_stage_may_learn_several_tasks_and_keeps_rows_of_all(place, tmp_path):
+    given = sequence_yaml(place, tmp_path, stages=3, max_steps=2, save_strategy="no", keep=12, plugins=["replay"])
+    several = given["stages"][1]
+    several["tasks"] = [
+        {"name": f"some {name}", "dataset": str(place / f"{name}.jsonl")} for name in ("fruits", "cities")
+    ]
+    several["name"] = "both"
+    del several["dataset_name"]
+    with pytest.raises(UsageError, match=r"Stage 'both': .*measure: \{both: DATA\}"):
+        hf_ftplus.sequence(given)
+    given["measure"]["both"] = str(place / "fruits.jsonl")
+    matrix = hf_ftplus.sequence(given)
+    assert matrix.stages == ["colours", "both", "cities"]
+    assert None not in [value for row in matrix.loss for value in row]
+    kept = [json.loads(line)["prompt"] for line in (tmp_path / "pools" / "both.jsonl").read_text().splitlines()]
+    assert len(kept) == 12
+    assert {prompt.split()[0] for prompt in kept} == {"Fruit", "City"}
+
+
+def test_an_adapter_is_merged_before_the_next_stage_makes_its_own(place, tmp_path):
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "learning_rate": 2e-2}
+    matrix = hf_ftplus.sequence(sequence_yaml(place, tmp_path, stages=2, plugins=["ewc"], save_strategy="no", **lora))
+    assert stage_of(tmp_path, "02-fruits")["model_name_or_path"] == str(tmp_path / "01-colours" / "merged")
+    first, second = reports(tmp_path)
+    learnt, start = (
+        first.tasks[0].after.loss.value,
+        {task.name: task for task in second.tasks}["colours"].before.loss.value,
+    )
+    assert learnt < first.tasks[0].before.loss.value - 0.1
+    assert start == pytest.approx(learnt, abs=1e-5)
+    assert second.facts["strategies"]["ewc"]["penalty"] > 0  # its memory fits the fresh adapter
+    assert (tmp_path / "02-fruits" / "adapter_config.json").is_file()
+    assert not (tmp_path / "02-fruits" / "merged").exists()
+    assert matrix.loss[2][1] < matrix.loss[0][1]
+
+
+def test_a_finished_stage_leaves_no_model_in_memory(place, tmp_path, monkeypatch):
+    alive = []
+    make = run.sft_trainer
+
+    def watched(*args):
+        gc.collect()
+        assert not [weight for weight in alive if weight() is not None]
+        trainer = make(*args)
+        alive.append(weakref.ref(next(trainer.model.parameters())))  # strategies hold weights, not models
+        return trainer
+
+    monkeypatch.setattr(run, "sft_trainer", watched)
+    hf_ftplus.sequence(everything(place, tmp_path, save_strategy="no", max_steps=2))
+    assert len(alive) == 3
+
+
+# ---- pools -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_kept_with_the_same_chance():
+    counts = np.zeros(40)
+    for seed in range(2000):
+        counts[reservoir(range(40), 10, seed)] += 1
+    assert counts.sum() == 20_000
+    # rows of one draw exclude each other: the variance is (1 - 10/40) of independent draws, so the test is the stricter
+    assert chisquare(counts).pvalue > 0.01
+    assert counts.std() > 5  # and it is a draw
+
+
+def test_a_reservoir_is_bounded_ordered_and_depends_on_its_seed():
+    assert reservoir(iter("abc"), 5, 0) == ["a", "b", "c"]
+    assert reservoir(iter("abc"), 0, 0) == []
+    drawn = reservoir(iter(range(1000)), 20, 1)
+    assert drawn == sorted(set(drawn))
+    assert drawn == reservoir(range(1000), 20, 1)
+    assert drawn != reservoir(range(1000), 20, 2)
+
+
+def test_a_pool_holds_rows_of_its_task_for_its_owner_alone(whole, place):
+    out, _ = whole
+    files = sorted((out / "pools").iterdir())
+    assert [file.name for file in files] == ["colours.jsonl", "fruits.jsonl"]  # nobody comes after the last stage
+    for file in files:
+        kept = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [json.loads(line) for line in (place / file.name).read_text().splitlines()]
+        assert len(kept) == 8
+        assert all(row in rows for row in kept)
+        assert file.stat().st_mode & 0o077 == 0
+
+
+# ---- interrupted and gone on -----------------------------------------------------------------------------------------
+
+
+def same_outcome(one, other):
+    for stage in ("01-colours", "02-fruits", "03-cities"):
+        assert same_file(one / stage / "model.safetensors", other / stage / "model.safetensors"), stage
+        for name in ("ewc", "si"):
+            memory = f"{stage}/ftplus/memory/{name}.safetensors"
+            assert same_file(one / memory, other / memory), memory
+    for file in ("sequence.json", "sequence.csv", "pools/colours.jsonl", "pools/fruits.jsonl"):
+        assert (one / file).read_text() == (other / file).read_text(), file
+
+
+def test_interrupted_and_gone_on_is_uninterrupted_bit_for_bit(place, whole, tmp_path, monkeypatch, capsys):
+    given = everything(place, tmp_path)
+    for stop in ("01-colours:1", "02-fruits:3", "02-fruits:6"):
+        monkeypatch.setenv("STOP_AT", stop)
+        with pytest.raises(KeyboardInterrupt):
+            hf_ftplus.sequence(given)
+        assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.delenv("STOP_AT")
+    assert hf_ftplus.sequence(given) == whole[1]
+    said = capsys.readouterr().err
+    assert "colours: finished before" in said
+    assert "fruits: " + str(tmp_path / "02-fruits") + ", on from checkpoint-" in said
+    same_outcome(tmp_path, whole[0])
+
+
+def test_whatever_a_kill_left_half_made_is_made_again(place, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = everything(place, out)
+    hf_ftplus.sequence(given)
+    (out / "03-cities" / "ftplus" / "report.json").unlink()  # killed while measuring
+    state = out / "03-cities" / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])  # ... after a checkpoint that was never whole
+    (out / "pools" / "fruits.jsonl").unlink()
+    hf_ftplus.sequence(given)
+    assert "on from checkpoint-2" in capsys.readouterr().err
+    same_outcome(out, whole[0])
+
+
+def test_without_a_checkpoint_a_stage_starts_anew(place, tmp_path, capsys):
+    given = sequence_yaml(place, tmp_path, stages=2, save_strategy="no", max_steps=2)
+    hf_ftplus.sequence(given)
+    before = load_file(tmp_path / "02-fruits" / "model.safetensors")
+    (tmp_path / "02-fruits" / "ftplus" / "report.json").unlink()
+    hf_ftplus.sequence(given)
+    assert "on from" not in capsys.readouterr().err
+    after = load_file(tmp_path / "02-fruits" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_finished_is_not_run_again_and_not_with_other_settings(place, whole):
+    out, matrix = whole
+    files = {file: file.stat().st_mtime_ns for file in out.glob("*/model.safetensors")}
+    assert hf_ftplus.sequence(everything(place, out)) == matrix
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    with pytest.raises(StorageError, match=r"01-colours.*learning_rate was 0.005, is 0.001.*new output_dir"):
+        hf_ftplus.sequence(everything(place, out, learning_rate=1e-3))
+    with pytest.raises(StorageError, match=r"Stage 'fruits': .*02-fruits.*max_steps was 6, is 9"):
+        hf_ftplus.sequence(everything(place, out, each={"fruits": {"max_steps": 9}}))
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+
+
+def test_a_gate_that_closed_is_not_passed_by_asking_again(place, tmp_path):
+    given = sequence_yaml(
+        place, tmp_path, stages=2, max_steps=2, save_strategy="no", each={"fruits": {"fail_if_retention_below": 1e9}}
+    )
+    for _ in range(2):
+        with pytest.raises(RetentionError, match="Stage 'fruits': colours: retention"):
+            hf_ftplus.sequence(given)
+    assert Matrix.load(tmp_path / "sequence.json").loss[2][1] is not None
+
+
+def test_a_stage_can_be_repeated_by_hand(place, whole, tmp_path):
+    from hf_ftplus.cli import main
+
+    file = whole[0] / "02-fruits" / "ftplus" / "stage.yaml"
+    assert main(["sft", "--config", str(file), "--output_dir", str(tmp_path / "again")]) == 0
+    assert same_file(tmp_path / "again" / "model.safetensors", whole[0] / "02-fruits" / "model.safetensors")
+
+
+def test_signals_are_as_they_were(place, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setenv("STOP_AT", "01-colours:1")
+    with pytest.raises(KeyboardInterrupt):
+        hf_ftplus.sequence(everything(place, tmp_path, stages=1))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not os.environ.get("RANK")
+
+
+def test_other_tasks_are_measured_beside_and_count_in_no_metric(place, tmp_path):
+    chat = place / "chat.jsonl"
+    chat.write_text('{"prompt": "Is the harbour open?", "completion": "Yes."}\n' * 3)
+    asked = place / "asked.jsonl"
+    asked.write_text('{"prompt": "Is the harbour open?"}\n' * 3)
+    given = sequence_yaml(place, tmp_path, stages=2, max_steps=1, save_strategy="no")
+    given["measure"] |= {"chat": str(chat), "asked": str(asked)}
+    plan = read(given)
+    assert plan.names == ["colours", "fruits"]
+    matrix = hf_ftplus.sequence(given)
+    assert matrix.others == ["chat"]
+    assert np.array(matrix.other_loss).shape == (3, 1)
+    assert any("asked has questions without completions" in note for note in matrix.notes)
+    assert len(matrix.score[0]) == 2
