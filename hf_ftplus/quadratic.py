@@ -60,12 +60,11 @@ class AdapterWell:
         """(gradient, pull) of A and of B."""
         left, right = self._factors()
         rank, scale = self.adapter.A.shape[0], self.adapter.scale
-        inner_left = left.T @ (self.rows.unsqueeze(1) * left)
-        inner_right = (right * self.columns) @ right.T
+        weighed_left, weighed_right = self.rows.unsqueeze(1) * left, right * self.columns
         if self.adapter.B.grad is not None:
-            yield local(self.adapter.B.grad), scale * self.rows.unsqueeze(1) * (left @ inner_right[:, :rank])
+            yield local(self.adapter.B.grad), weighed_left @ (scale * (weighed_right @ right.T)[:, :rank])
         if self.adapter.A.grad is not None:
-            yield local(self.adapter.A.grad), (inner_left[:rank] @ right) * self.columns
+            yield local(self.adapter.A.grad), (left.T @ weighed_left)[:rank] @ weighed_right
 
     def add(self, strength: float, measure: bool) -> list[Tensor]:
         """Add strength * pull to the gradients of A and B; return their figures (see `pull`)."""

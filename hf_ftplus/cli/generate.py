@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 BASE = "base"
 
+dtype_option = click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="Of the weights; auto: as they were saved.",
+)
+device_option = click.option("--device", help="Such as cuda:1 or cpu; the accelerator if there is one.")
+
 
 @click.command()
 @click.option(
@@ -63,14 +72,8 @@ BASE = "base"
 @click.option(
     "--out", metavar="FILE.jsonl", type=click.Path(path_type=Path), help="Also write prompts and answers here."
 )
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="Of the weights; auto: as saved.",
-)
-@click.option("--device", help="Such as cuda:1 or cpu; the accelerator if there is one.")
+@dtype_option
+@device_option
 def generate(
     name: str, prompts: tuple[str, ...], file: str | None, compare_with: str | None, out: Path | None,
     system: str | None, no_chat: bool, dtype: str, device: str | None, **how: Any,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from .generate import device_option, dtype_option
+
 
 @click.command()
 @click.option(
@@ -20,14 +22,8 @@ import click
 @click.option(
     "--out", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="An empty folder, or none."
 )
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="Of the weights; auto: as the base was saved.",
-)
-@click.option("--device", help="Such as cuda:1 or cpu; the accelerator if there is one.")
+@dtype_option
+@device_option
 def merge(name: str, out: Path, dtype: str, device: str | None) -> None:
     """Write an adapter and its base as one model.
 
