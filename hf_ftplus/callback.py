@@ -22,6 +22,7 @@ from . import state
 from .batches import SelfText, learn_batches, protect_batches, same_batches
 from .data import as_tasks
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
+from .mixture import check_drawn, rows_drawn
 from .plugins import resolve
 from .strategy import Memory, Run, Strategy, refuse_deepspeed
 from .weights import sharded, trainable
@@ -286,16 +287,18 @@ class StrategyCallback(TrainerCallback):
     def save(self, args: TrainingArguments, step: int) -> None:
         """Write the state of every strategy into the checkpoint of this step, once."""
         folder = Path(args.output_dir) / f"checkpoint-{step}" / STATE_FOLDER
-        if self.run and self.strategies and self._saved != folder:
+        if self.run and (self.strategies or self.run.tasks) and self._saved != folder:
             self._saved = folder
-            state.save_checkpoint(folder, self.strategies, self.run.model, step)
+            state.save_checkpoint(folder, self.strategies, self.run.model, step, mixture=rows_drawn(self.run.tasks))
 
     _saved: Path | None = None
 
     def verify(self, checkpoint: str, model: torch.nn.Module) -> None:
-        """Refuse a checkpoint of another model, adapter or set of strategies before the Trainer loads any of it."""
+        """Refuse a checkpoint of another model, adapter, mixture or strategies before the Trainer loads any of it."""
+        folder = Path(checkpoint) / STATE_FOLDER
         if self.strategies:
-            state.load_checkpoint(Path(checkpoint) / STATE_FOLDER, [s.name for s in self.strategies], model)
+            state.load_checkpoint(folder, [s.name for s in self.strategies], model)
+        check_drawn(state.checkpoint_fact(folder, "mixture") or {}, self.run.tasks if self.run else {})
 
     def _restore_best(self, checkpoint: Path) -> None:
         """The Trainer has put the weights of its best checkpoint back: what is left as memory must be of those."""

@@ -124,9 +124,10 @@ def distinct_names(names: Iterable[str]) -> None:
     for name in names:
         key = unicodedata.normalize("NFKC", name).casefold()
         if key in seen:
+            other = f" (the other is {escape(seen[key])!r})" if seen[key] != name else ""
             raise UsageError(
-                f"Two tasks have the name {escape(name)!r} (the other is {escape(seen[key])!r}); expected distinct "
-                f"names. Give one its own: OTHER_NAME=FILE."
+                f"Two tasks have the name {escape(name)!r}{other}; expected distinct names. Give one its own: "
+                "OTHER_NAME=FILE, or name: OTHER_NAME in YAML."
             )
         seen[key] = name
 
@@ -290,8 +291,11 @@ def _through_datasets(where: str, path: str, **options: Any) -> Dataset:
         with _bars_only_on_terminals():
             return datasets.load_dataset(path, **options)
     except Exception as error:  # load_dataset raises whatever its reader, fsspec or the network raised
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        cause = cause or error  # the other says only that there is a cause
         raise DataError(
-            f"{where} cannot be read: {type(error).__name__}: {reason(error).rstrip('.')}. Expected a local file "
+            f"{where} cannot be read: {type(cause).__name__}: {escape(' '.join(str(cause).split()), 300).rstrip('.')}. "
+            f"Expected a local file "
             f"({', '.join(READERS)}) or a dataset on the Hub, as NAME or NAME:split."
         ) from error
 

@@ -26,6 +26,10 @@ IGNORED = -100
 """Label of a token that carries no loss."""
 
 
+MULTIPLE = 16
+"""Widths of micro-batches are multiples of this: allocators and compiled kernels keep something for every new shape."""
+
+
 @dataclass
 class Tokenized:
     """Examples that carry loss, and which rows they came from."""
@@ -184,11 +188,17 @@ def _called(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def collate(examples: list[Example], pad_token_id: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """Micro-batches in the order given, right padded to their longest example; padding is unattended and unlabelled."""
+    """Micro-batches in the order given, right padded; padding is unattended and unlabelled.
+
+    They are as wide as their longest example, rounded up to a multiple of `MULTIPLE`, but never wider than the longest
+    of all examples, which the model is known to have positions for.
+    """
     batches = []
+    longest = max((len(example["input_ids"]) for example in examples), default=0)
     for start in range(0, len(examples), batch_size):
         group = examples[start : start + batch_size]
         width = max(len(example["input_ids"]) for example in group)
+        width = min(-(-width // MULTIPLE) * MULTIPLE, longest)
         shape = (len(group), width)
         batch = {
             "input_ids": torch.full(shape, pad_token_id, dtype=torch.long),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ def _csv(path: Path) -> Iterator[Entry]:
     try:
         reader = csv.DictReader(io.StringIO(_decode(path), newline=""), strict=True)
         _unique([(name, "") for name in reader.fieldnames or []])
+        _refuse_separators(reader.fieldnames or [])
         for row in reader:
             yield f"{path}:{reader.line_num}", partial(_csv_row, row)
     except csv.Error as error:
@@ -128,6 +129,12 @@ def _csv(path: Path) -> Iterator[Entry]:
         raise DataError(f"{path}:1: {error}.") from None
     finally:
         csv.field_size_limit(limit)
+
+
+def _refuse_separators(header: Sequence[str]) -> None:
+    for separator in (";", "\t") if len(header) == 1 else ():
+        if separator in header[0]:
+            raise ValueError(f"its fields are separated by {separator!r}; expected commas: {escape(header[0])!r}")
 
 
 def _csv_row(row: dict[str | None, Any]) -> Row:

@@ -11,9 +11,10 @@ from . import data
 from .batches import DEFAULT_LENGTH
 from .callback import autocast
 from .config import RunConfig
-from .errors import DataError
+from .errors import DataError, FTPlusError
 from .evaluation import EvalTask, with_answers
-from .rows import Rows, tokenizer_of
+from .evaluation.tasks import Role
+from .rows import Rows, of_training, tokenizer_of
 from .trainer import SFTTrainer
 
 HELD_OUT = 5
@@ -36,6 +37,8 @@ def keep_apart(rows: Rows, config: RunConfig) -> None:
             rows.measured[name] = rows.test
             continue
         rows.measured[name] = rows.learn[name] if config.tasks else rows.learn
+        if not isinstance(rows.measured[name], Dataset):
+            continue
         instead = "measure: DATA in the task" if config.tasks else "--measure learn=DATA"
         _note(rows, config, name, f"measured on trained rows; for held-out ones give {instead}.")
 
@@ -43,7 +46,6 @@ def keep_apart(rows: Rows, config: RunConfig) -> None:
 def _note(rows: Rows, config: RunConfig, name: str, note: str) -> None:
     if config.measure_rows:
         rows.notes[name] = note
-        logger.warning("%s: %s", name, note)
 
 
 def hold_out(rows: Dataset, most: int) -> tuple[Dataset, Dataset]:
@@ -68,26 +70,39 @@ def tasks(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> Iterator[EvalTa
     """What is measured before and after: learn first, then protect, then the rest."""
     learn, protect = config.learns, [spec.name for spec in config.protect]
     order = [name for name in dict.fromkeys([*learn, *protect, *rows.measured]) if name in rows.measured]
-    tokenizer = tokenizer_of(trainer)
     for name in order if config.measure_rows else ():
         found = rows.measured[name]
         if not isinstance(found, Dataset):
             logger.warning("%s is a stream and is not measured; give --measure %s=DATA.", name, name)
             continue
-        text = config.training.dataset_text_field
-        if name == "learn" and text != "text" and text in found.column_names:
-            found = found.select_columns([text]).rename_column(text, "text")
-        found = data.normalise(spread(found, config.measure_rows), name)
-        if found.column_names == ["prompt"]:
-            if trainer.state.global_step:  # resumed under FSDP
-                logger.warning("%s is not measured: the model that could answer its questions has moved on.", name)
-                continue
-            found = answered(name, found, trainer)
+        if found.column_names == ["prompt"] and trainer.state.global_step:  # resumed under FSDP
+            logger.warning("%s is not measured: the model that could answer its questions has moved on.", name)
+            continue
         role = "learn" if name in learn else "protect" if name in protect else "measure"
-        length = trainer.args.max_length or DEFAULT_LENGTH
-        task = EvalTask.of(name, role, found, tokenizer, length, config.metrics.get(name))
-        task.notes += [rows.notes[name]] if name in rows.notes else []
+        try:
+            task = _task(name, role, found, config, trainer)
+        except FTPlusError as error:  # TRL may train on rows that cannot be measured
+            if role != "learn" or asked_for(name, config):
+                raise
+            logger.warning("%s is not measured: %s", name, error)
+            continue
+        if name in rows.notes:
+            logger.warning("%s: %s", name, rows.notes[name])
+            task.notes.append(rows.notes[name])
         yield task
+
+
+def _task(name: str, role: Role, rows: Dataset, config: RunConfig, trainer: SFTTrainer) -> EvalTask:
+    through = of_training(config)(0) if name == "learn" and not config.tasks else None
+    found = data.normalise(spread(rows, config.measure_rows), name, through)
+    found = answered(name, found, trainer) if found.column_names == ["prompt"] else found
+    length = trainer.args.max_length or DEFAULT_LENGTH
+    return EvalTask.of(name, role, found, tokenizer_of(trainer), length, config.metrics.get(name))
+
+
+def asked_for(name: str, config: RunConfig) -> bool:
+    """Whether somebody said that a learn task is to be measured: with which rows, or how it is scored."""
+    return name in config.metrics or name in [spec.name for spec in config.measure]
 
 
 def answered(name: str, questions: Dataset, trainer: SFTTrainer) -> Dataset:

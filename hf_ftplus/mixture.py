@@ -167,26 +167,23 @@ def table(tasks: dict[str, Task], epochs: float) -> str:
     return "\n".join(["mixture:", *shown, *more])
 
 
-def as_state(tasks: dict[str, Task]) -> dict[str, torch.Tensor]:
-    """The mixture as tensors for a checkpoint: of each task, rows there are and rows (of streams, share) drawn."""
-    return {
-        name: torch.tensor([-1.0 if task.rows is None else task.rows, task.drawn], dtype=torch.float64)
-        for name, task in tasks.items()
-    }
+def rows_drawn(tasks: dict[str, Task]) -> dict[str, list[float]]:
+    """The mixture as a checkpoint keeps it: of each task, rows there are (-1: a stream) and rows (or share) drawn."""
+    return {name: [-1 if task.rows is None else task.rows, task.drawn] for name, task in tasks.items()}
 
 
-def check_state(strategy: str, state: dict[str, torch.Tensor], tasks: dict[str, Task]) -> None:
-    """A resumed run goes on with the mixture that it began with.
+def check_drawn(was: dict[str, list[float]], tasks: dict[str, Task]) -> None:
+    """A resumed run goes on with the mixture that it began with, which `rows_drawn` described.
 
     Raises:
         IncompatibleError: other tasks, other rows or other shares; names the first difference.
     """
-    now = as_state(tasks)
-    for name in dict.fromkeys([*state, *now]):
-        if name in state and name in now and torch.equal(state[name].to(now[name]), now[name]):
+    now = rows_drawn(tasks)
+    for name in dict.fromkeys([*was, *now]):
+        if was.get(name) == now.get(name):
             continue
-        had, has = (f"{s[name][1]:g} of {s[name][0]:g} rows" if name in s else "no row" for s in (state, now))
+        had, has = (f"{s[name][1]:g} of {s[name][0]:g} rows" if name in s else "no row" for s in (was, now))
         raise IncompatibleError(
-            f"{strategy}: the checkpoint drew {had} of task {name!r} in an epoch, this run draws {has}, so its rows "
+            f"The checkpoint drew {had} of task {name!r} in an epoch, this run draws {has}, so its rows "
             "would not go on where they stopped. Resume with the same data and settings, or start a new run."
         )

@@ -23,7 +23,7 @@ from .batches import DEFAULT_LENGTH
 from .config import RunConfig
 from .errors import DataError
 from .examples import IGNORED, Example
-from .measured import tasks
+from .measured import hold_out, tasks
 from .mixing import as_trained
 from .model import resolve
 from .row_checks import share_supervised
@@ -130,7 +130,8 @@ def tasks_of(rows: Rows, config: RunConfig, tokenizer: Any, most: int = 0) -> It
         yield partial(_learnt, name, part, config, tokenizer, most)
     for spec in config.protect:
         if spec.generate or spec.name in rows.protect:
-            yield partial(_protecting, spec, rows.protect.get(spec.name), config, tokenizer, most)
+            most_apart = 0 if spec.name in {*rows.measured, *config.unmeasured} else config.measure_rows
+            yield partial(_protecting, spec, rows.protect.get(spec.name), most_apart, config, tokenizer, most)
     for name, part in rows.measured.items():
         yield partial(_measured, name, part, config, tokenizer)
 
@@ -145,13 +146,19 @@ def _learnt(name: str, rows: Any, config: RunConfig, tokenizer: Any, most: int) 
     return Seen(name, role, about, cut(examples, most, part))
 
 
-def _protecting(spec: data.TaskSpec, rows: Dataset | None, config: RunConfig, tokenizer: Any, most: int) -> Seen:
+def _protecting(
+    spec: data.TaskSpec, rows: Dataset | None, apart: int, config: RunConfig, tokenizer: Any, most: int
+) -> Seen:
+    """What protects, once up to `apart` rows are held out to be measured."""
     role = _role("protect", config.shares.get(spec.name))
     if rows is None:
         return Seen(spec.name, role, f"{spec.generate} rows, which the model writes when the run begins", [])
     part = window(config.training.max_length or DEFAULT_LENGTH)
-    examples = data.tokenize(rows, tokenizer, None, spec.name).examples
-    return Seen(spec.name, role, counted(examples, spec.name, part), cut(examples, most, part))
+    kept, measured = hold_out(rows, apart)
+    examples = data.tokenize(kept, tokenizer, None, spec.name).examples
+    about = counted(examples, spec.name, part)
+    about += f"; {len(measured)} more are held out to be measured" if measured is not kept else ""
+    return Seen(spec.name, role, about, cut(examples, most, part))
 
 
 def _measured(name: str, rows: Dataset, config: RunConfig, tokenizer: Any) -> Seen:

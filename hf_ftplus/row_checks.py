@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
+from . import conditions
 from .config import RunConfig
 from .errors import DataError, UsageError
 from .evaluation import EvalTask
@@ -70,6 +71,33 @@ def refuse_questions(name: str, protect: Dataset) -> None:
         )
 
 
+def evaluated(tests: dict[str, Dataset], config: RunConfig) -> Any:
+    """What the Trainer evaluates: the rows of the only task, as eval_loss; or of several by name, as eval_NAME_loss.
+
+    Raises:
+        UsageError: the best model is to be told by a figure that there will not be.
+    """
+    wanted = config.training.metric_for_best_model or "loss"
+    wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+    if wanted in (f"eval_{name}_loss" for name in tests):
+        return tests
+    if wanted != "eval_loss":
+        known = ", ".join(["eval_loss", *(escape(f"eval_{name}_loss") for name in tests)])
+        raise UsageError(f"metric_for_best_model {escape(wanted)} is no figure of these tasks; expected {known}.")
+    return tests if len(config.learns) > 1 else tests[config.learns[0]]
+
+
+def refuse_unevaluated(config: RunConfig) -> None:
+    """Raise, before the model loads, where the Trainer is to evaluate and no rows are held out for it."""
+    if config.training.eval_strategy == "no" or conditions.read(config.stop_when).patience is not None:
+        return
+    where = "measure: DATA to a learn task" if config.tasks else "data with a test split (--dataset_test_split)"
+    raise DataError(
+        f"eval_strategy {config.training.eval_strategy.value} needs learn rows that are not trained on, with their "
+        f"completions. Give {where}, or leave eval_strategy out."
+    )
+
+
 def check_metric(task: TaskConfig, rows: Dataset | None) -> None:
     """Raise where rows cannot be scored as the task says, which measuring would find once the model is there."""
     if rows is None or not (task.metric or "choices" in rows.column_names):
@@ -92,6 +120,26 @@ def warn_of_learnt(learn: Any, protect: dict[str, Dataset]) -> None:
                 same,
                 len(task),
             )
+
+
+def without(measured: Dataset, protect: dict[str, Dataset], name: str) -> Dataset:
+    """The rows of a task that protect nothing.
+
+    Raises:
+        DataError: there are none.
+    """
+    known = {said(row) for task in protect.values() for row in task}
+    kept = [i for i, row in enumerate(measured) if said(row) not in known]
+    if len(kept) == len(measured):
+        return measured
+    if not kept:
+        raise DataError(
+            f"--measure {escape(name)}: each of the {len(measured)} rows that the model wrote protects, too, word for "
+            "word; nothing is left to measure. Ask for more of them, or for fewer to protect."
+        )
+    lost = len(measured) - len(kept)
+    logger.warning("%s: %d of %d rows protect, too, and are not measured.", escape(name), lost, len(measured))
+    return measured.select(kept)
 
 
 def said(row: Row) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from datasets import Dataset, load_dataset
 
@@ -18,13 +19,23 @@ from .callback import autocast
 from .config import RunConfig
 from .errors import DataError, FTPlusError
 from .evaluation import reshard
+from .formats import Row
 from .generate import self_generate
 from .model import cache
-from .row_checks import check_metric, refuse_idle, refuse_one_task, refuse_questions, warn_of_learnt
+from .row_checks import (
+    check_metric,
+    evaluated,
+    refuse_idle,
+    refuse_one_task,
+    refuse_questions,
+    refuse_unevaluated,
+    warn_of_learnt,
+    without,
+)
 from .trainer import SFTTrainer
 
-NATIVE = ({"messages"}, {"prompt", "completion"}, {"input_ids"}, {"prompt"}, {"images"}, {"image"})
-"""Columns that TRL itself understands; such learn data reaches it untouched."""
+NATIVE = ({"messages"}, {"prompt", "completion"}, {"input_ids"}, {"images"}, {"image"})
+"""Columns that TRL itself understands, and prefers to its text field; such learn data reaches it untouched."""
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -67,6 +78,7 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
     for specs, found in ((config.measure, rows.measured), (config.protect, rows.protect)):
         for spec in specs:
             with noting(faults, spec.name if spec.name in declared else ""):
+                spec = replace(spec, through=of_training(config)) if spec.name == "learn" and not declared else spec
                 found |= {} if spec.generate else {spec.name: spec.load(seed)}
     for name, task in rows.protect.items():
         with noting(faults, name if name in declared else ""):
@@ -77,7 +89,12 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
             check_metric(task, (own if task.measure is True else rows.measured).get(name))
     if declared:
         tests = {name: rows.measured[name] for name in config.learns if name in rows.measured}
-        rows.test = {name: found for name, found in tests.items() if found.column_names != ["prompt"]} or None
+        tests = {name: found for name, found in tests.items() if found.column_names != ["prompt"]}
+        with noting(faults):
+            rows.test = evaluated(tests, config) if tests else None
+    if rows.test is None and not faults:
+        with noting(faults):
+            refuse_unevaluated(config)
     warn_of_learnt(rows.learn, rows.protect)
     return rows, faults
 
@@ -116,7 +133,9 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
 
         splits = get_dataset(mixture)
     elif Path(script.dataset_name).suffix in data.READERS:
-        splits = {script.dataset_train_split: data.load(script.dataset_name, named=True)}
+        splits = {
+            script.dataset_train_split: data.load(script.dataset_name, through=of_training(config)(0), named=True)
+        }
     else:
         try:
             splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
@@ -148,38 +167,64 @@ def declared_rows(config: RunConfig, faults: list[FTPlusError]) -> dict[str, Dat
 
 
 def as_trl_reads(rows: Any, config: RunConfig) -> Any:
-    """Rows in a format that TRL knows are left alone; alpaca and sharegpt become such."""
+    """Rows in a format that TRL knows are left alone; alpaca and sharegpt become such.
+
+    Raises:
+        DataError: rows in no format, or questions alone.
+    """
     columns = set(rows.column_names or ())
+    stray = "prompt" in columns and not columns & {"completion", "input_ids", "images", "image"}
+    columns -= {"prompt"} if stray else set()  # TRL would look for its completion in vain
     known = any(native <= columns for native in NATIVE) or config.training.dataset_text_field in columns
-    return rows if known or not isinstance(rows, Dataset) else data.normalise(rows, "learn", named=True)
+    if not isinstance(rows, Dataset) or known:
+        return rows.remove_columns("prompt") if stray and known else rows
+    found = data.normalise(rows, "learn", named=True)
+    if {"prompt", "completion"} & set(found.column_names) == {"prompt"}:
+        raise DataError("learn: its rows are questions without completions; expected a column 'completion' to learn.")
+    return found
+
+
+def of_training(config: RunConfig) -> Callable[[int], Callable[[Row], Row]]:
+    """For learn rows that are not read by TRL: its text field alone, where that is what TRL would train on."""
+    return lambda seed: partial(trained_on, text=config.training.dataset_text_field)
+
+
+def trained_on(row: Row, text: str) -> Row:
+    other = "conversations" in row or any(native <= row.keys() for native in NATIVE)
+    return row if other or text not in row else {"text": row[text]}
 
 
 # ---- what the starting model writes itself ---------------------------------------------------------------------------
 
 
 def write(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> None:
-    """Add the rows of every `self:N`."""
-    for specs, found in ((config.protect, rows.protect), (config.measure, rows.measured)):
-        for spec in specs:
-            used = config.strategies or spec.name in config.shares
-            if spec.generate and (used or spec.name not in (*rows.measured, *config.unmeasured)):
-                found[spec.name] = written(spec, config, trainer)
+    """Add the rows of every `self:N`; what is measured of them is nothing that protects."""
+    first = next((spec.name for spec in config.protect if spec.generate), None)
+    for spec in config.protect:
+        used = config.strategies or spec.name in config.shares
+        if spec.generate and (used or spec.name not in (*rows.measured, *config.unmeasured)):
+            use = "" if spec.name == first else f"protect {spec.name}"
+            rows.protect[spec.name] = written(spec, use, config, trainer)
+    for spec in config.measure:
+        if spec.generate:
+            found = written(spec, f"measure {spec.name}", config, trainer)
+            rows.measured[spec.name] = without(found, rows.protect, spec.name)
 
 
-def written(spec: data.TaskSpec, config: RunConfig, trainer: SFTTrainer) -> Dataset:
-    """The first process writes, the others read its cache."""
-    how = {"seed": config.training.seed, "autocast": autocast(trainer.args)}
+def written(spec: data.TaskSpec, use: str, config: RunConfig, trainer: SFTTrainer) -> Dataset:
+    """The first process writes, the others read its cache. Each `use` has rows of its own; "" those of the seed."""
+    how = {"seed": config.training.seed + crc32(use.encode()), "autocast": autocast(trainer.args)}
     if trainer.is_fsdp_enabled:
-        return _written_together(spec, config, trainer, how)
+        return _written_together(use or spec.name, spec.generate, config, trainer, how)
     with trainer.args.main_process_first(local=False):
         return self_generate(trainer.model, tokenizer_of(trainer), spec.generate, cache=cache() / "self", **how)
 
 
-def _written_together(spec: data.TaskSpec, config: RunConfig, trainer: SFTTrainer, how: dict[str, Any]) -> Dataset:
+def _written_together(name: str, count: int, config: RunConfig, trainer: SFTTrainer, how: dict[str, Any]) -> Dataset:
     """Every rank runs every forward pass of a sharded model, from one seed; what the first has written counts."""
     kept = SelfText(Path(config.training.output_dir), again=trainer.state.global_step > 0)
-    write = partial(self_generate, trainer.model, tokenizer_of(trainer), spec.generate, **how)
-    found = kept.rows(spec.name, write, trainer.args)
+    write = partial(self_generate, trainer.model, tokenizer_of(trainer), count, **how)
+    found = kept.rows(name, write, trainer.args)
     reshard(trainer.model)
     return found
 

@@ -228,12 +228,11 @@ def let_go_of_optimizer(trainer: SFTTrainer) -> None:
 
 
 def resume_point(config: RunConfig) -> str | bool | None:
-    """`true` and `false` as words, a path as it is."""
+    """`true` as a word, a path as it is."""
     given = config.training.resume_from_checkpoint
-    word = str(given).lower()
-    if given is None or word == "false":
+    if not given:
         return None
-    if word == "true":
+    if str(given).lower() == "true":
         folder = Path(config.training.output_dir)
         if not any(folder.glob("checkpoint-*")):
             raise StorageError(

@@ -31,11 +31,16 @@ SKETCH = "sketch of the model: "
 """Precedes the names of the tensors that tell which model a memory was left with."""
 
 
-def save_checkpoint(folder: Path, strategies: list[Strategy], model: nn.Module, step: int) -> None:
-    """Write the state of every strategy into `folder` (`checkpoint-N/ftplus`)."""
+def save_checkpoint(folder: Path, strategies: list[Strategy], model: nn.Module, step: int, **facts: Any) -> None:
+    """Write the state of every strategy, and `facts` about the run, into `folder` (`checkpoint-N/ftplus`)."""
     files = {strategy.name: strategy.state_dict() for strategy in strategies}
-    facts = {"step": step, "settings": {strategy.name: repr(strategy) for strategy in strategies}}
+    facts |= {"step": step, "settings": {strategy.name: repr(strategy) for strategy in strategies}}
     _write(folder, files, {**facts, "model": identity(model)})
+
+
+def checkpoint_fact(folder: Path, name: str) -> Any:
+    """A fact that `save_checkpoint` was given; None where there is none."""
+    return (_manifest(folder) or {}).get(name)
 
 
 def load_checkpoint(

@@ -23,7 +23,6 @@ from .config import RunConfig
 from .errors import DataError, IncompatibleError
 from .logits import evaluating
 from .measured import spread
-from .pools import together
 from .rows import Rows, as_trl_reads
 from .trainer import SFTTrainer
 
@@ -60,8 +59,6 @@ def trainer_of(config: RunConfig, rows: Rows, make: Callable[..., SFTTrainer]) -
         args.eval_strategy, args.eval_steps, args.do_eval = IntervalStrategy.STEPS, TENTH, True
         held_out = _few(held_out)
     trainer = make(config, rows.learn, held_out)
-    if isinstance(trainer.eval_dataset, dict):  # several tasks have one loss: of all their rows
-        trainer.eval_dataset = together(trainer.eval_dataset)
     trainer.add_callback(LearnPlateaus(wanted.patience, wanted.nats))
     if ours:
         trainer.add_callback(Undisturbed())

@@ -84,6 +84,11 @@ KEYS = {
         "a file, a Hub name, or false",
     ),
 }
+MEANT = {
+    "weight": "share", "ratio": "share", "prompt": "template", "answer": "completion", "response": "completion",
+    "file": "dataset", "path": "dataset", "data": "dataset",
+}  # fmt: skip
+"""What others call our keys."""
 NEED_TEMPLATE = ("completion", "choices", "chat")
 FOR_SELF = ("name", "dataset", "role", "share", "metric", "measure")
 OF_FORMATS = [
@@ -108,7 +113,7 @@ def _values(entry: dict[str, Any]) -> Iterator[Fault]:
             yield key, f"has no {key}: {KEYS[key].help}"
     for key, value in entry.items():
         if key not in KEYS:
-            hint = nearest(str(key), list(KEYS))
+            hint = f" Did you mean {MEANT[key]!r}?" if key in MEANT else nearest(str(key), list(KEYS))
             yield key, f"unknown key {shown(key)}.{hint} Keys of a task: {', '.join(KEYS)}"
         elif not KEYS[key].takes(value):
             hint = nearest(value, ROLES) if key == "role" and isinstance(value, str) else ""
@@ -118,6 +123,10 @@ def _values(entry: dict[str, Any]) -> Iterator[Fault]:
                 metric.parse(value, f"metric is {shown(value)}")
             except UsageError as error:
                 yield key, str(error)
+        elif key in ("template", "templates", "completion"):
+            for text in value if isinstance(value, list) else [value]:
+                if "{{" not in text and "{%" not in text and (single := re.search(r"\{ ?([A-Za-z_]\w*) ?\}", text)):
+                    yield key, f"{key} has {single[0]}, which is text to Jinja; expected {{{{ {single[1]} }}}}"
 
 
 def _together(entry: dict[str, Any], rendered: bool) -> Iterator[Fault]:

@@ -203,7 +203,7 @@ def refuse_shares(tasks: list[TaskConfig], strategies: list[Strategy]) -> None:
 
 
 def refuse_twice(text: str, path: str) -> None:
-    """Raise for a key that stands twice in a mapping under `tasks`, of which YAML would keep the last in silence.
+    """Raise for `tasks`, or a key of a mapping under it, that stands twice: YAML would keep the last in silence.
 
     Raises:
         UsageError: names the key and its line.
@@ -211,7 +211,8 @@ def refuse_twice(text: str, path: str) -> None:
     import yaml
 
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    found = [value for key, value in root.value if key.value == "tasks"]
+    declared = [(key, value) for key, value in root.value if key.value == "tasks"]
+    found = [yaml.MappingNode(root.tag, declared)]
     while found:
         node = found.pop()
         if isinstance(node, yaml.MappingNode):

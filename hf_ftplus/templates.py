@@ -157,7 +157,11 @@ class Rendering:
         found = self.choices.render(row)
         if not isinstance(found, (list, tuple)):
             raise ValueError(f"choices is {escape(repr(found))}; expected a list of texts")
-        return list(found)
+        choices = [str(choice) if isinstance(choice, (int, float)) else choice for choice in found]  # as Jinja prints
+        for i, choice in enumerate(choices):
+            if not isinstance(choice, str):
+                raise ValueError(f"choices[{i}] is {escape(repr(choice), 40)}; expected a text")
+        return choices
 
 
 def _text(template: Template, row: Row) -> str:

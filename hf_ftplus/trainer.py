@@ -33,6 +33,7 @@ from .errors import DataError, FTPlusError, IncompatibleError, StorageError, Usa
 from .logits import causal_lm, lm_head, supervised
 from .mixing import MixingMixin, TasksMixin
 from .model import resolve as resolve_model
+from .pools import together
 from .strategy import Batch, Strategy
 
 if TYPE_CHECKING:
@@ -318,4 +319,6 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
             "on the Hub, or demo."
         ) from error
     stay_differentiable(trainer.model)
+    if isinstance(trainer.eval_dataset, dict) and training.metric_for_best_model in ("loss", "eval_loss"):
+        trainer.eval_dataset = together(trainer.eval_dataset)  # the best model is told by one loss: of all their rows
     return trainer

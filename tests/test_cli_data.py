@@ -84,7 +84,7 @@ def test_it_takes_the_words_of_sft_and_counts_what_truncation_takes(place, tmp_p
     assert main([*taken, "--protect", f"cut={tmp_path}/cut.jsonl"]) == 0
     shown = capsys.readouterr().out
     assert "learn (learn): 24 rows" in shown
-    assert "protect (protect): 16 rows" in shown
+    assert "protect (protect): 13 rows" in shown
     assert re.search(r"cut \(protect\): 4 rows, .* longest \d{3}; at max_length 40 1 are cut, 1 dropped", shown)
 
 
@@ -196,6 +196,29 @@ def test_tasks_train_in_their_shares_and_are_measured_each(place, tmp_path, caps
     table = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("mixture"))
     drawn = {line.split()[0]: int(line.split()[3]) for line in table.splitlines()[2:]}
     assert drawn == {"notes": 15, "names": 29, "old": 15}  # 44 learn rows, as there are, and a quarter beside them
+
+
+def test_a_run_goes_on_in_its_own_shares_only(place, tmp_path, capsys):
+    def ended(name, *flags, **more) -> int:
+        more |= {
+            "output_dir": str(tmp_path / name),
+            "measure_rows": 0,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "lr_scheduler_type": "constant",
+        }
+        return main(["sft", "--config", file(place, tmp_path, **more), *flags])
+
+    assert ended("whole") == 0
+    assert ended("half", "--max_steps", "2") == 0
+    half = str(tmp_path / "half" / "checkpoint-2")
+    tasks = tasks_of(place)
+    tasks[0]["share"] = 0.4
+    assert ended("half", "--resume_from_checkpoint", half, tasks=tasks) == 4
+    assert "The checkpoint drew 29 of 24 rows of task 'names' in an epoch, this run draws 2" in capsys.readouterr().err
+    assert ended("half", "--resume_from_checkpoint", half) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "half")]
+    assert weights[0] == weights[1]
 
 
 def test_a_dry_run_shows_rows_of_every_task(place, tmp_path, capsys):

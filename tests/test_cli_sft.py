@@ -17,6 +17,8 @@ from training import LEARN, PROTECT
 
 from hf_ftplus.cli import main
 
+FEWEST = ["--model_name_or_path", "m", "--dataset_name", "d"]
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -56,6 +58,34 @@ def test_without_plugins_it_is_trl_sft_bit_for_bit(place, tmp_path):
     one, other = (load_file(out / "model.safetensors") for out in (ours, theirs))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("more", "yaml", "cpu"),
+    [
+        ([], {}, False),
+        (["--use_cpu"], {}, True),
+        (["--use_cpu", "true"], {}, True),
+        (["--use_cpu", "false"], {}, False),
+        ([], {"use_cpu": True}, True),
+        ([], {"use_cpu": False}, False),
+        (["--use_cpu=false"], {"use_cpu": True}, False),
+    ],
+)
+def test_what_a_machine_can_do_is_asked_of_the_device_that_was_meant(monkeypatch, more, yaml, cpu):
+    from hf_ftplus.cli import sft
+
+    asked = []
+    monkeypatch.setattr(sft, "_that_work_here", lambda given, use_cpu: asked.append(use_cpu) or {"bf16": False})
+    sft.parse_trl([*FEWEST, *more], yaml)
+    assert asked == [cpu]
+
+
+def test_resume_from_checkpoint_false_is_the_word_for_no():
+    from hf_ftplus.cli.sft import parse_trl
+
+    given, _, _ = parse_trl([*FEWEST, "--resume_from_checkpoint", "false"], {})
+    assert given["training"].resume_from_checkpoint is None
 
 
 def _bf16():

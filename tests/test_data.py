@@ -176,8 +176,14 @@ def test_collate_pads_right_and_supervises_no_padding():
     assert first["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert first["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert first["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert second["input_ids"].tolist() == [[9, 9]], "the last batch is as wide as its own rows"
+    assert second["input_ids"].tolist() == [[9, 9, 0]], "nothing is wider than the longest example"
     assert all(tensor.dtype == torch.long for tensor in first.values())
+
+
+def test_micro_batches_have_few_widths():
+    examples = [{"input_ids": [1] * length, "labels": [1] * length} for length in range(1, 41)]
+    widths = [batch["input_ids"].shape[1] for batch in collate(examples, pad_token_id=0, batch_size=1)]
+    assert widths == [16] * 16 + [32] * 16 + [40] * 8
 
 
 def test_padding_does_not_change_the_loss(chat_rows, tokenizer, model):

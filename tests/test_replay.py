@@ -196,7 +196,7 @@ def test_resuming_with_other_rows_or_another_share_is_refused(tmp_path):
     trainer(tmp_path, "replay", **common).train()
     for strategy, protect in (("replay", PROTECT[:9]), (Replay(share=0.5), PROTECT)):
         resumed = trainer(tmp_path, strategy, protect=protect, **common)
-        with pytest.raises(IncompatibleError, match=r"replay: the checkpoint drew 3 of 16 rows of task 'protect'"):
+        with pytest.raises(IncompatibleError, match=r"The checkpoint drew 3 of 16 rows of task 'protect'"):
             resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -75,6 +75,7 @@ def test_tasks_are_a_list_or_a_mapping_by_name():
 
 FAULTS = [
     ({"templte": "x"}, "unknown key 'templte'. Did you mean 'template'?"),
+    ({"weight": 2}, "unknown key 'weight'. Did you mean 'share'?"),
     ({"name": None}, "has no name"),
     ({"dataset": None}, "has no dataset: a file, a Hub name, NAME:split"),
     ({"dataset": 3}, "dataset is 3; expected text, in quotes"),
@@ -95,6 +96,7 @@ FAULTS = [
     ({"template": "x", "templates": ["y"], "completion": "z"}, "template and templates are both given"),
     ({"templates": "x", "completion": "z"}, "templates is 'x'; expected a list of texts"),
     ({"template": "{{ x }", "completion": "z"}, "template, line 1: unexpected '}'"),
+    ({"template": "Sum up: {x}", "completion": "z"}, "template has {x}, which is text to Jinja; expected {{ x }}"),
     ({"templates": ["x", "\n{{ x }"], "completion": "z"}, "templates[1], line 2: unexpected '}'"),
     ({"template": "x", "completion": "z", "choices": [True, False]}, "choices is [True, False]; expected two texts"),
     ({"template": "x", "completion": "z", "choices": "options"}, "choices: 'options'; expected a list, or one"),

@@ -116,6 +116,10 @@ def test_a_completion_is_one_of_the_choices():
     assert rendering("{{ text }}", completion="x", choices=listed).of(0)(ROW)["choices"] == ["yes", "x"]
     with pytest.raises(ValueError, match=r"the completion 'no' is not among the choices 'yes', 'x'"):
         rendering("{{ text }}", completion="no", choices=listed).of(0)(ROW)
+    counted = rendering("{{ text }}", completion="{{ label }}", choices=Expression("{{ [label, 2.5] }}", "choices"))
+    assert counted.of(0)(ROW)["choices"] == ["1", "2.5"]
+    with pytest.raises(ValueError, match=r"choices\[1\] is None; expected a text"):
+        rendering("{{ text }}", choices=Expression("{{ [text, none] }}", "choices")).of(0)(ROW)
     with pytest.raises(ValueError, match=r"choices is 1; expected a list of texts"):
         rendering("{{ text }}", choices=Expression("{{ label }}", "choices")).of(0)(ROW)
 

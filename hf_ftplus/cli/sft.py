@@ -110,9 +110,10 @@ def parse_trl(
         UsageError: a flag or key that neither knows, with the nearest one that they do; or a bad value.
     """
     parser = _trl_parser()
-    parser.set_defaults(**_that_work_here([*words, *(f"--{key}" for key in yaml)]))
     _check_yaml(yaml, parser)
     for_launch = parser.set_defaults_with_config(**yaml)
+    use_cpu = parser.parse_known_args(list(words))[0].use_cpu
+    parser.set_defaults(**_that_work_here([*words, *(f"--{key}" for key in yaml)], use_cpu))
     try:
         script, training, model, mixture, left = parser.parse_args_into_dataclasses(
             list(words), return_remaining_strings=True
@@ -120,6 +121,8 @@ def parse_trl(
     except (ValueError, TypeError) as error:
         raise UsageError(f"{error}") from error
     _check_words(left, parser)
+    if str(training.resume_from_checkpoint).lower() == "false":  # a word that the Trainer would take for a folder
+        training.resume_from_checkpoint = None
     learn = {"dataset_name": script.dataset_name, "datasets": mixture.datasets, "tasks": tasks}
     if not any(learn.values()):
         raise UsageError(
@@ -154,7 +157,7 @@ def _usage_error(message: str) -> None:
     raise UsageError(f"{message}. See `ftplus sft --help-all`.")
 
 
-def _that_work_here(given: Sequence[str]) -> dict[str, Any]:
+def _that_work_here(given: Sequence[str], use_cpu: bool) -> dict[str, Any]:
     """Defaults that this machine can run, where the user said nothing: no GPU means CPU, no bf16 means fp32."""
     import torch
 
@@ -162,9 +165,10 @@ def _that_work_here(given: Sequence[str]) -> dict[str, Any]:
         return any(word.partition("=")[0] == f"--{name}" for word in given for name in names)
 
     defaults: dict[str, Any] = {}
-    if not torch.accelerator.is_available() and not said("use_cpu"):
+    cpu = not torch.accelerator.is_available()
+    if cpu and not said("use_cpu"):
         defaults["use_cpu"] = True
-    if not has_bf16(on_cpu=not torch.accelerator.is_available() or said("use_cpu")) and not said("bf16", "fp16"):
+    if not has_bf16(on_cpu=cpu or use_cpu) and not said("bf16", "fp16"):
         defaults["bf16"] = False
         click.echo("This machine has no bf16; training in fp32 (say --bf16 true or --fp16 true to choose).", err=True)
     return defaults

@@ -23,14 +23,11 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ..errors import DataError, UsageError, nearest
 from ..hookspecs import hookimpl
 from ..strategy import Run, Strategy, Task, setting
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -130,16 +127,6 @@ class MultiTask(Strategy):
         if self.max_epochs is None:
             return found
         return limited(found, {task: self.max_epochs * size / budget for task, size in sizes.items()})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        from ..mixture import as_state
-
-        return as_state(self.tasks)
-
-    def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
-        from ..mixture import check_state
-
-        check_state(self.name, state, self.tasks)
 
     def metrics(self) -> dict[str, float]:
         """rows/TASK and tokens/TASK: what each task takes of an epoch (tokens: of the first)."""

@@ -22,14 +22,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ..errors import DataError, UsageError
 from ..hookspecs import hookimpl
 from ..strategy import Run, Strategy, Task, setting
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -112,16 +109,6 @@ class Replay(Strategy):
             "rows": sum(task.rows or 0 for task in self.tasks.values() if task.role == "protect"),
             "seconds": 0,
         }
-
-    def state_dict(self) -> dict[str, Tensor]:
-        from ..mixture import as_state
-
-        return as_state(self.tasks)
-
-    def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
-        from ..mixture import check_state
-
-        check_state(self.name, state, self.tasks)
 
     def metrics(self) -> dict[str, float]:
         """share_of_rows and share_of_tokens: what protect rows take of an epoch (tokens: of the first)."""

@@ -1,0 +1,220 @@
+"""Which rows a run learns from, protects with and is measured on."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+from commands import make_place, words
+from datasets import Dataset
+from tiny import CHATML, tiny_tokenizer
+from training import LEARN
+
+from hf_ftplus.cli import main
+from hf_ftplus.data import load
+from hf_ftplus.errors import DataError
+from hf_ftplus.measured import hold_out
+from hf_ftplus.row_checks import without
+
+SHORT = ["--max_steps", "2", "--save_strategy", "no", "--completions", "0"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+def learning(place, tmp_path, rows, *more, model="model") -> list[str]:
+    """`sft` on these rows, read by datasets as those of the Hub are, without a strategy."""
+    (tmp_path / "rows").mkdir(exist_ok=True)
+    (tmp_path / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = words(place, tmp_path / "out", *SHORT, *more, plugin=None, protect=None)
+    line[line.index("--dataset_name") + 1] = str(tmp_path / "rows")
+    line[line.index("--model_name_or_path") + 1] = str(place / model)
+    return line
+
+
+def report(tmp_path) -> dict:
+    return json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
+
+
+def of_tasks(place, tmp_path, *words_, **more) -> list[str]:
+    """`sft` on the tasks of a YAML file."""
+    given = {"tasks": [{"name": "a", "dataset": f"{place}/learn.jsonl", "measure": f"{place}/protect.jsonl"}], **more}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
+    line = words(place, tmp_path / "out", "--config", str(tmp_path / "run.yaml"), plugin=None, protect=None)
+    at = line.index("--dataset_name")
+    return [*line[:at], *line[at + 2 :], "--completions", "0", *words_]
+
+
+# ---- what is learnt, as TRL reads it ---------------------------------------------------------------------------------
+
+
+def test_an_empty_text_is_trained_on_as_trl_does_and_is_an_error_only_to_who_asked(place, tmp_path, capsys, caplog):
+    rows = [{"text": row["completion"]} for row in LEARN[:7]] + [{"text": ""}]
+    with caplog.at_level("WARNING", logger="hf_ftplus"):
+        assert main(learning(place, tmp_path, rows)) == 0
+    assert "learn is not measured: learn, row 8: 'text' is empty" in caplog.text
+    assert "measured on trained rows" not in caplog.text
+    assert report(tmp_path)["tasks"] == []
+    asked = learning(place, tmp_path, rows, "--metric", "learn=rouge")
+    assert main([*asked, "--output_dir", str(tmp_path / "asked")]) == 3
+    assert "learn, row 8: 'text' is empty" in capsys.readouterr().err
+
+
+def test_text_that_trl_trains_on_is_what_is_measured(place, tmp_path):
+    rows = [{"text": row["completion"], "instruction": "Say.", "output": "Words " * 30} for row in LEARN]
+    assert main(learning(place, tmp_path, rows, "--measure", f"learn={tmp_path}/rows/train.jsonl")) == 0
+    [measured] = report(tmp_path)["tasks"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert main(learning(place, plain, [{"text": row["text"]} for row in rows])) == 0
+    [expected] = report(plain)["tasks"]
+    assert measured["before"]["loss"] == expected["before"]["loss"]
+
+
+def test_a_template_that_hides_earlier_turns_trains_and_is_not_measured(place, tmp_path, caplog):
+    hides = CHATML.replace("message['content'] +", "(message['content'] if loop.last else 'hidden') +")
+    tiny_tokenizer(hides).save_pretrained(place / "hides")
+    for file in (place / "model").glob("*model*"):
+        (place / "hides" / file.name).write_bytes(file.read_bytes())
+    (place / "hides" / "config.json").write_bytes((place / "model" / "config.json").read_bytes())
+    turns = [{"role": role, "content": "Yes."} for role in ("user", "assistant") * 2]
+    with caplog.at_level("WARNING", logger="hf_ftplus"):
+        assert main(learning(place, tmp_path, [{"messages": turns}] * 8, model="hides")) == 0
+    assert "learn is not measured: learn, row 1: the chat template of" in caplog.text
+
+
+def test_a_prompt_beside_messages_is_left_out_and_alone_it_is_refused(place, tmp_path, capsys, monkeypatch):
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Odile."}]
+    assert main(learning(place, tmp_path, [{"prompt": "Who?", "messages": turns}] * 8)) == 0
+    monkeypatch.setattr("hf_ftplus.run.sft_trainer", None)  # no model may load
+    assert (
+        main(
+            learning(place, tmp_path / "..", [{"prompt": "Who?", "score": 1}] * 8, "--output_dir", str(tmp_path / "no"))
+        )
+        == 3
+    )
+    assert "questions without completions" in capsys.readouterr().err
+
+
+def test_a_stream_is_not_said_to_be_measured(place, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="hf_ftplus"):
+        assert main(learning(place, tmp_path, LEARN, "--dataset_streaming", "true")) == 0
+    assert "learn is a stream and is not measured" in caplog.text
+    assert "measured on trained rows" not in caplog.text
+
+
+# ---- what the model writes itself ------------------------------------------------------------------------------------
+
+
+def test_every_use_of_what_the_model_writes_has_rows_of_its_own(place, tmp_path, monkeypatch):
+    from hf_ftplus import rows
+
+    seeds = {}
+
+    def generate(model, tokenizer, count, seed, **how):
+        seeds[count] = seed
+        return Dataset.from_list([{"text": f"{i} of {count}"} for i in range(count)])
+
+    monkeypatch.setattr(rows, "self_generate", generate)
+    uses = [
+        "--protect",
+        "one=self:10",
+        "--protect",
+        "two=self:20",
+        "--measure",
+        "one=self:12",
+        "--measure",
+        "x=self:22",
+    ]
+    line = words(place, tmp_path / "out", *uses, *SHORT, "--dry-run", "--seed", "7", protect=None)
+    assert main(line) == 0
+    assert seeds[10] == 7
+    assert len(set(seeds.values())) == 4
+
+
+def test_rows_that_protect_are_not_measured(caplog):
+    written = Dataset.from_list([{"text": f"Row {i}"} for i in range(6)])
+    protect = {"old": written.select([1, 4])}
+    with caplog.at_level("WARNING", logger="hf_ftplus"):
+        assert without(written, protect, "chat")["text"] == ["Row 0", "Row 2", "Row 3", "Row 5"]
+    assert "chat: 2 of 6 rows protect, too" in caplog.text
+    assert without(written, {}, "chat") is written
+    with pytest.raises(DataError, match="nothing is left to measure"):
+        without(protect["old"], {"old": written}, "chat")
+
+
+# ---- what the Trainer evaluates --------------------------------------------------------------------------------------
+
+BEST = {
+    "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "measure_rows": 0, "learning_rate": 0.001
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tasks", "more", "figures"),
+    [
+        (1, {}, {"eval_loss"}),
+        (1, {"metric_for_best_model": "a_loss"}, {"eval_a_loss"}),
+        (2, {"save_strategy": "best", "metric_for_best_model": "loss"}, {"eval_loss"}),
+        (2, {"metric_for_best_model": "eval_a_loss"}, {"eval_a_loss", "eval_b_loss"}),
+        (2, {"load_best_model_at_end": False}, {"eval_a_loss", "eval_b_loss"}),
+    ],
+)
+def test_the_best_model_is_told_by_the_loss_of_all_tasks_or_of_one(place, tmp_path, tasks, more, figures, capsys):
+    assert main(of_tasks(place, tmp_path, **{**BEST, **more, "tasks": several(place)[:tasks]})) == 0
+    shown = capsys.readouterr().out
+    assert set(re.findall(r"eval_(?:[ab]_)?loss", shown)) == figures
+
+
+def several(place) -> list[dict]:
+    return [
+        {"name": name, "dataset": f"{place}/learn.jsonl", "measure": f"{place}/{rows}.jsonl"}
+        for name, rows in (("a", "learn"), ("b", "protect"))
+    ]
+
+
+def test_a_best_model_by_a_figure_that_there_is_not_is_refused(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_ftplus.run.sft_trainer", None)  # no model may load
+    assert main(of_tasks(place, tmp_path, **{**BEST, "tasks": several(place), "metric_for_best_model": "c_loss"})) == 2
+    says = "metric_for_best_model eval_c_loss is no figure of these tasks; expected eval_loss, eval_a_loss, eval_b_loss"
+    assert says in capsys.readouterr().err
+
+
+def test_evaluation_without_held_out_rows_is_refused_before_the_model_loads(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_ftplus.run.sft_trainer", None)  # no model may load
+    bare = [{"name": "a", "dataset": f"{place}/learn.jsonl"}]
+    assert main(of_tasks(place, tmp_path, eval_strategy="epoch", tasks=bare)) == 3
+    assert "eval_strategy epoch needs learn rows" in capsys.readouterr().err
+    assert main(words(place, tmp_path / "out", "--eval_strategy", "steps", plugin=None, protect=None)) == 3
+    assert "Give data with a test split" in capsys.readouterr().err
+
+
+# ---- small ones ------------------------------------------------------------------------------------------------------
+
+
+def test_two_blocks_of_tasks_are_refused(place, tmp_path, capsys):
+    of_tasks(place, tmp_path)
+    file = tmp_path / "run.yaml"
+    file.write_text(file.read_text() + "\n" + file.read_text())
+    assert main(["data", "check", "--config", str(file)]) == 2
+    assert "'tasks' stands twice in one mapping" in capsys.readouterr().err
+
+
+def test_the_preview_counts_what_is_left_to_protect(place, tmp_path, capsys):
+    line = of_tasks(place, tmp_path, "--protect", f"old={place}/protect.jsonl")
+    assert main(["data", "preview", *line[1:]]) == 0
+    kept, measured = hold_out(Dataset.from_list([{"text": ""}] * 16), 64)
+    shown = capsys.readouterr().out
+    assert f"old (protect): {len(kept)} rows" in shown
+    assert f"; {len(measured)} more are held out to be measured" in shown
+
+
+def test_fields_that_no_comma_separates_are_said(tmp_path):
+    for separator, shown in ((";", "';'"), ("\t", r"'\\t'")):
+        (tmp_path / "rows.csv").write_text(f"prompt{separator}completion\nWho?{separator}Odile\n")
+        with pytest.raises(DataError, match=f"separated by {shown}; expected commas"):
+            load(str(tmp_path / "rows.csv"))
