@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from zlib import crc32
 
 import torch
 from datasets import Dataset
@@ -71,6 +72,7 @@ def protect_batches(
             "protect as ready micro-batches of input_ids and labels."
         )
     length = getattr(args, "max_length", None) or DEFAULT_LENGTH
+    first = next((name for name, task in tasks.items() if isinstance(task, data.TaskSpec) and task.generate), None)
     found = {}
     for name, task in tasks.items():
         if data.is_batches(task):
@@ -82,7 +84,7 @@ def protect_batches(
                 run.model,
                 tokenizer,
                 task.generate,
-                seed=args.seed,
+                seed=seed_of("" if name == first else f"protect {name}", args.seed),
                 autocast=run.autocast,
                 cache=cache() / "self",
             )
@@ -101,6 +103,11 @@ def protect_batches(
         examples = by_length(done.examples)
         found[name] = data.collate(examples, pad_id(tokenizer), min(PROTECT_BATCH, args.per_device_train_batch_size))
     return found
+
+
+def seed_of(use: str, seed: int) -> int:
+    """Of the text that the model writes for one use, so that no two are copies; "" (the first) takes the run's own."""
+    return seed + crc32(use.encode())
 
 
 def by_length(examples: list[data.Example], block: int = 64) -> list[data.Example]:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from datasets import Dataset, load_dataset
 
 from . import data
-from .batches import SelfText
+from .batches import SelfText, seed_of
 from .callback import autocast
 from .config import RunConfig
 from .errors import DataError, FTPlusError
@@ -213,7 +212,7 @@ def write(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> None:
 
 def written(spec: data.TaskSpec, use: str, config: RunConfig, trainer: SFTTrainer) -> Dataset:
     """The first process writes, the others read its cache. Each `use` has rows of its own; "" those of the seed."""
-    how = {"seed": config.training.seed + crc32(use.encode()), "autocast": autocast(trainer.args)}
+    how = {"seed": seed_of(use, config.training.seed), "autocast": autocast(trainer.args)}
     if trainer.is_fsdp_enabled:
         return _written_together(use or spec.name, spec.generate, config, trainer, how)
     with trainer.args.main_process_first(local=False):

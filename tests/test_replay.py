@@ -18,6 +18,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer
 
 import hf_ftplus
 from hf_ftplus import SFTTrainer, testing
+from hf_ftplus.batches import examples_of
 from hf_ftplus.cli import main
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
 from hf_ftplus.pools import supervised_tokens
@@ -377,3 +378,12 @@ def test_from_the_command_line_shares_are_in_the_report_and_the_dry_run(tmp_path
     facts = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())["facts"]["strategies"]["replay"]
     assert facts["share_of_rows"] == 0.25
     assert 0 < facts["share_of_tokens"] < 1
+
+
+def test_two_tasks_of_text_of_the_model_itself_are_no_copies(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / "cache"))
+    it = trainer(tmp_path, "replay", protect={"one": "self:8", "two": "self:8"})
+    one, two = (examples_of(it.ftplus.run.protect[name]) for name in ("one", "two"))
+    alone = trainer(tmp_path, "replay", protect="self:8").ftplus.run.protect["self"]
+    assert one == examples_of(alone)
+    assert one != two
