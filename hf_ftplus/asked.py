@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import data
 from .errors import DataError, StorageError, UsageError
-from .evaluation.found import as_found
+from .evaluation.found import as_found, positions
 from .evaluation.greedy import answers
 from .evaluation.tasks import asked_text, expected, question
 from .formats import Row
@@ -48,9 +48,12 @@ def ask(models: list[Trained], rows: Iterable[Row], how: How) -> Iterator[Answer
 
 def _answers(it: Trained, rows: list[Row], how: How) -> list[str]:
     questions = [question(row, it.tokenizer) for row in rows]
-    longest, room = max(map(len, questions)), getattr(it.model.config, "max_position_embeddings", None)
-    if room and longest >= room:
-        raise DataError(f"A prompt has {longest} tokens; {it.name} reads {room}, the answer included. Shorten it.")
+    longest, room = max(map(len, questions)), positions(it.model)
+    if longest + how.max_new_tokens > room:
+        raise DataError(
+            f"A prompt has {longest} tokens, and its answer may take {how.max_new_tokens}; {it.name} reads {room} in "
+            "all. Shorten it, or lower --max_new_tokens."
+        )
     with it.speaking(), as_found(it.model, how.seed):
         return answers(
             it.model,
@@ -89,11 +92,19 @@ def questions_of(
 
 def _in_file(file: str) -> list[Row]:
     if Path(file).suffix.lower() != ".txt":
-        return [{"prompt": row["text"]} if "text" in row else row for row in data.load(file)]
+        rows = data.load(file, through=_unanswered)
+        return [{"prompt": row["text"]} if "text" in row else row for row in rows]
     try:
         return [{"prompt": line} for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"--file {file} cannot be read: {data.reason(error)}. Expected lines of text.") from error
+
+
+def _unanswered(row: Row) -> Row:
+    """A conversation in which somebody waits for an answer is a question, all of it."""
+    turns = row.get("messages")
+    waits = isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "user"
+    return {"prompt": turns, **{key: value for key, value in row.items() if key != "messages"}} if waits else row
 
 
 def _as_turns(row: Row, system: str | None) -> Row:

@@ -10,12 +10,15 @@ import shutil
 import pytest
 import torch
 from commands import make_place, words
-from peft import PeftModel
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_ftplus.cli import main
 
+HONEST = LoraModel.merge_and_unload
 QUICK = ["--measure_rows", "0"]
 CHAT = [{"role": "user", "content": "Name a colour."}]
 
@@ -89,6 +92,14 @@ def test_many_prompts_come_back_in_order_whatever_the_batch(place, tmp_path):
     assert {row["expected"] for row in one} == {"So."}
 
 
+def test_a_conversation_in_which_somebody_waits_is_a_question(place, tmp_path):
+    turns = [*CHAT, {"role": "assistant", "content": "Red."}, {"role": "user", "content": "Another."}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in (turns, CHAT)))
+    rows = asked(place, tmp_path, "--model", place / "adapter", "--file", tmp_path / "chats.jsonl")
+    assert [row["completion"] for row in rows] == [answer(adapted(place), chat) for chat in (turns, CHAT)]
+    assert [row.get("expected") for row in rows] == [None, None]
+
+
 def test_text_files_stdin_and_plain_text(place, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("Why?\n\nWho?\n")
     rows = asked(place, tmp_path, "--model", place / "adapter", "--file", tmp_path / "prompts.txt")
@@ -123,7 +134,8 @@ def test_what_a_terminal_would_obey_is_spelt_out(place, capsys):
         (["--model", "{model}", "--prompt", "x", "--compare-with", "base"], 3, "what it started from is not known"),
         (["--model", "{model}", "--prompt", "x", "--top_p", "0.5"], 2, "does nothing at temperature 0"),
         (["--model", "{model}", "--prompt", "x", "--no-chat", "--system", "Be kind."], 2, "--no-chat was given"),
-        (["--model", "{model}", "--prompt", "x" * 2000], 3, "tokens; .* reads 512"),
+        (["--model", "{model}", "--prompt", "x" * 2000], 3, "tokens, .* reads 512"),
+        (["--model", "{model}", "--prompt", "x", "--max_new_tokens", "600"], 3, "lower --max_new_tokens"),
         (["--model", "{model}", "--prompt", "x", "--device", "abacus"], 3, "--device abacus"),
     ],
 )
@@ -146,6 +158,75 @@ def test_merged_it_says_what_base_and_adapter_say(place, merged, tmp_path):
     (row,) = asked(place, tmp_path, "--model", merged, "--prompt", "Name a colour.")
     assert row["completion"] == answer(adapted(place))
     assert tiny_tokenizer().chat_template in ((merged / "chat_template.jinja").read_text(),)
+
+
+def dropped(model, **options):
+    return model.unload()
+
+
+def one_weight_left_out(model, **options):
+    next(module for module in model.modules() if isinstance(module, LoraLayer)).lora_B["default"].weight.data.zero_()
+    return HONEST(model, **options)
+
+
+def twice(model, **options):
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling = {key: 2 * value for key, value in module.scaling.items()}
+    return HONEST(model, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wrong", [dropped, one_weight_left_out, twice])
+def test_no_merge_that_says_something_else_is_written(place, monkeypatch, tmp_path, capsys, wrong, dtype):
+    line = ["merge", "--model", str(place / "adapter"), "--out", str(tmp_path / "out"), "--dtype", dtype]
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    assert main(line) == 4
+    assert "differs from base and adapter by" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert main(line) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+        {"target_modules": ["q_proj"], "lora_bias": False, "init_lora_weights": True},  # it does nothing at all
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_honest_merge_is_written_as_it_was(place, tmp_path, more, dtype):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, **{"init_lora_weights": False, **more}))
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    assert main(["merge", "--model", str(tmp_path / "adapter"), "--out", str(out), "--dtype", dtype]) == 0
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        there = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids).logits
+        here = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "model"), tmp_path / "adapter")(
+            ids
+        )
+    near = 1e-5 if dtype == "float32" else 0.1
+    torch.testing.assert_close(there, here.logits, rtol=near, atol=near * here.logits.abs().max().item())
+
+
+def test_an_adapter_that_rounding_would_swallow_is_not_merged_into_few_bits(place, tmp_path, capsys):
+    shutil.copytree(place / "adapter", tmp_path / "weak")
+    file = tmp_path / "weak" / "adapter_model.safetensors"
+    save_file({name: weight * 1e-3 for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    line = ["merge", "--model", str(tmp_path / "weak"), "--out", str(tmp_path / "out")]
+    assert main([*line, "--dtype", "bfloat16"]) == 4
+    assert "Type --dtype float32" in capsys.readouterr().err
+    assert main([*line, "--dtype", "float32"]) == 0
 
 
 def test_memory_of_the_run_knows_the_merged_model(place, merged, tmp_path):

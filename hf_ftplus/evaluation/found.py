@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..generate import private_rng
 from ..logits import causal_lm, evaluating
+
+logger = logging.getLogger("hf_ftplus")
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -58,3 +62,21 @@ def as_found(model: nn.Module, seed: int = 0) -> Iterator[None]:
     finally:
         inner.generation_config = settings
         reshard(model)
+
+
+def positions(model: nn.Module) -> int:
+    """How many tokens the model reads, its answer included."""
+    config = causal_lm(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def warn_of_cut(lengths: list[int], room: int, label: str) -> None:
+    """Say how many sequences are longer than `room` tokens; of those the end is read, where the answer is due."""
+    if long := sum(length > room for length in lengths):
+        logger.warning(
+            "%s: %d of %d rows are read from their last %d tokens only: the model has no positions for more.",
+            label,
+            long,
+            len(lengths),
+            room,
+        )

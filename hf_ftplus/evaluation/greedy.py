@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..formats import Row
 from ..generate import pad_id, stop_ids
 from ..logits import causal_lm
-from .found import as_found, bare, device_of, is_sharded
+from .found import as_found, bare, device_of, is_sharded, positions, warn_of_cut
 from .scoring import Autocast
 from .tasks import answered, question
 
@@ -31,8 +31,11 @@ def answers(
 ) -> list[str]:
     """The answer to each question (token ids), up to the end of the turn; greedy at temperature 0.
 
-    Belongs inside `as_found`.
+    A question that leaves the model no positions for its answer loses its beginning. Belongs inside `as_found`.
     """
+    room = max(1, positions(model) - max_new_tokens)
+    warn_of_cut(list(map(len, questions)), room, label)
+    questions = [ids[-room:] for ids in questions]
     inner, stops = causal_lm(model), stop_ids(model, tokenizer)
     # Set on the model as well: what is left unset (penalties, beams) would come from the checkpoint's own settings.
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..examples import tokenize
+from .found import positions, warn_of_cut
 from .scoring import Autocast, score
 from .tasks import EvalTask, answered, expected
 
@@ -36,11 +37,14 @@ def choice(
 
     The log-probabilities of a choice's tokens, its end of turn among them, are summed and not divided by their number:
     that is the probability that the model gives this very answer, and since the end counts, a choice that begins
-    another one has no head start. Choices are never truncated.
+    another one has no head start. Choices are never truncated, but questions that leave them no positions are.
     """
     rows = [(i, answered(row, option)) for i, row in enumerate(task.rows) for option in row["choices"]]
     examples = tokenize([row for _, row in rows], tokenizer, None, f"{task.name} (choices)").examples
-    found = score(model, examples, batch_size, autocast=autocast, label=f"{task.name}: choices")
+    room, label = positions(model), f"{task.name}: choices"
+    warn_of_cut([len(example["input_ids"]) for example in examples], room, label)
+    examples = [{key: ids[-room:] for key, ids in example.items()} for example in examples]
+    found = score(model, examples, batch_size, autocast=autocast, label=label)
     likelihoods: list[list[float]] = [[] for _ in task.rows]
     for (i, _), nll in zip(rows, found.nll.tolist(), strict=True):
         likelihoods[i].append(-nll)

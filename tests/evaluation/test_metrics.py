@@ -290,3 +290,22 @@ def test_rows_that_truncation_emptied_leave_the_task(chat_rows, tokenizer):
     task = EvalTask.of("chat", "protect", [long, *chat_rows[:2]], tokenizer, max_length=64)
     assert task.rows == chat_rows[:2]
     assert len(task.examples) == 2
+
+
+def test_questions_longer_than_the_model_has_positions_for_are_read_from_their_end(tokenizer, caplog):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=48, n_embd=32, n_layer=1, n_head=2)
+    ).eval()
+    short = [{**row, "prompt": "Well? "} for row in choice_rows(chat=False)]
+    long = [{**row, "prompt": "So it is. " * 40 + row["prompt"]} for row in short]
+    with as_found(model):
+        found = answers(model, tokenizer, [question(row, tokenizer) for row in long], max_new_tokens=8)
+        cut = [question(row, tokenizer)[-40:] for row in long]
+        assert found == answers(model, tokenizer, cut, max_new_tokens=8)
+        assert caplog.text.count("4 of 4 rows are read from their last 40 tokens only") == 1
+        task = EvalTask("quiz", "protect", tokenize(short, tokenizer, None, "quiz").examples, long, "choice")
+        assert len(metrics.choice(model, tokenizer, task, 4)) == 4
+    assert "quiz: choices: 11 of 11 rows are read from their last 48 tokens only" in caplog.text
