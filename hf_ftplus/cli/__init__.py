@@ -6,8 +6,6 @@ Whatever goes wrong ends in one red line on stderr and the exit code of the erro
 from __future__ import annotations
 
 import importlib
-import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +38,9 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        import logging  # not for `ftplus --help`, as all of the standard library that takes milliseconds
+
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of what nothing here calls
         return getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
 
     def resolve_command(
@@ -77,7 +78,6 @@ def cli() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is 0, that of the error, 130 after Ctrl-C, or 143 after SIGTERM."""
     words, debug = _take_debug(list(sys.argv[1:] if args is None else args))
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of what nothing here calls
     try:
         result = cli.main(words, prog_name="ftplus", standalone_mode=False, obj=debug)
         return _end(result if isinstance(result, int) else 0)
@@ -117,6 +117,8 @@ def _end(code: int, sentence: str = "", debug: bool = False) -> int:
 
         traceback.print_exc()
     if RANKS in os.environ:
+        import json
+
         file = Path(os.environ[RANKS]) / os.environ.get("RANK", "0")
         file.write_text(json.dumps([code, sentence]), encoding="utf-8")
     elif code:
