@@ -35,27 +35,31 @@ LORA = "--use_peft --lora_r 16 --lora_target_modules all-linear --learning_rate 
 EWC = "--plugin ewc --set ewc.remember=false --set ewc.strength"
 SELF = "--protect chat=self:64"
 """Protects with what the model wrote itself, and nothing of the user's."""
+NINETY = '--max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}'
+HUNDRED = '--max_steps 100 --lr_scheduler_kwargs {"num_decay_steps":30}'
 REPLAY = "--plugin replay --padding_free true"
 """Self-written rows are three times as long as facts: padded to them, every fact would cost as much."""
 DISTILL = "--plugin distill --set distill.cache=true --set distill.share=0.0625"
 
 ROWS = {
     "plain 2e-5": '--learning_rate 2e-5 --max_steps 120 --lr_scheduler_kwargs {"num_decay_steps":36}',
-    "plain 5e-5": '--learning_rate 5e-5 --max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}',
+    "plain 5e-5": f"--learning_rate 5e-5 {NINETY}",
     "plain 1e-4": "--learning_rate 1e-4",
     "EWC 30,000, 2e-4": f"{EWC}=30000 --learning_rate 2e-4",
     "replay 1/8": f"{REPLAY} --learning_rate 1e-4 --max_steps 69",
     "replay 1/8, self": f"{REPLAY} {SELF} --learning_rate 1e-4 --max_steps 69",
+    "replay 1/8, self, 5e-5, 100 steps": f"{REPLAY} {SELF} --learning_rate 5e-5 {HUNDRED}",
     "distill": f"{DISTILL} --learning_rate 1e-4",
     "distill, self": f"{DISTILL} {SELF} --learning_rate 1e-4",
     "distill, self, 2e-4": f"{DISTILL} {SELF} --learning_rate 2e-4",
     "distill 10, self, 2e-4": f"{DISTILL} {SELF} --set distill.strength=10 --learning_rate 2e-4",
+    "distill 1/8, self, 90 steps": f"{DISTILL} --set distill.share=0.125 {SELF} --learning_rate 1e-4 {NINETY}",
     "distill on learn": "--plugin distill --set distill.on=learn --learning_rate 1e-4",
     "replay + EWC 10,000, self": f"{REPLAY} {EWC}=10000 {SELF} --learning_rate 1e-4 --max_steps 69",
     "distill + EWC 10,000, self": f"{DISTILL} {EWC}=10000 {SELF} --learning_rate 1e-4",
     "plain LoRA": LORA,
     "EWC 1,000, LoRA": f"{EWC}=1000 {LORA}",
-    "EWC 1,000, LoRA, 90 steps": f'{EWC}=1000 {LORA} --max_steps 90 --lr_scheduler_kwargs {{"num_decay_steps":27}}',
+    "EWC 1,000, LoRA, 90 steps": f"{EWC}=1000 {LORA} {NINETY}",
     "replay 1/8, self, LoRA": f"{REPLAY} {SELF} {LORA} --max_steps 69",
     "distill, self, LoRA": f"{DISTILL} {SELF} {LORA}",
 }
