@@ -147,12 +147,13 @@ class RunConfig:
             "mixture": vars(self.mixture),
             "training": training,
         }
-        return _without_secrets(everything)
+        return without_secrets(everything)
 
 
-def _without_secrets(value: Any) -> Any:
+def without_secrets(value: Any) -> Any:
+    """For what is kept on disk, where a push to the Hub would take it along."""
     if isinstance(value, dict):
-        return {key: _without_secrets(item) for key, item in value.items() if key not in SECRETS}
+        return {key: without_secrets(item) for key, item in value.items() if key not in SECRETS}
     return value
 
 

@@ -1,8 +1,8 @@
 """End a run when going on no longer pays: learning has levelled off, or what is protected is being lost.
 
 `--stop-when` (conditions.py) is judged whenever the Trainer evaluates (eval_strategy, eval_steps), or every tenth of
-the run where nobody said when. Looking leaves no trace: until a run stops its weights are, bit for bit, those of a run
-without conditions.
+the run where nobody said when, or said the end. Looking leaves no trace: until a run stops its weights are, bit for
+bit, those of a run without conditions.
 """
 
 from __future__ import annotations
@@ -99,6 +99,15 @@ class LearnPlateaus(EarlyStoppingCallback):
         self.early_stopping_patience_counter = left["attributes"]["early_stopping_patience_counter"]
         every = f"{state.eval_steps} steps" if args.eval_strategy == IntervalStrategy.STEPS else "epoch"
         logger.info("%s: evaluating every %s, patience %d", PLATEAU, every, self.early_stopping_patience)
+        looks = evaluations_before_the_end(args, state) + args.eval_on_start
+        if looks <= self.early_stopping_patience:
+            logger.warning(
+                "%s cannot end this run: it takes %d evaluations before the last step, and there are %d. Evaluate more "
+                "often (eval_steps), or be less patient.",
+                PLATEAU,
+                self.early_stopping_patience + 1,
+                looks,
+            )
 
     def on_evaluate(
         self,
@@ -158,17 +167,23 @@ class RetentionFalls(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.every = max(1, math.ceil(TENTH * state.max_steps))
+        self.ours = args.eval_strategy == IntervalStrategy.NO
+        if not self.ours and not evaluations_before_the_end(args, state):
+            logger.warning(
+                "eval_strategy evaluates at the end alone, which stops nothing: %s looks by itself", RETENTION
+            )
+            self.ours = True
         judged = self.start.evaluation.judged()
         if not judged:
             raise IncompatibleError(
                 f"--stop-when {RETENTION} can judge no protect task: the start was not measured (a run resumed under "
                 "FSDP), or got no token right. Leave the condition out, or protect what the model can do."
             )
-        when = f"every {self.every} steps" if args.eval_strategy == IntervalStrategy.NO else "at every evaluation"
+        when = f"every {self.every} steps" if self.ours else "at every evaluation"
         logger.info("%s %g: looking at %s %s", RETENTION, self.share, ", ".join(judged), when)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        ours = args.eval_strategy == IntervalStrategy.NO and state.global_step % self.every == 0
+        ours = self.ours and state.global_step % self.every == 0
         if (control.should_evaluate or ours) and self._looked < state.global_step < state.max_steps:
             self._looked = state.global_step
             self._look(args, state, control)
@@ -190,6 +205,16 @@ class RetentionFalls(TrainerCallback):
             control.should_training_stop = control.should_save = True
             self.stopped = f"{_stopped(state)}: {lost} keeps {kept[lost]}, less than {self.share:g} ({RETENTION})"
             logger.info(self.stopped)
+
+
+def evaluations_before_the_end(args: TrainingArguments, state: TrainerState) -> int:
+    """How often the Trainer evaluates before its last step; none by epochs of a stream, whose length nobody knows."""
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        last, first = (state.max_steps - 1) // state.eval_steps, math.ceil(args.eval_delay / state.eval_steps)
+    else:  # the epochs of a stream are endless, those of data at most as many as its steps
+        epochs = state.num_train_epochs if state.num_train_epochs <= state.max_steps else 1
+        last, first = epochs - 1, math.ceil(args.eval_delay)
+    return max(0, last - max(1, first) + 1)
 
 
 def _stopped(state: TrainerState) -> str:

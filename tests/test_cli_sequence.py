@@ -88,6 +88,15 @@ def nothing_left(given):
     del given["stages"]
 
 
+def taught(number, folder):
+    """A stage with a teacher in the output folder."""
+
+    def change(given):
+        given["stages"][number]["plugins"] = [{"distill": {"teacher": f"{given['output_dir']}/{folder}"}}]
+
+    return change
+
+
 def bad_json(given):
     file = given["output_dir"] + "-bad.jsonl"
     with open(file, "w") as f:
@@ -127,6 +136,19 @@ REFUSED = {
     "nothing to rehearse": (2, put(plugins=["replay"], keep=0), "Stage 'fruits': replay would find nothing to protect"),
     "memory of some": (2, in_stage(1, plugins=["ewc", "si"]), None),
     "a metric of nothing": (2, put(metric={"colors": "f1"}), "Stage 'colours': --metric 'colors=f1': no task 'colors'"),
+    "a task of the stage's name": (
+        2,
+        in_stage(1, dataset_name=None, tasks=[{"name": "fruits", "dataset": "x.jsonl"}]),
+        "Stage 'fruits': One of its tasks has the name of the stage",
+    ),
+    "a gate that nothing can open": (2, in_stage(0, fail_if_retention_below=0.9), "has no protect task to judge"),
+    "a later stage as teacher": (3, taught(1, "03-cities"), "Stage 'fruits': distill cannot load the teacher"),
+    "its own model as teacher": (3, taught(1, "02-fruits"), "Stage 'fruits': distill cannot load the teacher"),
+    "no teacher there": (
+        2,
+        taught(1, "01-colours/merged"),
+        "'colours' will not write; expected the model that it leaves",
+    ),
     "a pool's name taken": (2, in_stage(1, protect={"colours": "x.jsonl"}), "Two tasks have the name"),
     "no such model": (3, put(model_name_or_path="./nothing/here"), "No model at './nothing/here'"),
     "later data missing": (3, in_stage(2, dataset_name="none.jsonl"), "Stage 'cities': none.jsonl does not exist"),

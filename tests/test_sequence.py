@@ -25,6 +25,8 @@ from hf_ftplus.report.matrix import Matrix
 from hf_ftplus.stages.plan import read
 from hf_ftplus.stages.reservoir import reservoir
 
+LORA = {"use_peft": True, "lora_r": 2, "lora_target_modules": "all-linear"}
+LORA_QV = {**LORA, "lora_target_modules": ["q_proj", "v_proj"]}
 STOP = '''
 import os
 import signal
@@ -180,6 +182,51 @@ def test_metrics_of_tasks_are_for_all_stages_and_those_of_protect_data_for_their
     assert second.config.metrics == {"chat": "exact_match", "learn": "f1"}
 
 
+def test_what_judges_protect_data_waits_until_there_is_some(place, tmp_path):
+    judges = {"fail_if_retention_below": 0.5, "stop_when": ["learn-plateaus:9", "retention-falls-below 0.5"]}
+    plan = read(sequence_yaml(place, tmp_path, stages=2, **judges))
+    first, second = (stage.config for stage in plan.stages)
+    assert (first.fail_if_retention_below, first.stop_when) == (None, ["learn-plateaus:9"])
+    assert (second.fail_if_retention_below, second.stop_when) == tuple(judges.values())
+    assert "stop_when does not judge colours, where there is nothing to protect yet." in plan.notes
+
+
+def test_the_first_stage_alone_may_name_the_model(place, tmp_path):
+    given = sequence_yaml(place, tmp_path, stages=2)
+    model = given["stages"][0]["model_name_or_path"] = given.pop("model_name_or_path")
+    assert [stage.config.model.model_name_or_path for stage in read(given).stages] == [model, model]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fits"),
+    [
+        ({}, {"use_peft": True}, False),
+        ({"use_peft": True}, {}, False),
+        (LORA, LORA, True),
+        (LORA_QV, LORA, True),
+        (LORA, LORA_QV, False),
+        ({**LORA, "lora_target_modules": ["q_proj", "v_proj", "k_proj"]}, LORA_QV, False),
+        (LORA_QV, {**LORA, "lora_target_modules": ["q_proj", "v_proj", "k_proj"]}, True),
+    ],
+)
+def test_memory_goes_to_what_trains_all_that_was_trained(place, tmp_path, first, second, fits):
+    each = {"colours": first, "fruits": second}
+    plan = read(sequence_yaml(place, tmp_path, stages=2, plugins=["ewc"], each=each))
+    assert plan.stages[1].remembers == (["ewc"] if fits else [])
+    said = "what ewc remembers of colours is not used"
+    assert [said in note for note in plan.notes] == ([] if fits else [True])
+
+
+@pytest.mark.parametrize(("first", "teacher"), [({}, "01-colours"), (LORA, "01-colours/merged")])
+def test_the_model_that_an_earlier_stage_leaves_may_teach_a_later_one(place, tmp_path, first, teacher):
+    """Two stages later, when it is no longer the starting model."""
+    taught = {"plugins": [{"distill": {"teacher": str(tmp_path / teacher), "on": "learn"}}]}
+    given = sequence_yaml(place, tmp_path, max_steps=2, save_strategy="no", each={"colours": first, "cities": taught})
+    hf_ftplus.sequence(given)
+    assert reports(tmp_path)[2].facts["strategies"]["distill"]["kl_learn"] > 0
+    hf_ftplus.sequence(given)
+
+
 def test_a_stage_may_learn_several_tasks_and_keeps_rows_of_all(place, tmp_path):
     given = sequence_yaml(place, tmp_path, stages=3, max_steps=2, save_strategy="no", keep=12, plugins=["replay"])
     several = given["stages"][1]
@@ -264,6 +311,21 @@ def test_a_pool_holds_rows_of_its_task_for_its_owner_alone(whole, place):
         assert len(kept) == 8
         assert all(row in rows for row in kept)
         assert file.stat().st_mode & 0o077 == 0
+
+
+def test_of_a_stream_the_rows_that_were_trained_on_are_kept(place, tmp_path):
+    """Two steps of eight; the next stage has more steps, and what was taken is not a matter of its settings."""
+    (tmp_path / "rows").mkdir()
+    rows = (place / "colours.jsonl").read_text().splitlines()
+    (tmp_path / "rows" / "train.jsonl").write_text("\n".join(rows) + "\n")
+    streamed = {"dataset_name": str(tmp_path / "rows"), "dataset_streaming": True, "max_steps": 99}
+    stops = {"stop_when": "learn-plateaus:1:100", "eval_strategy": "steps", "eval_steps": 1}
+    given = sequence_yaml(
+        place, tmp_path / "out", stages=2, keep=20, max_steps=1, save_strategy="no", each={"colours": streamed | stops}
+    )
+    hf_ftplus.sequence(given)
+    assert (tmp_path / "out" / "pools" / "colours.jsonl").read_text().splitlines() == rows[:16]
+    hf_ftplus.sequence(given)
 
 
 # ---- interrupted and gone on -----------------------------------------------------------------------------------------

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 
 import pytest
 import training
 from commands import make_place, same_file, words
 from tiny import tiny_tokenizer
 from training import PROTECT
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_ftplus.cli import main
 from hf_ftplus.conditions import StopWhen, read
 from hf_ftplus.errors import UsageError
-from hf_ftplus.stopping import LearnPlateaus
+from hf_ftplus.stopping import LearnPlateaus, evaluations_before_the_end
 
 # ---- what the user types ---------------------------------------------------------------------------------------------
 
@@ -130,6 +131,42 @@ def test_conditions_are_judged_when_the_user_says(place, tmp_path, strategy):
     for figure in ("eval_loss", "retention/protect"):
         assert [entry["step"] for entry in log if figure in entry and entry["step"] < 12] == [3, 6, 9]
     assert report["facts"]["stopped"] is None
+
+
+@pytest.mark.parametrize(
+    "evaluates", [["steps", "--eval_steps", "20"], ["steps", "--eval_steps", "5", "--eval_delay", "18"], ["epoch"]]
+)
+def test_evaluating_at_the_end_alone_does_not_keep_retention_from_being_looked_at(place, tmp_path, caplog, evaluates):
+    """24 rows in batches of 2 are an epoch of twelve steps."""
+    batches = ["--per_device_train_batch_size", "2"] if evaluates == ["epoch"] else []
+    held_out = ["--measure", f"learn={place / 'held_out.jsonl'}", "--learning_rate", "3e-2", *batches]
+    asked = ["--stop-when", "retention-falls-below 0.9", "--stop-when", "learn-plateaus", "--eval_strategy", *evaluates]
+    report = run(place, tmp_path / "out", *held_out, *asked, steps=12 if batches else 20)
+    assert "(retention-falls-below)" in report["facts"]["stopped"]
+    assert report["facts"]["steps"] in range(2, 12 if batches else 20, 2)
+    assert "evaluates at the end alone, which stops nothing: retention-falls-below looks by itself" in caplog.text
+    assert (
+        "learn-plateaus cannot end this run: it takes 4 evaluations before the last step, and there are 0"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("when", "steps", "epochs", "looks"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 5}, 20, 2, 3),
+        ({"eval_strategy": "steps", "eval_steps": 5}, 21, 2, 4),
+        ({"eval_strategy": "steps", "eval_steps": 5, "eval_delay": 6}, 20, 2, 2),
+        ({"eval_strategy": "steps", "eval_steps": 50}, 20, 2, 0),
+        ({"eval_strategy": "epoch"}, 20, 4, 3),
+        ({"eval_strategy": "epoch", "eval_delay": 2}, 20, 4, 2),
+        ({"eval_strategy": "epoch"}, 20, sys.maxsize, 0),  # a stream
+    ],
+)
+def test_evaluations_before_the_end_are_counted(tmp_path, when, steps, epochs, looks):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **when)
+    state = TrainerState(max_steps=steps, num_train_epochs=epochs, eval_steps=when.get("eval_steps", 500))
+    assert evaluations_before_the_end(args, state) == looks
 
 
 def test_looking_changes_no_bit_of_training(place, tmp_path):

@@ -36,6 +36,7 @@ EWC = "--plugin ewc --set ewc.remember=false --set ewc.strength"
 SELF = "--protect chat=self:64"
 """Protects with what the model wrote itself, and nothing of the user's."""
 NINETY = '--max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}'
+EIGHTH = "--set distill.share=0.125"
 HUNDRED = '--max_steps 100 --lr_scheduler_kwargs {"num_decay_steps":30}'
 REPLAY = "--plugin replay --padding_free true"
 """Self-written rows are three times as long as facts: padded to them, every fact would cost as much."""
@@ -53,10 +54,11 @@ ROWS = {
     "distill, self": f"{DISTILL} {SELF} --learning_rate 1e-4",
     "distill, self, 2e-4": f"{DISTILL} {SELF} --learning_rate 2e-4",
     "distill 10, self, 2e-4": f"{DISTILL} {SELF} --set distill.strength=10 --learning_rate 2e-4",
-    "distill 1/8, self, 90 steps": f"{DISTILL} --set distill.share=0.125 {SELF} --learning_rate 1e-4 {NINETY}",
+    "distill 1/8, self, 90 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 1e-4 {NINETY}",
+    "distill 1/8, self, 5e-5, 90 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 5e-5 {NINETY}",
     "distill on learn": "--plugin distill --set distill.on=learn --learning_rate 1e-4",
     "replay + EWC 10,000, self": f"{REPLAY} {EWC}=10000 {SELF} --learning_rate 1e-4 --max_steps 69",
-    "distill + EWC 10,000, self": f"{DISTILL} {EWC}=10000 {SELF} --learning_rate 1e-4",
+    "distill 1/8 + EWC 30,000, self, 2e-4": f"{DISTILL} {EIGHTH} {EWC}=30000 {SELF} --learning_rate 2e-4",
     "plain LoRA": LORA,
     "EWC 1,000, LoRA": f"{EWC}=1000 {LORA}",
     "EWC 1,000, LoRA, 90 steps": f"{EWC}=1000 {LORA} {NINETY}",

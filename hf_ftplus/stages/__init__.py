@@ -12,6 +12,7 @@ plan        the YAML as stages, every name and setting checked
 handover    what a stage is given by those before it, and what it leaves
 resuming    what is there already, and whether to go on from it
 reservoir   rows of a finished task, each with the same chance
+shown       the plan in words, and what may be removed
 runner      the story: sequence()
 """
 

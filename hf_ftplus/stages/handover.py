@@ -10,6 +10,7 @@ the memory.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -20,36 +21,72 @@ from typing import Any
 import yaml
 
 from ..chosen import strategies as chosen
+from ..conditions import RETENTION
 from ..config import merge
 from ..data import distinct_names, parse_all
 from ..errors import StorageError, UsageError
 from ..strategy import Strategy, settings
-from .plan import KEEP, Plan, Stage
+from .plan import KEEP, MERGED, Plan, Stage
 
 RESTS: dict[str, dict[str, Any]] = {"ewc": {"first": True}, "replay": {"share": 0.0}}
 """Strategies that look back, and the settings with which they go through a first stage that has nothing behind it."""
+JUDGES = ("fail_if_retention_below", "stop_when")
+"""Keys that may judge protect data; above `stages:` they are for the stages that have some."""
 LOOKED_AT = ("plugins", "set", "protect", "metric", "no_plugin")
 
 
 def look_back(plan: Plan, stage: Stage) -> None:
-    """Find out which strategies are given memory, and which have nothing to look back on.
+    """Find out which strategies are given memory, and which have nothing to look back on; nor has a gate, then.
 
     Raises:
         UsageError: a later stage whose strategy would find nothing; or only some of several would find their memory.
     """
     ours, found = _strategies(stage)
     before = plan.before(stage)
-    if before and before.yaml.get("use_peft", False) == stage.yaml.get("use_peft", False):  # else it would not fit
+    if before and _fits(before, stage):
         stage.remembers = _remembering(found, before)
+    elif before and (lost := [strategy.name for strategy in found if _remembers_too(strategy, before)]):
+        plan.notes.append(
+            f"{stage.name} does not train all that {before.name} trains (use_peft, lora_target_modules), so what "
+            f"{', '.join(lost)} remembers of {before.name} is not used."
+        )
     protect = bool(ours.get("protect")) or _protects(stage.yaml.get("tasks"))
     behind = protect or bool(before and plan.keep)
     memory = [*stage.remembers, *(["ewc"] if stage.number == 1 and "memory" in stage.yaml else [])]
+    if not behind:
+        _judge_nothing(plan, stage)
     stage.rests = [s.name for s in found if s.name in RESTS and not behind and s.name not in memory]
     if stage.rests and before:
         raise UsageError(
             f"{', '.join(stage.rests)} would find nothing to protect: keep is 0, there is no protect data, and "
             f"{before.name!r} leaves no memory that fits. Type keep: {KEEP}, or protect: self:256"
         )
+
+
+def _judge_nothing(plan: Plan, stage: Stage) -> None:
+    """Leave out what would judge protect data in every stage, where there is none yet, but not what the stage says."""
+    for key in JUDGES:
+        if key in stage.own or stage.yaml.get(key) is None:
+            continue
+        given = stage.yaml[key] if isinstance(stage.yaml[key], list) else [stage.yaml[key]]
+        left = [item for item in given if key == "stop_when" and not str(item).strip().startswith(RETENTION)]
+        if len(left) < len(given):
+            del stage.yaml[key]
+            stage.yaml |= {key: left} if left else {}
+            plan.notes.append(f"{key} does not judge {stage.name}, where there is nothing to protect yet.")
+
+
+def _fits(before: Stage, stage: Stage) -> bool:
+    """Whether a stage trains all that the one before trained, so that its memory has a place for everything."""
+    if bool(before.yaml.get("use_peft")) != bool(stage.yaml.get("use_peft")):
+        return False
+    was, now = (it.yaml.get("lora_target_modules") for it in (before, stage))
+    was, now = (set(it) if isinstance(it, list) else {it} for it in (was, now))
+    return not stage.yaml.get("use_peft") or was <= now or now == {"all-linear"}
+
+
+def _remembers_too(strategy: Strategy, before: Stage) -> bool:
+    return strategy.overrides("finish") and strategy.name in [other.name for other in before.config.strategies]
 
 
 def _strategies(stage: Stage) -> tuple[dict[str, Any], list[Strategy]]:
@@ -117,26 +154,34 @@ def handed_on(plan: Plan, stage: Stage) -> tuple[str | None, Path | None]:
     before = plan.before(stage)
     if before is None:
         return None, None
-    merged, memory = before.folder / "merged", before.folder / "ftplus" / "memory"
-    model = merged if merged.is_dir() else before.folder
-    return str(model), memory if stage.remembers and (memory / "manifest.json").is_file() else None
+    memory = before.folder / "ftplus" / "memory"
+    return str(left_by(before)), memory if stage.remembers and (memory / "manifest.json").is_file() else None
+
+
+def left_by(stage: Stage) -> Path:
+    """The model that a stage leaves for those after it."""
+    return stage.folder / MERGED if stage.config.model.use_peft else stage.folder
 
 
 def hand_on(plan: Plan, stage: Stage) -> None:
     """Leave what later stages start from, unless it is there: rows of the learn set, a model without adapter."""
     from ..merged import merge as merge_adapter
+    from ..report import Report
     from ..rows import learn_rows
-    from .reservoir import pool, write
+    from .reservoir import pool, rows_taken, write
 
     if plan.is_last(stage):
         return
-    file, merged, device = plan.pool(stage), stage.folder / "merged", "cpu" if stage.config.training.use_cpu else None
+    file, merged, device = plan.pool(stage), stage.folder / MERGED, "cpu" if stage.config.training.use_cpu else None
     if plan.keep and not file.is_file():
         seed = [stage.config.training.seed, zlib.crc32(stage.name.encode())]
-        rows = pool(learn_rows(stage.config)[0], stage.config, plan.keep, seed, stage.name)
+        taken = rows_taken(stage.config, Report.load(stage.report).facts)
+        rows = pool(learn_rows(stage.config)[0], stage.config, plan.keep, seed, stage.name, taken)
         with storing(file):
             write(rows, file)
     if (stage.folder / "adapter_config.json").is_file() and not merged.is_dir():
+        for half in stage.folder.glob(".merged-*"):  # of a kill
+            shutil.rmtree(half, ignore_errors=True)
         with storing(merged), tempfile.TemporaryDirectory(dir=stage.folder, prefix=".merged-") as scratch:
             # in the precision that the base was trained in, so that nothing of what was learnt is rounded away
             merge_adapter(str(stage.folder), Path(scratch) / "model", stage.config.model.dtype or "auto", device)

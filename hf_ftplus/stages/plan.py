@@ -19,6 +19,8 @@ from ..files import READERS
 OWN = ("stages", "keep")
 """Keys above those of `ftplus sft`."""
 KEEP = 64
+MERGED = "merged"
+"""Where a stage that trained an adapter leaves it within its base."""
 ALIKE = ("output_dir", "measure_rows", "env", *OWN)
 """Keys that cannot differ between stages: figures of other rows could not stand in one matrix."""
 GIVEN = {"model_name_or_path": "the model of the stage before", "memory": "the memory of the stage before"}
@@ -35,6 +37,8 @@ class Stage:
     folder: Path
     yaml: dict[str, Any]
     """The shared keys, overlaid by those of the stage."""
+    own: set[str] = field(default_factory=set)
+    """The keys that stand in the stage itself."""
     remembers: list[str] = field(default_factory=list)
     """Strategies that are given their memory of the stage before."""
     rests: list[str] = field(default_factory=list)
@@ -116,11 +120,12 @@ def read(source: str | Path | Mapping[str, Any]) -> Plan:
     _check_shared(given, known)
     stages = _stages(given, known)
     shared = take_environment({key: value for key, value in given.items() if key not in OWN})
-    plan = Plan(Path(shared.pop("output_dir")), given.get("keep", KEEP))
+    plan = Plan(Path(shared.pop("output_dir")).expanduser(), given.get("keep", KEEP))
     for number, item in enumerate(stages, 1):
         name = item.pop("name")
-        plan.stages.append(Stage(number, name, plan.out / f"{number:02}-{name}", {**shared, **item}))
+        plan.stages.append(Stage(number, name, plan.out / f"{number:02}-{name}", {**shared, **item}, set(item)))
         shared.pop("memory", None)  # of an earlier run: it is of the first stage's model
+        shared |= {key: item[key] for key in ("model_name_or_path",) if key in item}  # ... until a stage has left one
     _gather_measured(plan, shared)
     for stage in plan.stages:
         with within(stage):
@@ -168,7 +173,7 @@ def _stages(given: dict[str, Any], known: list[str]) -> list[dict[str, Any]]:
             shown = f"the name {name!r}" if isinstance(item, dict) and name is not None else "no name"
             raise UsageError(
                 f"Stage {number} has {shown}; expected letters, digits, '-', '_' and '.', fit for a folder, at most 64 "
-                "of them, and not 'learn'. Type - name: reviews"
+                "of them, as text, and not 'learn'. Type - name: reviews"
             )
         for key in ALIKE:
             if key in item:
@@ -213,9 +218,24 @@ def _gather_measured(plan: Plan, shared: dict[str, Any]) -> None:
             plan.metrics |= dict.fromkeys(names if task == "learn" else [task], metric)
     for stage in plan.stages:
         with within(stage):
+            _refuse_own_name(stage)
             plan.measure[stage.name] = given.pop(stage.name, "") or _trained_rows(plan, stage)
     plan.measure |= given
     plan.metrics = {task: metric for task, metric in plan.metrics.items() if task in plan.measure}
+
+
+def _refuse_own_name(stage: Stage) -> None:
+    """A stage with `tasks:` is measured under its name, and each of them under its own, as it says there."""
+    tasks = stage.yaml.get("tasks")
+    entries = tasks if isinstance(tasks, list) else ()
+    if stage.name in [
+        *(tasks if isinstance(tasks, dict) else ()),
+        *(e.get("name") for e in entries if isinstance(e, dict)),
+    ]:
+        raise UsageError(
+            f"One of its tasks has the name of the stage, which is that of all of them together. Give the stage "
+            f"another. Type - name: {stage.name}-stage"
+        )
 
 
 def _trained_rows(plan: Plan, stage: Stage) -> str:

@@ -36,10 +36,16 @@ def reservoir(rows: Iterable[T], keep: int, seed: int | list[int]) -> list[T]:
     return [row for _, row in sorted(kept, key=lambda item: item[0])]
 
 
-def pool(learn: Any, config: RunConfig, keep: int, seed: int | list[int], name: str) -> Dataset:
+def pool(learn: Any, config: RunConfig, keep: int, seed: int | list[int], name: str, taken: int = 0) -> Dataset:
     """`keep` rows of a learn set in canonical columns, whatever it is: a dataset, a stream, or several by task.
 
-    Of a stream only the rows that training took are drawn from.
+    Args:
+        learn: what the stage trained on.
+        config: of the stage.
+        keep: rows.
+        seed: of the draw.
+        name: of the stage, for errors.
+        taken: rows of a stream that training took, which alone are drawn from.
 
     Raises:
         DataError: rows in no known format, such as token ids; names the columns found.
@@ -50,17 +56,17 @@ def pool(learn: Any, config: RunConfig, keep: int, seed: int | list[int], name: 
     if isinstance(learn, Dataset):
         kept = learn.select(reservoir(range(len(learn)), keep, seed))
     else:
-        kept = Dataset.from_list(reservoir(islice(learn, rows_taken(config)), keep, seed))
+        kept = Dataset.from_list(reservoir(islice(learn, taken), keep, seed))
     text = config.training.dataset_text_field
     if text != "text" and text in kept.column_names:
         kept = kept.select_columns([text]).rename_column(text, "text")
     return data.normalise(kept, name)
 
 
-def rows_taken(config: RunConfig) -> int:
-    """Rows that training draws, unpacked; for streams, whose steps are known."""
+def rows_taken(config: RunConfig, facts: dict[str, Any]) -> int:
+    """Rows, unpacked, that a run took in the steps and processes that its report says."""
     training = config.training
-    return training.max_steps * training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return facts["steps"] * training.train_batch_size * training.gradient_accumulation_steps * facts["processes"]
 
 
 def write(rows: Dataset, path: Path) -> None:

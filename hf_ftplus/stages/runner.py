@@ -12,10 +12,20 @@ import click
 import yaml
 
 from .. import disk
+from ..config import without_secrets
 from ..errors import RetentionError, UsageError
-from .handover import hand_on, handed_on, stage_yaml, storing
+from ..strategy import Strategy, settings
+from .handover import hand_on, handed_on, left_by, stage_yaml, storing
 from .plan import Plan, Stage, read, within
-from .resuming import clear, last_checkpoint, refuse_changed, refuse_foreign
+from .resuming import (
+    clear,
+    last_checkpoint,
+    refuse_changed,
+    refuse_foreign,
+    refuse_orphan,
+    refuse_other_pool,
+)
+from .shown import say_what_is_left, show
 
 if TYPE_CHECKING:
     from ..report import Report
@@ -61,6 +71,7 @@ def sequence(source: str | Path | Mapping[str, Any], dry_run: bool = False) -> M
             judge(stage, reports[-1])
             hand_on(plan, stage)
     matrix.show()
+    say_what_is_left(plan)
     return matrix
 
 
@@ -87,8 +98,10 @@ def check(plan: Plan) -> dict[str, str]:
         config = stage.config
         with within(stage):
             refuse_foreign(stage)
+            refuse_orphan(plan, stage)
+            refuse_changed(stage, stage_yaml(plan, stage, *handed_on(plan, stage)))
             refuse_several_devices(config.training)
-            refuse(config.strategies, config.training)
+            refuse([it for it in config.strategies if not _waits(plan, stage, it)], config.training)
             protect = [spec for spec in config.protect if spec.source not in pools]
             rows = find(replace(config, protect=protect, measure=_new(plan, stage)))
             for name, found in rows.measured.items():
@@ -97,8 +110,31 @@ def check(plan: Plan) -> dict[str, str]:
             learn = list(rows.learn.values()) if isinstance(rows.learn, dict) else [rows.learn]
             if plan.keep and isinstance(learn[0], Dataset):
                 pool(learn[0].select([0]), config, 1, 0, stage.name)
+            known = all(isinstance(rows, Dataset) for rows in learn)
+            refuse_other_pool(plan, stage, sum(map(len, learn)) if known else None)
             counts[stage.name] = " + ".join(map(len_of, learn))
     return counts
+
+
+def _waits(plan: Plan, stage: Stage, strategy: Strategy) -> bool:
+    """Whether a setting (a teacher) is a model that an earlier stage is yet to leave; it is looked at when this begins.
+
+    Raises:
+        UsageError: it lies in the folder of an earlier stage, which will not write it.
+    """
+    for item in settings(type(strategy)):
+        value = getattr(strategy, item.name)
+        path = Path(value).expanduser().absolute() if isinstance(value, str) else Path()
+        for earlier in plan.stages[: stage.number - 1]:
+            if not path.is_relative_to(earlier.folder.absolute()) or path.exists():
+                continue
+            if path != left_by(earlier).absolute() and not path.name.startswith("checkpoint-"):
+                raise UsageError(
+                    f"{strategy.name}.{item.name} is {value!r}, which {earlier.name!r} will not write; expected the "
+                    f"model that it leaves: {left_by(earlier)}"
+                )
+            return True
+    return False
 
 
 def _new(plan: Plan, stage: Stage) -> list[Any]:
@@ -128,7 +164,6 @@ def run(plan: Plan, stage: Stage) -> Report:
     from ..report import Report
 
     found = stage_yaml(plan, stage, *handed_on(plan, stage))
-    refuse_changed(stage, found)
     which = f"Stage {stage.number} of {len(plan.stages)}, {stage.name}"
     if stage.report.is_file():
         click.echo(f"{which}: finished before.", err=True)
@@ -137,8 +172,8 @@ def run(plan: Plan, stage: Stage) -> Report:
     click.echo(f"{which}: {stage.folder}{f', on from {checkpoint.name}' if checkpoint else ''}", err=True)
     with storing(stage.file):
         if not checkpoint:
-            clear(stage)
-        text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+            clear(plan, stage)
+        text = yaml.safe_dump(without_secrets(found), sort_keys=False, allow_unicode=True)
         disk.replace(stage.file, lambda file: file.write_text(text, encoding="utf-8"))
     try:
         train(stage, found, checkpoint)
@@ -155,6 +190,8 @@ def run(plan: Plan, stage: Stage) -> Report:
 
 def train(stage: Stage, found: dict[str, Any], checkpoint: Path | None) -> None:
     """The stage as `ftplus sft` runs it; in processes of its own where its YAML, or the machine, asks for several."""
+    from accelerate.utils import patch_environment
+
     from ..cli import launch
     from ..cli.sft import configured
     from ..run import sft
@@ -162,7 +199,9 @@ def train(stage: Stage, found: dict[str, Any], checkpoint: Path | None) -> None:
     config, asked, _ = configured({}, (), found)
     if asked or launch.expected(config.training.use_cpu):
         more = ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
-        launch.start(asked, ["sft", "--config", str(stage.file), *more], config.strategies)
+        token = found.get("hub_token")  # which stands in no file, nor on a command line that others can see
+        with patch_environment(**({"HF_TOKEN": token} if token else {})):
+            launch.start(asked, ["sft", "--config", str(stage.file), *more], config.strategies)
         return
     config.training.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
     config.go_on = GO_ON
@@ -186,30 +225,3 @@ def kept(plan: Plan, reports: list[Report]) -> Matrix:
     matrix.notes = [*plan.notes, *matrix.notes]
     matrix.save(plan.out)
     return matrix
-
-
-# ---- the plan, shown -------------------------------------------------------------------------------------------------
-
-
-def show(plan: Plan, counts: dict[str, str]) -> None:
-    """`--dry-run`: what each stage trains on, with what, and what it hands on."""
-    for stage in plan.stages:
-        config, training, before = stage.config, stage.config.training, plan.before(stage)
-        steps = f"{training.max_steps} steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
-        start = f"the model of {before.name}" if before else config.model.model_name_or_path
-        click.echo(f"{stage.folder}\n  learn     {counts[stage.name]} rows, {steps}, from {start}")
-        for strategy in config.strategies:
-            given = f"  with its memory of {before.name}" if strategy.name in stage.remembers else ""
-            given = "  nothing to protect yet" if strategy.name in stage.rests else given
-            click.echo(f"  strategy  {strategy!r}{given}")
-        if config.protect:
-            click.echo(f"  protect   {', '.join(map(str, config.protect))}")
-        if not plan.is_last(stage):
-            after = plan.stages[stage.number]
-            model = "its adapter merged into the model" if config.model.use_peft else "its model"
-            memory = f", memory of {', '.join(after.remembers)}" if after.remembers else ""
-            click.echo(f"  hands on  {model}{memory}{f', {plan.keep} rows' if plan.keep else ''}")
-    click.echo(f"measured at the start and after each stage: {', '.join(plan.measure)}")
-    for note in plan.notes:
-        click.echo(note)
-    click.echo(f"Dry run: nothing was trained, nothing written to {plan.out}.")

@@ -1,0 +1,130 @@
+"""Claims about a sequence that is asked again: what changed or went away since is noticed before anything is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+from commands import same_file
+from sequences import make_sequence_place, sequence_yaml
+
+import hf_ftplus
+from hf_ftplus.errors import StorageError
+from hf_ftplus.report.matrix import Matrix
+
+LORA = {"use_peft": True, "lora_r": 2, "lora_target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_sequence_place(tmp_path_factory.mktemp("sequence"))
+
+
+def given(place, out, **changes):
+    shared = {"stages": 2, "max_steps": 2, "save_strategy": "no", "plugins": [{"replay": {"share": 0.25}}]}
+    return sequence_yaml(place, out, **{**shared, **changes})
+
+
+@pytest.fixture
+def done(place, tmp_path):
+    """Two finished stages."""
+    asked = given(place, tmp_path)
+    hf_ftplus.sequence(asked)
+    return asked, tmp_path
+
+
+def test_what_changed_is_said_by_its_place_and_the_matrix_stays(done):
+    asked, out = done
+    before = Matrix.load(out / "sequence.json")
+    plugins = {"plugins": [{"replay": {"share": 0.5}}]}
+    with pytest.raises(StorageError, match=r"Stage 'fruits': .*plugins\[0\]\.replay\.share was 0\.25, is 0\.5"):
+        hf_ftplus.sequence({**asked, "stages": [asked["stages"][0], {**asked["stages"][1], **plugins}]})
+    assert Matrix.load(out / "sequence.json") == before
+    with pytest.raises(StorageError, match=r"pools.colours\.jsonl holds 8 rows, but with keep: 12 it would be 12"):
+        hf_ftplus.sequence({**asked, "keep": 12})
+    hf_ftplus.sequence(asked)
+
+
+def test_a_stage_is_not_put_under_those_that_were_trained_from_another(done):
+    asked, out = done
+    shutil.rmtree(out / "01-colours")
+    with pytest.raises(StorageError, match="02-fruits was trained from an earlier 'colours', which has no report"):
+        hf_ftplus.sequence(asked)
+    assert not (out / "01-colours").exists()
+    shutil.rmtree(out / "02-fruits")
+    asked["stages"][0]["learning_rate"] = 1e-5  # nothing is left of what it was
+    hf_ftplus.sequence(asked)
+
+
+def test_what_was_made_of_a_stage_goes_with_it(place, tmp_path, capsys):
+    """A pool of other rows and a merged model of another adapter would be handed on."""
+    asked = given(place, tmp_path, **LORA)
+    hf_ftplus.sequence(asked)
+    shutil.rmtree(tmp_path / "02-fruits")
+    first = asked["stages"][0] | {"learning_rate": 0.1, "dataset_name": str(place / "cities.jsonl")}
+    (tmp_path / "01-colours" / "ftplus" / "report.json").unlink()
+    merged = tmp_path / "01-colours" / "merged" / "model.safetensors"
+    kept = tmp_path / "old.safetensors"
+    shutil.copy(merged, kept)
+    (tmp_path / "01-colours" / ".merged-killed").mkdir()
+    hf_ftplus.sequence({**asked, "stages": [first, asked["stages"][1]]})
+    assert not same_file(kept, merged)
+    rows = [json.loads(line)["prompt"] for line in (tmp_path / "pools" / "colours.jsonl").read_text().splitlines()]
+    assert {row.split()[0] for row in rows} == {"City"}
+    assert not (tmp_path / "01-colours" / ".merged-killed").exists()
+    assert "Checkpoints" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_says_nothing_is_passed_over_and_what_checkpoints_take_is_said(place, tmp_path, capsys):
+    asked = given(place, tmp_path, save_strategy="steps", save_steps=1)
+    matrix = hf_ftplus.sequence(asked)
+    folders = [f"{tmp_path / name}/checkpoint-*" for name in ("01-colours", "02-fruits")]
+    assert f"no stage needs them any more: rm -r {' '.join(folders)}" in capsys.readouterr().err
+    (tmp_path / "02-fruits" / "ftplus" / "report.json").unlink()
+    (tmp_path / "02-fruits" / "checkpoint-1" / "trainer_state.json").write_text("null")
+    assert hf_ftplus.sequence(asked) == matrix
+
+
+def test_no_token_is_kept_where_a_push_would_take_it_along(place, tmp_path):
+    asked = given(place, tmp_path, stages=1, plugins=[], hub_token="hf_secret")
+    hf_ftplus.sequence(asked)
+    assert "hf_secret" not in (tmp_path / "01-colours" / "ftplus" / "stage.yaml").read_text()
+    hf_ftplus.sequence({**asked, "hub_token": "hf_another"})  # no other settings
+
+
+def test_a_token_reaches_processes_of_their_own_all_the_same(place, tmp_path, monkeypatch):
+    found = []
+
+    def start(asked, words, strategies):
+        found.extend([*words, os.environ.get("HF_TOKEN")])
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("hf_ftplus.cli.launch.start", start)
+    with pytest.raises(KeyboardInterrupt):
+        hf_ftplus.sequence(given(place, tmp_path, stages=1, plugins=[], hub_token="hf_secret", num_processes=2))
+    assert found == ["sft", "--config", str(tmp_path / "01-colours" / "ftplus" / "stage.yaml"), "hf_secret"]
+    assert "HF_TOKEN" not in os.environ
+
+
+def test_a_stage_that_stopped_early_ends_the_same_after_a_kill(place, tmp_path):
+    stops = {"stop_when": "learn-plateaus:1:100", "eval_strategy": "steps", "eval_steps": 1}
+    asked = given(place, tmp_path, max_steps=9, save_strategy="steps", save_steps=1, each={"fruits": stops})
+    matrix = hf_ftplus.sequence(asked)
+    model, report = (tmp_path / "02-fruits" / name for name in ("model.safetensors", "ftplus/report.json"))
+    assert json.loads(report.read_text())["facts"]["steps"] == 2
+    shutil.copy(model, tmp_path / "before.safetensors")
+    report.unlink()
+    assert hf_ftplus.sequence(asked) == matrix
+    assert same_file(model, tmp_path / "before.safetensors")
+
+
+def test_a_folder_of_the_users_home_is_found_again(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = given(place, "~/out", stages=1, plugins=[])
+    hf_ftplus.sequence(asked)
+    hf_ftplus.sequence(asked)
+    assert "colours: finished before" in capsys.readouterr().err
+    assert (tmp_path / "out" / "01-colours" / "model.safetensors").is_file()
