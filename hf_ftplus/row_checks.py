@@ -79,12 +79,14 @@ def evaluated(tests: dict[str, Dataset], config: RunConfig) -> Any:
     """
     wanted = config.training.metric_for_best_model or "loss"
     wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-    if wanted in (f"eval_{name}_loss" for name in tests):
+    if any(wanted.startswith(f"eval_{name}_") for name in tests):
         return tests
+    if len(config.learns) == 1:
+        return tests[config.learns[0]]
     if wanted != "eval_loss":
         known = ", ".join(["eval_loss", *(escape(f"eval_{name}_loss") for name in tests)])
         raise UsageError(f"metric_for_best_model {escape(wanted)} is no figure of these tasks; expected {known}.")
-    return tests if len(config.learns) > 1 else tests[config.learns[0]]
+    return tests
 
 
 def refuse_unevaluated(config: RunConfig) -> None:
