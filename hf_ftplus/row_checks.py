@@ -79,7 +79,7 @@ def evaluated(tests: dict[str, Dataset], config: RunConfig) -> Any:
     """
     wanted = config.training.metric_for_best_model or "loss"
     wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-    if any(wanted.startswith(f"eval_{name}_") for name in tests):
+    if wanted in (f"eval_{name}_loss" for name in tests):
         return tests
     if len(config.learns) == 1:
         return tests[config.learns[0]]

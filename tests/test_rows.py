@@ -160,7 +160,6 @@ BEST = {
         (1, {}, {"eval_loss"}),
         (1, {"metric_for_best_model": "a_loss"}, {"eval_a_loss"}),
         (1, {"metric_for_best_model": "mean_token_accuracy"}, {"eval_loss"}),
-        (2, {"metric_for_best_model": "eval_b_mean_token_accuracy"}, {"eval_a_loss", "eval_b_loss"}),
         (2, {"save_strategy": "best", "metric_for_best_model": "loss"}, {"eval_loss"}),
         (2, {"metric_for_best_model": "eval_a_loss"}, {"eval_a_loss", "eval_b_loss"}),
         (2, {"load_best_model_at_end": False}, {"eval_a_loss", "eval_b_loss"}),
