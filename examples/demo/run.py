@@ -30,10 +30,8 @@ RUNS = {
 ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",  # PyTorch: huge pages for large tensors, a sixth of the time of a step here
     "GOMP_SPINCOUNT": "20000",  # threads wait awake for a moment: they wait often and briefly, a fifth of a step in all
-    # glibc: tensors up to 32 MB are cut from memory that is kept, not asked from the system anew at every operation,
-    # and all of them from the same memory, whichever thread asks
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
-    ":glibc.malloc.arena_max=1",
+    # glibc: tensors up to 32 MB are cut from memory that is kept, not asked from the system anew at every operation
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",  # kernels kept ready, each with memory of its own: by default 1024
     "HF_HUB_OFFLINE": "1",
 }
