@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from . import data
-from .errors import DataError, StorageError, UsageError
+from .errors import DataError, UsageError
 from .evaluation.found import as_found, positions
 from .evaluation.greedy import answers
 from .evaluation.tasks import asked_text, expected, question
@@ -74,7 +74,7 @@ def questions_of(
     Text becomes a user's turn for a tokenizer with a chat template, unless `chat` is false; messages stay messages.
 
     Raises:
-        DataError: nothing to ask, or an empty question.
+        DataError: nothing to ask, an empty question, or a chat without a template for it.
         UsageError: a system message for text that is no chat.
     """
     turns = chat and chat_template
@@ -87,6 +87,8 @@ def questions_of(
     for number, row in enumerate(rows, 1):
         if isinstance(row.get("prompt"), str) and not row["prompt"].strip():
             raise DataError(f"Prompt {number} is empty; expected some text.")
+        if not chat_template and not isinstance(row.get("prompt"), str) and "input_ids" not in row:
+            raise DataError(f"Prompt {number} is a chat, and the tokenizer has no chat template; expected text.")
     return [_as_turns(row, system) if turns else row for row in rows]
 
 
@@ -95,9 +97,9 @@ def _in_file(file: str) -> list[Row]:
         rows = data.load(file, through=_unanswered)
         return [{"prompt": row["text"]} if "text" in row else row for row in rows]
     try:
-        return [{"prompt": line} for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [{"prompt": line} for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"--file {file} cannot be read: {data.reason(error)}. Expected lines of text.") from error
+        raise DataError(f"--file {file} cannot be read: {data.reason(error)}. Expected lines of text.") from error
 
 
 def _unanswered(row: Row) -> Row:
@@ -110,7 +112,8 @@ def _unanswered(row: Row) -> Row:
 def _as_turns(row: Row, system: str | None) -> Row:
     opening = [{"role": "system", "content": system}] if system else []
     if not isinstance(row.get("prompt"), str):
-        return {**row, "prompt": opening + row["prompt"]} if "prompt" in row else row
+        asked = next((key for key in ("prompt", "messages") if key in row), None)
+        return {**row, asked: opening + row[asked]} if asked else row
     turns = {"prompt": [*opening, {"role": "user", "content": row["prompt"]}]}
     if "completion" in row:
         turns["completion"] = [{"role": "assistant", "content": row["completion"]}]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,12 @@ from torch import Tensor, nn
 
 from .data import reason
 from .errors import IncompatibleError, StorageError, UsageError
-from .evaluation.found import as_found
-from .trained import base_of, load
+from .evaluation.found import as_found, positions
+from .trained import base_of, load, weights
 
 PROBE = 64
-"""Tokens on which the merged model is compared with base and adapter."""
+"""Tokens on which the merged model is compared with base and adapter, spread over the vocabulary: an adapter may have
+changed the embeddings of the last ones alone."""
 MISSING = 1e-3
 """Part of what the adapter does to the logits that may be lost while all weights are fp32: one of 100 layers that is
 left out is more."""
@@ -58,7 +62,8 @@ def merge(name: str, out: Path, dtype: str = "auto", device: str | None = None) 
     precision = {_plain(key): weight.dtype for key, weight in it.model.named_parameters()}
     kept = it.model.get_base_model().dtype
     _round(it.model, {}, torch.float32)
-    ids = torch.arange(PROBE).remainder(it.model.config.get_text_config().vocab_size)[None].to(it.model.device)
+    last = it.model.get_input_embeddings().weight.shape[0] - 1
+    ids = torch.linspace(0, last, min(PROBE, positions(it.model))).long()[None].to(it.model.device)
     with as_found(it.model):
         wanted = _logits(it.model, ids)
         with it.model.disable_adapter():
@@ -80,12 +85,44 @@ def merge(name: str, out: Path, dtype: str = "auto", device: str | None = None) 
         )
     if getattr(whole, "peft_config", None) is not None:
         del whole.peft_config
-    try:
+    with _removed_after_an_error(out):
         whole.save_pretrained(out)
         it.tokenizer.save_pretrained(out)
-    except OSError as error:
-        raise StorageError(f"--out {out} cannot be written: {error.strerror or error}. Choose another.") from error
+        _check_what_was_written(whole, out)
     return Merged(out, sum(weight.numel() for weight in whole.parameters()), difference, moved)
+
+
+@contextmanager
+def _removed_after_an_error(out: Path) -> Iterator[None]:
+    """Nothing that was refused stays in the folder, which was empty before, or was not there."""
+    there = out.exists()
+    try:
+        yield
+    except BaseException as error:
+        for path in out.iterdir() if out.is_dir() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if out.is_dir() and not there:
+            out.rmdir()
+        if isinstance(error, OSError):
+            raise StorageError(f"--out {out} cannot be written: {error.strerror or error}. Choose another.") from error
+        raise
+
+
+def _check_what_was_written(whole: nn.Module, out: Path) -> None:
+    """Read the model back: saving ties, splits and renames weights, and must not lose any."""
+    wanted, there = whole.state_dict(), weights(str(out)).state_dict()
+    names = wanted.keys() | there.keys()
+    lost = [name for name in sorted(names) if not _same(wanted.get(name), there.get(name))]
+    if lost:
+        raise IncompatibleError(
+            f"{len(lost)} of {len(names)} weights are read back from {out} otherwise than they were merged, such as "
+            f"{lost[0]}. Nothing was left there. Serve the adapter with PEFT instead."
+        )
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Equal in value: a base that mixes precisions may be read in the wider one."""
+    return one is not None and other is not None and torch.equal(one.cpu().double(), other.cpu().double())
 
 
 def _merged(model: Any, name: str) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .weights import Adapter, local, over_shards, place, sharded
 
-PIECE = 2**16
+PIECE = 2**17
 """Weights handled at a time on a CPU, so that temporaries stay in its cache."""
 
 
@@ -36,9 +36,10 @@ class Well:
         """Add strength * importance * (w - start) to the gradient, if there is one; return its figures (see `pull`)."""
         figures = []
         if self.weight.grad is not None:
-            held = (self.weight.grad, self.weight, self.start, self.importance)
-            for g, w, s, f in pieces(*map(local, held)):
-                moved = torch.sub(w.float(), s.float())
+            held = list(pieces(*map(local, (self.weight.grad, self.weight, self.start, self.importance))))
+            room = torch.empty_like(held[0][0], dtype=torch.float32)
+            for g, w, s, f in held:
+                moved = torch.sub(w.float(), s.float(), out=room[: len(w)] if w.dim() else room)
                 if measure:
                     change = moved * f
                     figures.append(torch.stack([0.5 * inner(change, moved), inner(change, change), inner(g, g)]))

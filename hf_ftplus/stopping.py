@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -194,8 +194,7 @@ class RetentionFalls(TrainerCallback):
         kept = self.start.kept()
         shares = {name: figure.share for name, figure in kept.items()}
         if args.world_size > 1:  # those of the first rank, so that all stop or none
-            figures = torch.tensor(list(shares.values()), dtype=torch.float64, device=args.device)
-            shares = dict(zip(shares, broadcast(figures).tolist(), strict=True))
+            shares = broadcast_object_list([shares])[0]
         logs = control.should_log  # which logging takes back, though the loss is still to be logged
         with evaluating(self.trainer.model):  # TRL would otherwise log and forget its figures of training
             self.trainer.log({f"retention/{name}": share for name, share in shares.items()})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .callback import STATE_FOLDER
@@ -58,11 +59,12 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> Trained:
         from peft import PeftModel
 
         with _said_of(name):
+            _fit_embeddings(model, Path(path))
             model = PeftModel.from_pretrained(model, path)
     device = device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
     try:
         return Trained(name, model.eval().to(device), _tokenizer(path, base), adapted=base is not None)
-    except RuntimeError as error:  # a device that does not exist
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or torch was built without
         raise DataError(f"--device {device}: {reason(error)} Leave it out, or type cpu.") from error
 
 
@@ -77,7 +79,11 @@ def base_of(name: str) -> str | None:
     file = Path(resolve(name)) / ADAPTER
     if not file.is_file():
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {reason(error)}. Expected the configuration of an adapter.") from error
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not base:
         raise DataError(f"{file} names no base_model_name_or_path; expected the model that the adapter was trained on.")
     return resolve(base)
@@ -98,6 +104,21 @@ def began_with(name: str) -> str:
     return json.loads(file.read_text(encoding="utf-8"))["facts"]["config"]["model"]["model_name_or_path"]
 
 
+def _fit_embeddings(model: PreTrainedModel, adapter: Path) -> None:
+    """Give the base as many embeddings as an adapter brings that was trained with tokens added."""
+    file = adapter / "adapter_model.safetensors"
+    if file.with_suffix(".bin").is_file():  # as PEFT once wrote them
+        return
+    if not file.is_file():
+        raise DataError(f"{adapter} holds {ADAPTER} but no {file.name}; expected the weights of the adapter, too.")
+    place = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    with safe_open(file, "pt") as tensors:
+        names = tensors.keys()
+        rows = {tensors.get_slice(name).get_shape()[0] for name in names if name.endswith(f"{place}.weight")}
+    if rows and rows != {model.get_input_embeddings().weight.shape[0]}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
 def _tokenizer(path: str, base: str | None) -> PreTrainedTokenizerBase:
     for place in filter(None, (path, base)):
         try:
@@ -111,7 +132,7 @@ def _tokenizer(path: str, base: str | None) -> PreTrainedTokenizerBase:
 def _said_of(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, malformed, other shapes, damaged
         raise DataError(
             f"The model {name!r} cannot be loaded: {reason(error)} Expected a folder, a name on the Hub, or demo."
         ) from error

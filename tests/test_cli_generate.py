@@ -12,9 +12,10 @@ import torch
 from commands import make_place, words
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_ftplus.cli import main
 
@@ -137,6 +138,7 @@ def test_what_a_terminal_would_obey_is_spelt_out(place, capsys):
         (["--model", "{model}", "--prompt", "x" * 2000], 3, "tokens, .* reads 512"),
         (["--model", "{model}", "--prompt", "x", "--max_new_tokens", "600"], 3, "lower --max_new_tokens"),
         (["--model", "{model}", "--prompt", "x", "--device", "abacus"], 3, "--device abacus"),
+        (["--model", "{model}", "--prompt", "x", "--device", "cuda:99"], 3, "--device cuda:99"),
     ],
 )
 def test_careless_commands(place, monkeypatch, capsys, flags, code, words):
@@ -217,6 +219,123 @@ def test_every_honest_merge_is_written_as_it_was(place, tmp_path, more, dtype):
         )
     near = 1e-5 if dtype == "float32" else 0.1
     torch.testing.assert_close(there, here.logits, rtol=near, atol=near * here.logits.abs().max().item())
+
+
+def without_a_layer(model):
+    return {name: weight for name, weight in model.state_dict().items() if "layers.1" not in name}
+
+
+def without_the_tie(model):
+    model.config.tie_word_embeddings = False
+    return {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lossy", [without_a_layer, without_the_tie])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_model_that_is_read_back_otherwise_does_not_stay(place, monkeypatch, tmp_path, capsys, lossy, there, dtype):
+    out, honest = tmp_path / "out", PreTrainedModel.save_pretrained
+    if there:
+        out.mkdir()
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda it, to: honest(it, to, state_dict=lossy(it)))
+    assert main(["merge", "--model", str(place / "adapter"), "--out", str(out), "--dtype", dtype]) == 4
+    assert "are read back from" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == ([out] if there else [])
+    assert not there or not list(out.iterdir())
+
+
+def saved_modules_dropped(model, **options):
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save["default"].weight.data.copy_(module.original_module.weight.data)
+    return HONEST(model, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embeddings_of_the_last_tokens_alone_are_not_lost(tmp_path, monkeypatch, capsys, dtype):
+    base = tiny_llama(tie=False)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, modules_to_save=["embed_tokens"]))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-1].add_(1)
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    line = ["merge", "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--dtype", dtype]
+    monkeypatch.setattr(LoraModel, "merge_and_unload", saved_modules_dropped)
+    assert main(line) == 4
+    assert "differs from base and adapter by" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(line) == 0
+
+
+def test_tokens_that_were_added_for_an_adapter_stay(place, tmp_path):
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(place / "model"), tiny_tokenizer()
+    tokenizer.add_tokens(["<a>", "<b>"])
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert main(["merge", "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 0
+    ids = torch.arange(len(tokenizer) - 20, len(tokenizer))[None]
+    with torch.no_grad():
+        there = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        torch.testing.assert_close(there, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("adapter_config.json", b"{nope", "adapter_config.json cannot be read"),
+        ("adapter_config.json", b"[]", "names no base_model_name_or_path"),
+        ("adapter_model.safetensors", b"abc", "cannot be loaded: Error while deserializing"),
+        ("adapter_model.safetensors", None, "but no adapter_model.safetensors"),
+    ],
+)
+def test_damaged_adapters(place, tmp_path, capsys, name, content, words):
+    shutil.copytree(place / "adapter", tmp_path / "bad")
+    (tmp_path / "bad" / name).unlink() if content is None else (tmp_path / "bad" / name).write_bytes(content)
+    for line in (["generate", "--prompt", "x"], ["merge", "--out", str(tmp_path / "out")]):
+        assert main([*line, "--model", str(tmp_path / "bad")]) == 3
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_on_a_base_of_another_width(place, tmp_path, capsys):
+    shutil.copytree(place / "adapter", tmp_path / "other")
+    tiny_llama(hidden=64).save_pretrained(tmp_path / "wide")
+    file = tmp_path / "other" / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "wide")}
+    file.write_text(json.dumps(config))
+    assert main(["generate", "--model", str(tmp_path / "other"), "--prompt", "x"]) == 3
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_chats_for_a_model_without_a_template(place, tmp_path, capsys):
+    shutil.copytree(place / "model", tmp_path / "plain")
+    tiny_tokenizer(None).save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    line = ["generate", "--model", str(tmp_path / "plain"), "--file", str(tmp_path / "chats.jsonl")]
+    assert main(line) == 3
+    assert "Prompt 1 is a chat, and the tokenizer has no chat template" in capsys.readouterr().err
+
+
+def test_a_system_message_comes_before_every_kind_of_chat(place, tmp_path):
+    chats = [CHAT, [*CHAT, {"role": "assistant", "content": "Red."}]]
+    for number, chat in enumerate(chats):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+        file = ["--file", tmp_path / f"{number}.jsonl", "--system", "Be kind."]
+        (row,) = asked(place, tmp_path, "--model", place / "adapter", *file)
+        assert row["completion"] == answer(adapted(place), [{"role": "system", "content": "Be kind."}, *CHAT])
+
+
+def test_out_is_looked_at_before_anything_is_asked(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "file" / "answers.jsonl"
+    assert main(["generate", "--model", "nowhere/at/all", "--prompt", "x", "--out", str(out)]) == 6
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_an_adapter_that_rounding_would_swallow_is_not_merged_into_few_bits(place, tmp_path, capsys):

@@ -144,10 +144,11 @@ REFUSED = {
     "a gate that nothing can open": (2, in_stage(0, fail_if_retention_below=0.9), "has no protect task to judge"),
     "a later stage as teacher": (3, taught(1, "03-cities"), "Stage 'fruits': distill cannot load the teacher"),
     "its own model as teacher": (3, taught(1, "02-fruits"), "Stage 'fruits': distill cannot load the teacher"),
+    "a teacher that may be gone": (2, taught(1, "01-colours/checkpoint-2"), "will not leave there"),
     "no teacher there": (
         2,
         taught(1, "01-colours/merged"),
-        "'colours' will not write; expected the model that it leaves",
+        "'colours' will not leave there; expected the model that it does",
     ),
     "a pool's name taken": (2, in_stage(1, protect={"colours": "x.jsonl"}), "Two tasks have the name"),
     "no such model": (3, put(model_name_or_path="./nothing/here"), "No model at './nothing/here'"),

@@ -207,6 +207,10 @@ def test_the_first_stage_alone_may_name_the_model(place, tmp_path):
         (LORA, LORA_QV, False),
         ({**LORA, "lora_target_modules": ["q_proj", "v_proj", "k_proj"]}, LORA_QV, False),
         (LORA_QV, {**LORA, "lora_target_modules": ["q_proj", "v_proj", "k_proj"]}, True),
+        ({**LORA, "lora_modules_to_save": ["lm_head"]}, LORA, False),
+        (LORA, {**LORA, "lora_modules_to_save": ["lm_head"]}, True),
+        ({"use_peft": True}, {"use_peft": True}, True),
+        ({"use_peft": True}, LORA_QV, False),
     ],
 )
 def test_memory_goes_to_what_trains_all_that_was_trained(place, tmp_path, first, second, fits):

@@ -87,6 +87,8 @@ def generate(
     typed = list(_typed(prompts, ask_stdin=not prompts and not file))
     if out and out.is_dir():
         raise StorageError(f"--out {out} is a folder; expected a file to write, such as answers.jsonl.")
+    if out:
+        _make_room(out)
     if how["top_p"] < 1 and not how["temperature"]:
         raise UsageError("--top_p does nothing at temperature 0, which takes the likeliest token. Add --temperature 1.")
 
@@ -151,6 +153,14 @@ def _show(item: Answered, models: list[Trained]) -> None:
         grid.add_column(label(model.name), overflow="fold", ratio=1)
     grid.add_row(*(shown(answer, **long) for answer in item.answers))
     console.print(grid, "")
+
+
+def _make_room(out: Path) -> None:
+    """See before anything loads that the folder of `out` can be there."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"--out {out} cannot be written: {error.strerror}. Choose another file.") from error
 
 
 def _write(answered: list[Answered], models: list[Trained], out: Path) -> None:

@@ -32,6 +32,8 @@ RESTS: dict[str, dict[str, Any]] = {"ewc": {"first": True}, "replay": {"share": 
 """Strategies that look back, and the settings with which they go through a first stage that has nothing behind it."""
 JUDGES = ("fail_if_retention_below", "stop_when")
 """Keys that may judge protect data; above `stages:` they are for the stages that have some."""
+ADAPTED = {"lora_target_modules": "PEFT's choice", "lora_target_parameters": [], "lora_modules_to_save": []}
+"""Keys that say what an adapter trains, and what they mean where they are left out."""
 LOOKED_AT = ("plugins", "set", "protect", "metric", "no_plugin")
 
 
@@ -47,7 +49,7 @@ def look_back(plan: Plan, stage: Stage) -> None:
         stage.remembers = _remembering(found, before)
     elif before and (lost := [strategy.name for strategy in found if _remembers_too(strategy, before)]):
         plan.notes.append(
-            f"{stage.name} does not train all that {before.name} trains (use_peft, lora_target_modules), so what "
+            f"{stage.name} does not train all that {before.name} trains (use_peft, {', '.join(ADAPTED)}), so what "
             f"{', '.join(lost)} remembers of {before.name} is not used."
         )
     protect = bool(ours.get("protect")) or _protects(stage.yaml.get("tasks"))
@@ -78,11 +80,16 @@ def _judge_nothing(plan: Plan, stage: Stage) -> None:
 
 def _fits(before: Stage, stage: Stage) -> bool:
     """Whether a stage trains all that the one before trained, so that its memory has a place for everything."""
-    if bool(before.yaml.get("use_peft")) != bool(stage.yaml.get("use_peft")):
+    if not before.yaml.get("use_peft") and not stage.yaml.get("use_peft"):
+        return True
+    if not (before.yaml.get("use_peft") and stage.yaml.get("use_peft")):
         return False
-    was, now = (it.yaml.get("lora_target_modules") for it in (before, stage))
-    was, now = (set(it) if isinstance(it, list) else {it} for it in (was, now))
-    return not stage.yaml.get("use_peft") or was <= now or now == {"all-linear"}
+    pairs = [[_listed(it.yaml.get(key) or unsaid) for it in (before, stage)] for key, unsaid in ADAPTED.items()]
+    return all(was <= now or now == {"all-linear"} for was, now in pairs)
+
+
+def _listed(value: Any) -> set[Any]:
+    return set(value) if isinstance(value, list) else {value}
 
 
 def _remembers_too(strategy: Strategy, before: Stage) -> bool:

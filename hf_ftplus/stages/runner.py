@@ -120,7 +120,7 @@ def _waits(plan: Plan, stage: Stage, strategy: Strategy) -> bool:
     """Whether a setting (a teacher) is a model that an earlier stage is yet to leave; it is looked at when this begins.
 
     Raises:
-        UsageError: it lies in the folder of an earlier stage, which will not write it.
+        UsageError: it lies in the folder of an earlier stage, which will not leave it.
     """
     for item in settings(type(strategy)):
         value = getattr(strategy, item.name)
@@ -128,10 +128,10 @@ def _waits(plan: Plan, stage: Stage, strategy: Strategy) -> bool:
         for earlier in plan.stages[: stage.number - 1]:
             if not path.is_relative_to(earlier.folder.absolute()) or path.exists():
                 continue
-            if path != left_by(earlier).absolute() and not path.name.startswith("checkpoint-"):
+            if path != left_by(earlier).absolute():  # a checkpoint may be gone by then
                 raise UsageError(
-                    f"{strategy.name}.{item.name} is {value!r}, which {earlier.name!r} will not write; expected the "
-                    f"model that it leaves: {left_by(earlier)}"
+                    f"{strategy.name}.{item.name} is {value!r}, which {earlier.name!r} will not leave there; expected "
+                    f"the model that it does: {left_by(earlier)}"
                 )
             return True
     return False

@@ -216,13 +216,8 @@ class Distill(Strategy):
         if not self._seen:
             return {}
         places = list(self.strengths)
-        rows = [
-            torch.stack(
-                [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in self._window.get(place, (0.0, 0))]
-            )
-            for place in places
-        ]
-        table = torch.stack(rows)
+        sums = [torch.as_tensor(part).to(self.device) for place in places for part in self._window.get(place, (0.0, 0))]
+        table = torch.stack([part.float() for part in sums]).view(-1, 2)  # of the kl, and of tokens
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(table)
         self._window, self._seen = {}, 0
