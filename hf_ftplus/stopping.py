@@ -97,6 +97,9 @@ class LearnPlateaus(EarlyStoppingCallback):
         # and fails to save one that the checkpoint does not know.
         left = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.early_stopping_patience_counter = left["attributes"]["early_stopping_patience_counter"]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            self.stopped = f"{_stopped(state)} before it was resumed ({PLATEAU})"
+            control.should_training_stop = True
         every = f"{state.eval_steps} steps" if args.eval_strategy == IntervalStrategy.STEPS else "epoch"
         logger.info("%s: evaluating every %s, patience %d", PLATEAU, every, self.early_stopping_patience)
         looks = evaluations_before_the_end(args, state) + args.eval_on_start
@@ -181,6 +184,8 @@ class RetentionFalls(TrainerCallback):
             )
         when = f"every {self.every} steps" if self.ours else "at every evaluation"
         logger.info("%s %g: looking at %s %s", RETENTION, self.share, ", ".join(judged), when)
+        if state.global_step:  # what was resumed may have been stopped
+            self._look(args, state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         ours = self.ours and state.global_step % self.every == 0

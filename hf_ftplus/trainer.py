@@ -32,7 +32,7 @@ from .data import reason
 from .errors import DataError, FTPlusError, IncompatibleError, StorageError, UsageError
 from .logits import causal_lm, lm_head, supervised
 from .mixing import MixingMixin, TasksMixin
-from .model import resolve as resolve_model
+from .model import to_train
 from .pools import together
 from .strategy import Batch, Strategy
 
@@ -105,6 +105,13 @@ class StrategyMixin(MixingMixin):
         finally:
             hook.remove()
             self._hidden.clear()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Resumed at its end, a run takes no further step; the Trainer itself takes one before it looks."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -304,7 +311,7 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
     }
     try:
         trainer = SFTTrainer(
-            model=resolve_model(model.model_name_or_path),
+            model=to_train(model.model_name_or_path),
             args=training,
             train_dataset=learn,
             eval_dataset=held_out if training.eval_strategy != "no" else None,

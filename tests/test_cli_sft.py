@@ -317,6 +317,16 @@ def test_a_stopped_run_saves_and_can_be_resumed_to_the_same_weights(place, tmp_p
     assert same_file(whole / "model.safetensors", cut / "model.safetensors")
 
 
+def test_a_run_killed_before_its_report_is_only_measured_when_it_is_resumed(place, tmp_path):
+    out, steps = tmp_path / "out", ["--max_steps", "3", "--save_strategy", "steps", "--save_steps", "3"]
+    assert main(words(place, out, *steps)) == 0
+    weights = (out / "model.safetensors").rename(tmp_path / "ended.safetensors")
+    (out / "ftplus" / "report.json").unlink()
+    assert main(words(place, out, *steps, "--resume_from_checkpoint", "true")) == 0
+    assert json.loads((out / "ftplus" / "report.json").read_text())["facts"]["steps"] == 3
+    assert same_file(weights, out / "model.safetensors")
+
+
 def test_a_strategy_from_a_file_runs_with_its_settings(place, tmp_path):
     (tmp_path / "idea.py").write_text(
         "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom hf_ftplus import Strategy, setting\n\n\n"
@@ -330,6 +340,13 @@ def test_a_strategy_from_a_file_runs_with_its_settings(place, tmp_path):
     assert report["facts"]["config"]["strategies"] == ["Shrink(factor=0.0)"]
     learn = report["tasks"][0]
     assert learn["after"]["loss"]["value"] == learn["before"]["loss"]["value"]  # nothing moved
+
+
+def test_an_adapter_alone_cannot_be_trained(place, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert main(words(place, tmp_path / "out", "--model_name_or_path", str(tmp_path / "adapter"))) == 2
+    assert f"ftplus merge --model {tmp_path / 'adapter'} --out MERGED" in capsys.readouterr().err
 
 
 def test_questions_alone_cannot_protect_and_nothing_is_left_behind(place, tmp_path, capsys):

@@ -99,9 +99,8 @@ def test_a_plateau_ends_the_run_and_the_report_says_why(place, tmp_path, capsys)
 
 def test_lost_retention_is_saved_said_and_ends_the_run(place, tmp_path, capsys):
     out = tmp_path / "out"
-    report = run(
-        place, out, "--learning_rate", "3e-2", "--stop-when", "retention-falls-below 0.9", plugin="ewc", steps=20
-    )
+    asked = ["--learning_rate", "3e-2", "--stop-when", "retention-falls-below 0.9"]
+    report = run(place, out, *asked, plugin="ewc", steps=20)
     step, stopped = report["facts"]["steps"], report["facts"]["stopped"]
     assert step in range(2, 20, 2)
     assert stopped.startswith(f"stopped at step {step} of 20: protect keeps 0.")
@@ -119,6 +118,9 @@ def test_lost_retention_is_saved_said_and_ends_the_run(place, tmp_path, capsys):
     assert protect["retention"]["value"] == pytest.approx(looks[step])
     training_log = {entry["step"] for entry in log if {"loss", "mean_token_accuracy"} <= entry.keys()}
     assert training_log == set(range(1, step + 1))  # looking took no figure of training away
+    (out / "ftplus" / "report.json").unlink()  # as if it had been killed before
+    again = run(place, out, *asked, "--resume_from_checkpoint", "true", plugin="ewc", steps=20)
+    assert [again["facts"]["steps"], again["facts"]["stopped"]] == [step, stopped]
 
 
 @pytest.mark.parametrize("strategy", [["--eval_strategy", "steps", "--eval_steps", "3"], ["--eval_strategy", "epoch"]])
@@ -246,6 +248,9 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
     again = evaluated(tmp_path, LearnPlateaus(4, 100.0))
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 5  # 1 is the best; 2, 3, 4 and 5 are not better
+    over = evaluated(tmp_path, LearnPlateaus(4, 100.0))
+    over.train(resume_from_checkpoint=True)
+    assert over.state.global_step == 5
 
 
 def test_a_condition_may_be_new_when_a_run_is_resumed(tmp_path, caplog):

@@ -397,6 +397,19 @@ def test_stop_and_resume_is_bit_identical(tmp_path, lora, callback):
     assert same(strategy(resumed).state_dict(), strategy(whole).state_dict())
 
 
+@pytest.mark.parametrize("strategies", [(), ("ewc",)], ids=["plain", "EWC"])
+@pytest.mark.parametrize("epochs", [None, 2], ids=["within an epoch", "at the end of one"])
+def test_a_run_resumed_at_its_end_takes_no_further_step(tmp_path, strategies, epochs):
+    length = {"max_steps": -1, "num_train_epochs": epochs} if epochs else {"max_steps": 3}
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, **length}
+    ended = trainer(tmp_path, *strategies, **saving)
+    ended.train()
+    again = trainer(tmp_path, *strategies, **saving)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == ended.state.global_step
+    assert same(weights_of(again), weights_of(ended))
+
+
 def test_the_anchor_is_not_taken_again_from_resumed_weights(tmp_path):
     trainer(tmp_path, "ewc", save_strategy="steps", save_steps=3).train()
     resumed = trainer(tmp_path, "ewc", save_strategy="steps", save_steps=3)

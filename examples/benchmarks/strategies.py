@@ -35,6 +35,7 @@ LORA = "--use_peft --lora_r 16 --lora_target_modules all-linear --learning_rate 
 EWC = "--plugin ewc --set ewc.remember=false --set ewc.strength"
 SELF = "--protect chat=self:64"
 """Protects with what the model wrote itself, and nothing of the user's."""
+MORE = "--protect chat=self:192"
 NINETY = '--max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}'
 EIGHTH = "--set distill.share=0.125"
 HUNDRED = '--max_steps 100 --lr_scheduler_kwargs {"num_decay_steps":30}'
@@ -56,6 +57,8 @@ ROWS = {
     "distill 10, self, 2e-4": f"{DISTILL} {SELF} --set distill.strength=10 --learning_rate 2e-4",
     "distill 1/8, self, 90 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 1e-4 {NINETY}",
     "distill 1/8, self, 5e-5, 90 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 5e-5 {NINETY}",
+    "distill 1/8, self 192, 90 steps": f"{DISTILL} {EIGHTH} {MORE} --learning_rate 1e-4 {NINETY}",
+    "distill 1/16, self 192, 90 steps": f"{DISTILL} {MORE} --learning_rate 1e-4 {NINETY}",
     "distill on learn": "--plugin distill --set distill.on=learn --learning_rate 1e-4",
     "replay + EWC 10,000, self": f"{REPLAY} {EWC}=10000 {SELF} --learning_rate 1e-4 --max_steps 69",
     "distill 1/8 + EWC 30,000, self, 2e-4": f"{DISTILL} {EIGHTH} {EWC}=30000 {SELF} --learning_rate 2e-4",
