@@ -268,7 +268,7 @@ class Setting:
         try:
             value = _cast(value, self.type)
         except (TypeError, ValueError, OverflowError):
-            wanted = getattr(self.type, "__name__", str(self.type))
+            wanted = getattr(self.type, "__name__", str(self.type).removesuffix(" | None"))
             raise UsageError(f"{where} is {value!r}; expected {wanted} ({self.help}).") from None
         if value is None:
             return value

@@ -298,7 +298,7 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
     """The SFTTrainer that `trl sft` would build from the same arguments; strategies are installed later.
 
     Raises:
-        DataError: the model cannot be found or loaded.
+        DataError: the model cannot be found or loaded, or has no template for chats.
         StorageError: the disk failed (full, or not to be read or written).
     """
     training, model = config.training, config.model
@@ -324,6 +324,13 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
         raise DataError(
             f"The model {model.model_name_or_path!r} cannot be loaded: {reason(error)} Expected a folder, a name "
             "on the Hub, or demo."
+        ) from error
+    except ValueError as error:
+        if "chat template" not in str(error):
+            raise
+        raise DataError(
+            f"The learn rows are chats, and the tokenizer of {model.model_name_or_path!r} has no chat template. Type "
+            "--chat_template_path NAME_OR_FILE (of a model that has one, or a Jinja file), or give rows of text."
         ) from error
     stay_differentiable(trainer.model)
     if isinstance(trainer.eval_dataset, dict) and training.metric_for_best_model in ("loss", "eval_loss"):

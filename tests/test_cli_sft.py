@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -347,6 +349,27 @@ def test_an_adapter_alone_cannot_be_trained(place, tmp_path, capsys):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert main(words(place, tmp_path / "out", "--model_name_or_path", str(tmp_path / "adapter"))) == 2
     assert f"ftplus merge --model {tmp_path / 'adapter'} --out MERGED" in capsys.readouterr().err
+
+
+def test_chats_for_a_model_without_a_template(place, tmp_path, capsys):
+    shutil.copytree(place / "model", tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    chats = jsonl(tmp_path / "chats.jsonl", *[json.dumps({"messages": turns})] * 8)
+    run = words(place, tmp_path / "out", "--model_name_or_path", str(tmp_path / "plain"), plugin=None, protect=None)
+    assert main([*run, "--dataset_name", str(chats)]) == 3
+    assert "has no chat template. Type --chat_template_path" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*run, "--dataset_name", str(chats), "--chat_template_path", str(place / "model")]) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_a_flag_for_a_package_that_is_not_there(place, tmp_path, capsys):
+    (tmp_path / "ds.json").write_text("{}")
+    assert main(words(place, tmp_path / "out", "--deepspeed", str(tmp_path / "ds.json"))) == 4
+    error = capsys.readouterr().err
+    assert "deepspeed" in error
+    assert "Install it, or leave the flag out." in error
 
 
 def test_questions_alone_cannot_protect_and_nothing_is_left_behind(place, tmp_path, capsys):

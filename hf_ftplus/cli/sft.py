@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from ..config import OPTIONS, YAML_ONLY, RunConfig, build, merge, read_yaml
-from ..errors import UsageError, nearest
+from ..errors import IncompatibleError, UsageError, nearest
 from . import launch
 from .doctor import cpu_bf16_units
 
@@ -108,6 +108,7 @@ def parse_trl(
 
     Raises:
         UsageError: a flag or key that neither knows, with the nearest one that they do; or a bad value.
+        IncompatibleError: a flag asks for a package that is not installed.
     """
     parser = _trl_parser()
     _check_yaml(yaml, parser)
@@ -120,6 +121,8 @@ def parse_trl(
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"{error}") from error
+    except ImportError as error:  # of what a flag asks for, such as deepspeed
+        raise IncompatibleError(f"{' '.join(str(error.args[0]).split())} Install it, or leave the flag out.") from error
     _check_words(left, parser)
     if str(training.resume_from_checkpoint).lower() == "false":  # a word that the Trainer would take for a folder
         training.resume_from_checkpoint = None
