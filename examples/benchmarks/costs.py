@@ -1,18 +1,22 @@
 """What each strategy adds to a training step: both sides in one run, step by step in turn.
 
     .venv/bin/python examples/benchmarks/costs.py            prints Markdown; --only NAME measures one row
+    .venv/bin/python examples/benchmarks/costs.py --peak     the same of memory: each side in a process of its own
 
 Two real SFTTrainers, one plain and one with the strategy, train in threads of one process and take turns at every
-optimizer step, so that a slower minute of the machine hits both. The ratio is that of each pair of steps, from the end
-of one step to the end of the next: drawing rows, forward, backward, strategy, optimizer. Preparing is not in it.
+optimizer step, so that a slower minute of the machine hits both. A ratio is of two pairs of steps, one that plain began
+and one that the strategy began, from the end of one step to the end of the next: drawing rows, forward, backward,
+strategy, optimizer. Preparing is not in it. OMP_NUM_THREADS=1 counts seconds of the processor.
 """
 
 from __future__ import annotations
 
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +24,7 @@ import click
 import torch
 import trl
 from datasets import Dataset
-from overhead import machine
+from overhead import clock, machine
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -69,16 +73,16 @@ class OneStepATurn(TrainerCallback):
     """Gives the turn away at the end of every step, and keeps the seconds of each turn."""
 
     def __init__(self, turns: Turns, mine: int) -> None:
-        self.turns, self.mine, self.seconds = turns, mine, []
+        self.turns, self.mine, self.seconds, self.now = turns, mine, [], clock()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.begin = time.perf_counter()
+        self.begin = self.now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.begin)
+        self.seconds.append(self.now() - self.begin)
         self.turns.give(self.mine)
         self.turns.wait(self.mine)
-        self.begin = time.perf_counter()
+        self.begin = self.now()
 
 
 def rows(count: int, seed: int, tasks: int = 1) -> Dataset:
@@ -107,8 +111,8 @@ def trainer(folder: str, steps: int, strategy: Any, callback: TrainerCallback, e
     )
 
 
-def ratios(make: Callable[[], Any], extra: dict[str, Any], steps: int, ours: int) -> list[float]:
-    """Seconds of a step with the strategy, which is side `ours` (0 begins), over those of the plain step beside it."""
+def in_turns(make: Callable[[], Any], extra: dict[str, Any], steps: int, ours: int) -> tuple[list[float], list[float]]:
+    """Seconds of each step with the strategy, which is side `ours` (0 begins), and of the plain step beside it."""
     turns, failed = Turns(2), []
     callbacks = [OneStepATurn(turns, mine) for mine in (0, 1)]
     with tempfile.TemporaryDirectory() as folder:
@@ -134,21 +138,55 @@ def ratios(make: Callable[[], Any], extra: dict[str, Any], steps: int, ours: int
     if failed:
         raise failed[0]
     seconds = [callback.seconds[WARM:] for callback in callbacks]
-    return [mine / plain for mine, plain in zip(seconds[ours], seconds[1 - ours], strict=True)]
+    return seconds[ours], seconds[1 - ours]
+
+
+def peak(name: str, plain: bool) -> tuple[int, int]:
+    """Of a process that trains three steps: MiB at the most, and MiB of these that the strategy holds."""
+    line = [sys.executable, __file__, "--only", name, "--alone", "plain" if plain else "strategy"]
+    peak, held = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()[-2:]
+    return int(peak), int(held)
+
+
+def alone(name: str, plain: bool) -> None:
+    make, extra, _ = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        it = trainer(folder, 3, None if plain else make(), TrainerCallback(), extra)
+        it.train()
+        held = 0 if plain else sum(it.ftplus.bytes().values())
+    click.echo(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10} {held // 2**20}")
 
 
 @click.command()
 @click.option("--steps", default=6, help="Pairs of steps for each row in which plain begins, and in which it does not.")
 @click.option("--only", multiple=True, type=click.Choice(list(CASES)), help="Only these rows.")
-def main(steps: int, only: tuple[str, ...]) -> None:
+@click.option("--peak", "memory", is_flag=True, help="Memory instead of seconds.")
+@click.option("--alone", "side", type=click.Choice(["plain", "strategy"]), hidden=True)
+def main(steps: int, only: tuple[str, ...], memory: bool, side: str | None) -> None:
     """Measure on the demo model, batches of 8 x 64 tokens, fp32."""
-    click.echo(f"A step beside plain, demo model (135 M weights), fp32, {ROWS} x {LENGTH} tokens; {machine()}\n")
-    click.echo("| strategy | median | quarter to three quarters | goal |\n|---|---|---|---|")
+    if side:
+        alone(only[0], side == "plain")
+        return
+    click.echo(f"Beside plain, demo model (135 M weights), fp32, {ROWS} x {LENGTH} tokens; {machine()}\n")
+    if memory:
+        click.echo("| strategy | peak, MiB | plain | it holds | peak / (plain + held) |\n|---|---|---|---|---|")
+    else:
+        click.echo("| strategy | median | quarter to three quarters | goal |\n|---|---|---|---|")
     for name in only or CASES:
-        make, extra, goal = CASES[name]
-        found = ratios(make, extra, steps, ours=1) + ratios(make, extra, steps, ours=0)
-        low, middle, high = statistics.quantiles(found, n=4)
-        click.echo(f"| {name} | {middle:.2f}x | {low:.2f} - {high:.2f} | {f'{goal:.2f}x' if goal else ''} |")
+        click.echo(peak_row(name) if memory else seconds_row(name, steps))
+
+
+def peak_row(name: str) -> str:
+    (whole, held), (plain, _) = peak(name, plain=False), peak(name, plain=True)
+    return f"| {name} | {whole} | {plain} | {held} | {whole / (plain + held):.2f} |"
+
+
+def seconds_row(name: str, steps: int) -> str:
+    make, extra, goal = CASES[name]
+    (last, began), (first, after) = (in_turns(make, extra, steps, ours) for ours in (1, 0))
+    pairs = zip(last, first, began, after, strict=True)
+    low, middle, high = statistics.quantiles([(a + b) / (c + d) for a, b, c, d in pairs], n=4)
+    return f"| {name} | {middle:.2f}x | {low:.2f} - {high:.2f} | {f'{goal:.2f}x' if goal else ''} |"
 
 
 if __name__ == "__main__":

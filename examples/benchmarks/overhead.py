@@ -3,7 +3,8 @@
     .venv/bin/python examples/benchmarks/overhead.py            prints the table; --json FILE keeps the figures
 
 Both sides of a ratio are timed in turn, A B B A, on the same model and rows, and the median of these ratios is reported
-with its range, so that a slower minute of the machine hits both. Shapes and machine stand beside the table.
+with its range, so that a slower minute of the machine hits both. OMP_NUM_THREADS=1 counts seconds of the processor.
+Shapes and machine stand beside the table.
 """
 
 from __future__ import annotations
@@ -50,18 +51,25 @@ def batch(seed: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def paired(one: Callable[[], object], other: Callable[[], object], pairs: int) -> list[float]:
+def clock() -> Callable[[], float]:
+    """Seconds of the processor on one thread, which other work on the machine hardly touches; else of the wall."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def paired(
+    one: Callable[[], object], other: Callable[[], object], pairs: int, now: Callable[[], float] | None = None
+) -> list[float]:
     """Ratios time(one) / time(other), a warm-up first.
 
     A ratio is of A B B A: a machine that drifts, or favours whoever goes first, then favours neither side.
     """
-    ratios = []
+    ratios, now = [], now or clock()
     for _ in range(pairs + 1):
         took = dict.fromkeys((one, other), 0.0)
         for side in (one, other, other, one):
-            begin = time.perf_counter()
+            begin = now()
             side()
-            took[side] += time.perf_counter() - begin
+            took[side] += now() - begin
         ratios.append(took[one] / took[other])
     return ratios[1:]
 
@@ -106,7 +114,7 @@ def processes(pairs: int) -> list[float]:
     """`ftplus --help` against the start of Python itself, as whole processes."""
     quiet = {"stdout": subprocess.DEVNULL, "check": True}
     ours = partial(subprocess.run, [str(Path(sys.executable).parent / "ftplus"), "--help"], **quiet)
-    return paired(ours, partial(subprocess.run, [sys.executable, "-c", "pass"], **quiet), pairs)
+    return paired(ours, partial(subprocess.run, [sys.executable, "-c", "pass"], **quiet), pairs, time.perf_counter)
 
 
 @click.command()
