@@ -25,6 +25,7 @@ from .evaluation import Evaluation, Kept, retention_gate
 from .measured import keep_apart, tasks
 from .model import to_train
 from .report import Report
+from .report.tracked import track
 from .row_checks import check_supervised
 from .rows import Rows, find, tokenizer_of, write
 from .trainer import SaveOnInterrupt, SFTTrainer, sft_trainer
@@ -67,6 +68,7 @@ def sft(config: RunConfig) -> Report:
     let_go_of_optimizer(trainer)
     with timed(seconds, "measuring after"):
         results = start.evaluation.after(trainer.model)
+    track(trainer, results, "after")
     report = Report(results, facts(config, trainer, seconds))
     if trainer.is_world_process_zero():
         report.save(Path(config.training.output_dir) / STATE_FOLDER / "report.json")
@@ -106,7 +108,7 @@ class Start(TrainerCallback):
 
     def __init__(self, config: RunConfig, trainer: SFTTrainer, rows: Rows, seconds: dict[str, float]) -> None:
         self.config, self.trainer, self.rows, self.seconds = config, trainer, rows, seconds
-        self.late = trainer.is_fsdp_enabled
+        self.late, self.measured = trainer.is_fsdp_enabled, []
         if not self.late:
             self.load()
 
@@ -123,7 +125,7 @@ class Start(TrainerCallback):
 
     def measure(self) -> None:
         with timed(self.seconds, "measuring before"):
-            self.evaluation.before(self.trainer.model)
+            self.measured = self.evaluation.before(self.trainer.model)
 
     def kept(self) -> dict[str, Kept]:
         """How the protect tasks stand while training lasts."""
@@ -149,6 +151,8 @@ class Start(TrainerCallback):
                 self.measure()
             elif self.config.measure_rows:
                 logger.warning("resumed under FSDP: the model has moved on, so its start is not measured")
+        if fresh:
+            track(self.trainer, self.measured, "before")
         for name, cost in costs(self.trainer, train_dataloader) if fresh else ():
             logger.info("%s: %s", name, in_words(cost))
 

@@ -430,3 +430,31 @@ def test_bf16_is_on_where_the_doctor_finds_units_for_it(monkeypatch, unit):
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, unit: True}, raising=False)
     assert has_bf16(on_cpu=True) == bool(doctor.cpu_bf16_units()) == (unit is not None)
+
+
+def test_trackers_hear_of_every_task_before_and_after(place, tmp_path, monkeypatch):
+    from transformers import TrainerCallback, trainer
+
+    heard = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            heard.append((state.global_step, dict(logs)))
+
+    monkeypatch.setattr(trainer, "get_reporting_integration_callbacks", lambda names: [Tracker] if names else [])
+    run = words(place, tmp_path / "out", "--logging_steps", "1", "--completions", "0", "--metric", "learn=exact_match")
+    assert main([*run, "--report_to", "trackio"]) == 0
+    report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
+    tasks = {task["name"]: task for task in report["tasks"]}
+    before, after = ({k: v for _, logs in group for k, v in logs.items()} for group in (heard[:1], heard[-1:]))
+    assert [heard[0][0], heard[-1][0]] == [0, 4]
+    for name, task in tasks.items():
+        assert before[f"loss/{name}"] == task["before"]["loss"]["value"]
+        assert after[f"loss/{name}"] == task["after"]["loss"]["value"]
+        assert after[f"drift/{name}"] == task["drift"]["value"]
+    assert after["exact_match/learn"] == tasks["learn"]["after"]["metric"]["value"]
+    assert not any(key.startswith("drift/") for key in before)
+    assert ["mean_token_accuracy" in logs for _, logs in heard if "loss" in logs] == [True] * 4
+    heard.clear()
+    assert main([*words(place, tmp_path / "silent", "--completions", "0"), "--report_to", "none"]) == 0
+    assert not heard
