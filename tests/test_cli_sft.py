@@ -432,6 +432,13 @@ def test_bf16_is_on_where_the_doctor_finds_units_for_it(monkeypatch, unit):
     assert has_bf16(on_cpu=True) == bool(doctor.cpu_bf16_units()) == (unit is not None)
 
 
+def test_one_lora_target_is_a_name_and_no_pattern(place, tmp_path):
+    lora = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "--measure_rows", "0"]
+    assert main(words(place, tmp_path / "out", *lora)) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj"]
+
+
 def test_trackers_hear_of_every_task_before_and_after(place, tmp_path, monkeypatch):
     from transformers import TrainerCallback, trainer
 

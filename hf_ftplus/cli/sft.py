@@ -126,6 +126,8 @@ def parse_trl(
     _check_words(left, parser)
     if str(training.resume_from_checkpoint).lower() == "false":  # a word that the Trainer would take for a folder
         training.resume_from_checkpoint = None
+    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
+        model.lora_target_modules = [model.lora_target_modules]  # TRL unpacks one name, and PEFT takes it for a pattern
     learn = {"dataset_name": script.dataset_name, "datasets": mixture.datasets, "tasks": tasks}
     if not any(learn.values()):
         raise UsageError(
