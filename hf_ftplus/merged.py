@@ -33,19 +33,44 @@ class Merged:
 
     folder: Path
     weights: int
-    difference: float
-    """How far its logits are at most from those of base and adapter in fp32: what its precision rounds away."""
+    dtype: str
+    """Of most weights."""
     moved: float
     """How far the adapter had moved the base's logits at most."""
+    rounded: float
+    """How far they went when the merged weights were rounded. All logits are computed in fp32: few bits there would add
+    to it."""
+
+    @property
+    def lost(self) -> float:
+        """Beside what the adapter had done."""
+        return self.rounded / self.moved if self.moved else 0.0
 
 
-def merge(name: str, out: Path, dtype: str = "auto", device: str | None = None) -> Merged:
+class RoundedAwayError(IncompatibleError):
+    """Few bits would lose too much of what an adapter did."""
+
+    def __init__(self, message: str, merged: Merged | None = None) -> None:
+        super().__init__(message)
+        self.merged = merged
+        """What would have been written."""
+
+
+def merge(name: str, out: Path, dtype: str = "auto", device: str | None = None, tolerance: float = 1.0) -> Merged:
     """Write base + adapter of the folder `name` to `out`, after proof that it says the same.
 
-    Merged and proven in fp32, and rounded to `dtype` ("auto": as the base was saved) once, at the end.
+    Merged and proven in fp32, and its weights rounded to `dtype` ("auto": as the base was saved) once, at the end.
+
+    Args:
+        name: the folder of an adapter.
+        out: an empty folder, or none.
+        dtype: of the weights that are written.
+        device: where it is merged; the accelerator if there is one, if left out.
+        tolerance: how far rounding may move the logits, as a part of how far the adapter did.
 
     Raises:
         UsageError: there is no adapter in `name`.
+        RoundedAwayError: it would move them by more.
         IncompatibleError: the adapter cannot be merged, or the merged model says something else.
         StorageError: `out` holds something, or cannot be written.
     """
@@ -69,7 +94,8 @@ def merge(name: str, out: Path, dtype: str = "auto", device: str | None = None) 
         with it.model.disable_adapter():
             moved = _apart(_logits(it.model, ids), wanted)
         whole = _merged(it.model, name)
-        lost = _apart(_logits(whole, ids), wanted)
+        exact = _logits(whole, ids)
+        lost = _apart(exact, wanted)
         if not lost <= MISSING * moved + ROUNDING * wanted.abs().max().item():
             raise IncompatibleError(
                 f"The merged model differs from base and adapter by {lost:.3g} in a logit, where the adapter itself "
@@ -77,11 +103,16 @@ def merge(name: str, out: Path, dtype: str = "auto", device: str | None = None) 
                 "adapter with PEFT instead."
             )
         _round(whole, precision, kept)
-        difference = _apart(_logits(whole, ids), wanted)
-    if moved and not difference < moved:
-        raise IncompatibleError(
-            f"Rounding the merged weights to {whole.dtype} moves the logits by {difference:.3g}, more than the adapter "
-            f"did ({moved:.3g}). Nothing was written. Type --dtype float32."
+        _round(whole, {}, torch.float32)  # for the figure alone: what was rounded off is gone
+        rounded = _apart(_logits(whole, ids), exact)
+        _round(whole, precision, kept)
+    size, bits = sum(weight.numel() for weight in whole.parameters()), str(kept).removeprefix("torch.")
+    done = Merged(out, size, bits, moved, rounded)
+    if not done.lost < tolerance:
+        raise RoundedAwayError(
+            f"Rounding the merged weights to {bits} moves the logits by {rounded:.3g}, where the adapter did by "
+            f"{moved:.3g}: too much of it would be lost. Nothing was written. Type --dtype float32.",
+            done,
         )
     if getattr(whole, "peft_config", None) is not None:
         del whole.peft_config
@@ -89,7 +120,7 @@ def merge(name: str, out: Path, dtype: str = "auto", device: str | None = None) 
         whole.save_pretrained(out)
         it.tokenizer.save_pretrained(out)
         _check_what_was_written(whole, out)
-    return Merged(out, sum(weight.numel() for weight in whole.parameters()), difference, moved)
+    return done
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_ftplus.cli import main
+from hf_ftplus.merged import PROBE, RoundedAwayError, merge
 
 HONEST = LoraModel.merge_and_unload
 QUICK = ["--measure_rows", "0"]
@@ -346,6 +347,25 @@ def test_an_adapter_that_rounding_would_swallow_is_not_merged_into_few_bits(plac
     assert main([*line, "--dtype", "bfloat16"]) == 4
     assert "Type --dtype float32" in capsys.readouterr().err
     assert main([*line, "--dtype", "float32"]) == 0
+    assert "rounding the merged weights by 0: 0.0% of that" in capsys.readouterr().out
+
+
+def test_what_is_lost_is_what_rounding_the_weights_does(place, tmp_path):
+    """Not what few bits do to the forward pass, of which the adapter is as innocent as the merge."""
+    done = merge(str(place / "adapter"), tmp_path / "out", "bfloat16", "cpu")
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.bfloat16)
+    exact = PeftModel.from_pretrained(base.float(), place / "adapter").eval()
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.linspace(0, base.config.vocab_size - 1, PROBE).long()[None]
+    with torch.no_grad():
+        apart = (exact(ids).logits - rounded(ids).logits).abs().max().item()
+        with exact.disable_adapter():
+            moved = (exact(ids).logits - rounded(ids).logits).abs().max().item()
+    assert done.rounded == pytest.approx(apart, rel=1e-2)
+    assert done.moved == pytest.approx(moved, rel=0.2)
+    assert done.lost == done.rounded / done.moved
+    with pytest.raises(RoundedAwayError, match="Type --dtype float32"):
+        merge(str(place / "adapter"), tmp_path / "less", "bfloat16", "cpu", tolerance=done.lost)
 
 
 def test_memory_of_the_run_knows_the_merged_model(place, merged, tmp_path):

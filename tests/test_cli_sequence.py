@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -54,6 +55,12 @@ def test_the_plan_is_shown_and_nothing_is_written(place, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_a_later_stage_may_evaluate_the_held_out_rows_of_its_tasks(place, tmp_path):
+    given = sequence_yaml(place, tmp_path / "out")
+    evaluated_task()(given)
+    assert main(["sequence", written(given, tmp_path), "--dry-run"]) == 0
+
+
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(place, tmp_path, capsys, monkeypatch):
     (tmp_path / "stop.py").write_text(STOP)
     monkeypatch.setenv("STOP_AT", "01-colours:1")
@@ -95,6 +102,24 @@ def taught(number, folder):
         given["stages"][number]["plugins"] = [{"distill": {"teacher": f"{given['output_dir']}/{folder}"}}]
 
     return change
+
+
+def evaluated_task(measure=None):
+    """A second stage with one task under `tasks:`, evaluated on its own held-out rows."""
+
+    def change(given):
+        stage = given["stages"][1]
+        rows = stage.pop("dataset_name")
+        stage |= {"tasks": {"sums": {"dataset": rows, "measure": measure or rows}}, "eval_strategy": "steps"}
+
+    return change
+
+
+def an_adapter_alone(given):
+    folder = Path(given["output_dir"] + "-adapter")
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    given["model_name_or_path"] = str(folder)
 
 
 def bad_json(given):
@@ -154,6 +179,8 @@ REFUSED = {
     "no such model": (3, put(model_name_or_path="./nothing/here"), "No model at './nothing/here'"),
     "later data missing": (3, in_stage(2, dataset_name="none.jsonl"), "Stage 'cities': none.jsonl does not exist"),
     "later measure missing": (3, put(measure={"cities": "none.jsonl"}), "Stage 'cities': none.jsonl does not exist"),
+    "a later task's measure missing": (3, evaluated_task("none.jsonl"), "tasks.sums: none.jsonl does not exist"),
+    "an adapter as the model": (2, an_adapter_alone, "-adapter holds an adapter, not a model"),
     "later data broken": (3, bad_json, "Stage 'cities': "),
 }
 

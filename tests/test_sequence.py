@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import weakref
 
@@ -16,6 +17,7 @@ from commands import same_file
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 from sequences import make_sequence_place, sequence_yaml
+from transformers import AutoModelForCausalLM
 
 import hf_ftplus
 from hf_ftplus import run
@@ -267,6 +269,26 @@ def test_an_adapter_is_merged_before_the_next_stage_makes_its_own(place, tmp_pat
     assert matrix.loss[2][1] < matrix.loss[0][1]
 
 
+@pytest.mark.parametrize(
+    ("rate", "dtype", "kept"),
+    [(1e-5, "bfloat16", torch.float32), (5e-2, "bfloat16", torch.bfloat16), (5e-2, "float32", torch.float32)],
+)
+def test_what_rounding_would_take_away_is_handed_on_in_fp32(place, tmp_path, capsys, rate, dtype, kept):
+    shutil.copytree(place / "model", tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    few = {"model_name_or_path": str(tmp_path / "model"), "dtype": dtype, "learning_rate": rate, **LORA}
+    hf_ftplus.sequence(sequence_yaml(place, tmp_path, max_steps=2, save_strategy="no", keep=0, **few))
+    said = capsys.readouterr().err
+    assert ("colours: its merged model is kept in float32, as rounding to bfloat16" in said) == (rate == 1e-5)
+    assert "fruits: its merged model" not in said  # its base is fp32 already
+    folders = [tmp_path / "model", tmp_path / "01-colours" / "merged", tmp_path / "02-fruits" / "merged"]
+    start, first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert first[name].dtype == second[name].dtype == kept
+    for one, other in ((start, first), (first, second)):  # none was lost
+        assert (one[name].float() != other[name].float()).float().mean() > 0.5
+
+
 def test_a_finished_stage_leaves_no_model_in_memory(place, tmp_path, monkeypatch):
     alive = []
     make = run.sft_trainer
@@ -329,7 +351,12 @@ def test_of_a_stream_the_rows_that_were_trained_on_are_kept(place, tmp_path):
     )
     hf_ftplus.sequence(given)
     assert (tmp_path / "out" / "pools" / "colours.jsonl").read_text().splitlines() == rows[:16]
+    (tmp_path / "rows" / ".hidden").touch()
+    (tmp_path / "rows" / "gone").symlink_to(tmp_path / "nowhere")
     hf_ftplus.sequence(given)
+    (tmp_path / "rows" / "train.jsonl").write_text("\n".join(reversed(rows)) + "\n")
+    with pytest.raises(StorageError, match=r"rows changed since .*01-colours was made of it"):
+        hf_ftplus.sequence(given)
 
 
 # ---- interrupted and gone on -----------------------------------------------------------------------------------------
@@ -364,12 +391,12 @@ def test_whatever_a_kill_left_half_made_is_made_again(place, whole, tmp_path, ca
     out = tmp_path / "out"
     given = everything(place, out)
     hf_ftplus.sequence(given)
-    (out / "03-cities" / "ftplus" / "report.json").unlink()  # killed while measuring
-    state = out / "03-cities" / "checkpoint-4" / "trainer_state.json"
-    state.write_text(state.read_text()[:100])  # ... after a checkpoint that was never whole
+    (out / "03-cities" / "ftplus" / "report.json").unlink()
+    state = out / "03-cities" / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])  # killed before it was whole
     (out / "pools" / "fruits.jsonl").unlink()
     hf_ftplus.sequence(given)
-    assert "on from checkpoint-2" in capsys.readouterr().err
+    assert "on from checkpoint-4" in capsys.readouterr().err
     same_outcome(out, whole[0])
 
 

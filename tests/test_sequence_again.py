@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 
 import pytest
 from commands import same_file
@@ -47,6 +48,44 @@ def test_what_changed_is_said_by_its_place_and_the_matrix_stays(done):
     hf_ftplus.sequence(asked)
 
 
+def test_rows_that_changed_since_are_not_mixed_with_those_of_before(done, place):
+    asked, out = done
+    file = place / "fruits.jsonl"
+    before = file.read_text()
+    file.touch()
+    pool = out / "pools" / "colours.jsonl"
+    kept = pool.read_text()
+    pool.unlink()  # is drawn again
+    hf_ftplus.sequence(asked)
+    pool.write_text(kept.replace("amber", "azure"))
+    with pytest.raises(
+        StorageError, match=r"Stage 'fruits': .*colours\.jsonl changed since .*02-fruits was made of it"
+    ):
+        hf_ftplus.sequence(asked)
+    pool.write_text(kept)
+    file.write_text(before.replace("pear", "kiwi"))
+    try:
+        with pytest.raises(
+            StorageError, match=r"fruits\.jsonl changed since .*01-colours .*remove .*01-colours and what"
+        ):
+            hf_ftplus.sequence(asked)  # measured there
+        shutil.rmtree(out)
+        hf_ftplus.sequence(asked)
+    finally:
+        file.write_text(before)
+
+
+def test_files_of_a_mixture_are_known_too(place, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    shutil.copy(place / "colours.jsonl", file)
+    mixture = {"dataset_name": None, "datasets": [{"path": "json", "data_files": {"train": [str(file)]}}]}
+    asked = given(place, tmp_path / "out", stages=1, max_steps=1, plugins=[], each={"colours": mixture})
+    hf_ftplus.sequence(asked)
+    file.write_text(file.read_text().replace("amber", "azure"))
+    with pytest.raises(StorageError, match=r"rows\.jsonl changed since"):
+        hf_ftplus.sequence(asked)
+
+
 def test_a_stage_is_not_put_under_those_that_were_trained_from_another(done):
     asked, out = done
     shutil.rmtree(out / "01-colours")
@@ -82,8 +121,29 @@ def test_a_checkpoint_that_says_nothing_is_passed_over_and_what_checkpoints_take
     matrix = hf_ftplus.sequence(asked)
     folders = [f"{tmp_path / name}/checkpoint-*" for name in ("01-colours", "02-fruits")]
     assert f"no stage needs them any more: rm -r {' '.join(folders)}" in capsys.readouterr().err
-    (tmp_path / "02-fruits" / "ftplus" / "report.json").unlink()
-    (tmp_path / "02-fruits" / "checkpoint-1" / "trainer_state.json").write_text("null")
+    report, model = tmp_path / "02-fruits" / "ftplus" / "report.json", tmp_path / "02-fruits" / "model.safetensors"
+    model.rename(tmp_path / "before.safetensors")
+    report.unlink()  # killed before either was written
+    assert hf_ftplus.sequence(asked) == matrix
+    assert "02-fruits, on from checkpoint-2" in capsys.readouterr().err
+    assert same_file(model, tmp_path / "before.safetensors")
+    report.unlink()
+    for state in tmp_path.glob("02-fruits/checkpoint-*/trainer_state.json"):
+        state.write_text("null")
+    assert hf_ftplus.sequence(asked) == matrix
+    assert "on from" not in capsys.readouterr().err
+
+
+def test_what_taught_a_finished_stage_may_go(place, tmp_path, monkeypatch):
+    asked = given(place, tmp_path, max_steps=1, save_strategy="steps", save_steps=1, plugins=[])
+    monkeypatch.setattr("hf_ftplus.stages.runner.hand_on", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        hf_ftplus.sequence(asked)
+    monkeypatch.undo()
+    teacher = tmp_path / "01-colours" / "checkpoint-1"
+    asked["stages"][1]["plugins"] = [{"distill": {"teacher": str(teacher), "on": "learn"}}]
+    matrix = hf_ftplus.sequence(asked)
+    shutil.rmtree(teacher)
     assert hf_ftplus.sequence(asked) == matrix
 
 

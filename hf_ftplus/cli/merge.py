@@ -38,6 +38,7 @@ def merge(name: str, out: Path, dtype: str, device: str | None) -> None:
         logging.disable_progress_bar()
     done = merge(name, out, dtype, device)
     click.echo(
-        f"{done.weights / 1e6:.1f} M weights in {done.folder}; its logits differ from those of base and adapter by at "
-        f"most {done.difference:.2g}, where the adapter moves them by {done.moved:.2g}."
+        f"{done.weights / 1e6:.1f} M weights in {done.dtype} in {done.folder}. The adapter moves the base's logits by "
+        f"at most {done.moved:.2g}, rounding the merged weights by {done.rounded:.2g}: {done.lost:.1%} of that."
+        + (" --dtype float32 keeps all of it." if done.lost > 0.1 else "")
     )

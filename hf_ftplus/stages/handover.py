@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 
 from ..chosen import strategies as chosen
@@ -34,6 +35,8 @@ JUDGES = ("fail_if_retention_below", "stop_when")
 """Keys that may judge protect data; above `stages:` they are for the stages that have some."""
 ADAPTED = {"lora_target_modules": "PEFT's choice", "lora_target_parameters": [], "lora_modules_to_save": []}
 """Keys that say what an adapter trains, and what they mean where they are left out."""
+TOLERANCE = 0.1
+"""How far rounding may move the logits of what is handed on, as a part of how far the adapter did."""
 LOOKED_AT = ("plugins", "set", "protect", "metric", "no_plugin")
 
 
@@ -172,14 +175,13 @@ def left_by(stage: Stage) -> Path:
 
 def hand_on(plan: Plan, stage: Stage) -> None:
     """Leave what later stages start from, unless it is there: rows of the learn set, a model without adapter."""
-    from ..merged import merge as merge_adapter
     from ..report import Report
     from ..rows import learn_rows
     from .reservoir import pool, rows_taken, write
 
     if plan.is_last(stage):
         return
-    file, merged, device = plan.pool(stage), stage.folder / MERGED, "cpu" if stage.config.training.use_cpu else None
+    file, merged = plan.pool(stage), stage.folder / MERGED
     if plan.keep and not file.is_file():
         seed = [stage.config.training.seed, zlib.crc32(stage.name.encode())]
         taken = rows_taken(stage.config, Report.load(stage.report).facts)
@@ -190,9 +192,36 @@ def hand_on(plan: Plan, stage: Stage) -> None:
         for half in stage.folder.glob(".merged-*"):  # of a kill
             shutil.rmtree(half, ignore_errors=True)
         with storing(merged), tempfile.TemporaryDirectory(dir=stage.folder, prefix=".merged-") as scratch:
-            # in the precision that the base was trained in, so that nothing of what was learnt is rounded away
-            merge_adapter(str(stage.folder), Path(scratch) / "model", stage.config.model.dtype or "auto", device)
+            _merge(stage, plan.stages[stage.number], Path(scratch) / "model")
             os.replace(Path(scratch) / "model", merged)
+
+
+def _merge(stage: Stage, after: Stage, out: Path) -> None:
+    """Merge in the precision that the base was trained in, or saved in if that is finer; or in fp32.
+
+    Rounding to few bits takes away more of a small step than of a large one. Where it would take more than a tenth of
+    what the adapter did, the model is kept in fp32, and then those of all later adapters, too: their base is fp32. A
+    stage that trains with few bits rounds it in memory when it loads it, and starts from that; but its adapter is
+    merged into what is on disk, so that small steps add up there.
+    """
+    from .. import merged
+    from ..callback import give_back_memory
+
+    own, device = str(stage.config.model.dtype or "auto"), "cpu" if stage.config.training.use_cpu else None
+    try:
+        merged.merge(str(stage.folder), out, "float32" if own == "float32" else "auto", device, tolerance=TOLERANCE)
+        return
+    except merged.RoundedAwayError as error:
+        would = error.merged
+    give_back_memory()
+    few = after.config.model.dtype
+    then = f" {after.name} (dtype: {few}) starts from it as rounded in memory; dtype: float32 there keeps all of it."
+    click.echo(
+        f"{stage.name}: its merged model is kept in float32, as rounding to {would.dtype} would move the logits by "
+        f"{would.lost:.0%} of what the adapter did.{then if few in ('bfloat16', 'float16') else ''}",
+        err=True,
+    )
+    merged.merge(str(stage.folder), out, "float32", device, tolerance=float("inf"))
 
 
 @contextmanager

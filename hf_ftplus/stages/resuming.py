@@ -1,8 +1,8 @@
 """What is there already of a stage, and whether to go on from it: all that decides stands on disk.
 
 A stage is finished when its report is there, and is then not run again. A kill at any moment costs what was trained
-since the last whole checkpoint before the last step. Settings that changed since are refused, and so is what was
-trained from a stage that is gone; a folder of somebody else's is not touched.
+since the last whole checkpoint; after the one of the last step, only measuring is left. Settings that changed since are
+refused, and so is what was trained from a stage that is gone; a folder of somebody else's is not touched.
 """
 
 from __future__ import annotations
@@ -33,13 +33,18 @@ def refuse_foreign(stage: Stage) -> None:
         raise StorageError(f"{stage.folder} is the model that is to be trained. Choose another output_dir.")
 
 
+def begun(stage: Stage) -> bool:
+    """Whether there is anything to go on from."""
+    return stage.report.is_file() or last_checkpoint(stage) is not None
+
+
 def refuse_changed(stage: Stage, now: dict[str, Any]) -> None:
     """Refuse to go on with other settings than those that made what is there.
 
     Raises:
         StorageError: names the keys that differ, and what to type.
     """
-    if not stage.file.is_file() or not (stage.report.is_file() or last_checkpoint(stage)):
+    if not stage.file.is_file() or not begun(stage):
         return
     try:
         then = _leaves(without_secrets(yaml.safe_load(stage.file.read_text(encoding="utf-8"))))
@@ -108,7 +113,7 @@ def _short(value: Any) -> str:
 
 
 def last_checkpoint(stage: Stage) -> Path | None:
-    """The newest whole checkpoint that leaves steps to take: a Trainer that resumes at its last step takes another.
+    """The newest whole checkpoint.
 
     A Trainer writes its state last, so a checkpoint without it, or with half of it, was being written when all ended.
     """
@@ -117,19 +122,12 @@ def last_checkpoint(stage: Stage) -> Path | None:
     found = {}
     for file in stage.folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
         try:
-            state = json.loads(file.read_text(encoding="utf-8"))
-            step, over = int(state["global_step"]), _over(state)
+            step = int(json.loads(file.read_text(encoding="utf-8"))["global_step"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        if not over and any(file.parent.glob(f"{Path(OPTIMIZER_NAME).stem}*")):
+        if any(file.parent.glob(f"{Path(OPTIMIZER_NAME).stem}*")):
             found[step] = file.parent
     return found[max(found)] if found else None
-
-
-def _over(state: dict[str, Any]) -> bool:
-    """Whether training had come to its end when this was saved: its last step, or an earlier one that sufficed."""
-    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
-    return state["global_step"] >= state["max_steps"] or control.get("should_training_stop", False)
 
 
 def clear(plan: Plan, stage: Stage) -> None:

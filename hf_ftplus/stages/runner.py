@@ -15,6 +15,7 @@ from .. import disk
 from ..config import without_secrets
 from ..errors import RetentionError, UsageError
 from ..strategy import Strategy, settings
+from .digests import note_data, refuse_other_data
 from .handover import hand_on, handed_on, left_by, stage_yaml, storing
 from .plan import Plan, Stage, read, within
 from .resuming import (
@@ -86,26 +87,28 @@ def check(plan: Plan) -> dict[str, str]:
     from datasets import Dataset
 
     from ..callback import refuse
-    from ..model import DEMO, resolve
+    from ..model import DEMO, to_train
     from ..rows import find
     from ..run import len_of, refuse_several_devices
     from .reservoir import pool
 
     counts, pools = {}, {str(plan.pool(stage)) for stage in plan.stages}
     if (model := plan.stages[0].config.model.model_name_or_path) != DEMO:  # which may yet have to be made
-        resolve(model)
+        to_train(model)
     for stage in plan.stages:
         config = stage.config
         with within(stage):
             refuse_foreign(stage)
             refuse_orphan(plan, stage)
             refuse_changed(stage, stage_yaml(plan, stage, *handed_on(plan, stage)))
+            refuse_other_data(stage)
             refuse_several_devices(config.training)
-            refuse([it for it in config.strategies if not _waits(plan, stage, it)], config.training)
+            if not stage.report.is_file():  # what taught a finished one may be gone
+                refuse([it for it in config.strategies if not _waits(plan, stage, it)], config.training)
             protect = [spec for spec in config.protect if spec.source not in pools]
             rows = find(replace(config, protect=protect, measure=_new(plan, stage)))
             for name, found in rows.measured.items():
-                if found.column_names == ["prompt"]:
+                if found.column_names == ["prompt"] and name in (stage.measured_as, *plan.measure):
                     _only_questions(plan, stage, name)
             learn = list(rows.learn.values()) if isinstance(rows.learn, dict) else [rows.learn]
             if plan.keep and isinstance(learn[0], Dataset):
@@ -138,11 +141,11 @@ def _waits(plan: Plan, stage: Stage, strategy: Strategy) -> bool:
 
 
 def _new(plan: Plan, stage: Stage) -> list[Any]:
-    """What no stage before has measured; all of them measure the same."""
-    found = [spec for spec in stage.config.measure if spec.name == stage.measured_as]
-    others = [spec for spec in stage.config.measure if stage.number == 1 and spec.name not in plan.names]
-    plan.incomparable |= {spec.name for spec in others if spec.generate}
-    return found + [spec for spec in others if spec not in found]
+    """What no stage before has measured: its own task, those under `tasks:`, and in the first what all measure."""
+    elsewhere = plan.names if stage.number == 1 else plan.measure
+    found = [spec for spec in stage.config.measure if spec.name == stage.measured_as or spec.name not in elsewhere]
+    plan.incomparable |= {spec.name for spec in found if spec.generate}
+    return found
 
 
 def _only_questions(plan: Plan, stage: Stage, name: str) -> None:
@@ -174,6 +177,7 @@ def run(plan: Plan, stage: Stage) -> Report:
         if not checkpoint:
             clear(plan, stage)
         text = yaml.safe_dump(without_secrets(found), sort_keys=False, allow_unicode=True)
+        note_data(stage)
         disk.replace(stage.file, lambda file: file.write_text(text, encoding="utf-8"))
     try:
         train(stage, found, checkpoint)
