@@ -120,10 +120,12 @@ class LearnPlateaus(EarlyStoppingCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
+        name = "eval_" + args.metric_for_best_model.removeprefix("eval_")
+        if name not in metrics:  # of another task
+            return
         super().on_evaluate(args, state, control, metrics, **kwargs)
         evaluations = self.early_stopping_patience_counter
         if evaluations >= self.early_stopping_patience and state.global_step < state.max_steps:
-            name = "eval_" + args.metric_for_best_model.removeprefix("eval_")
             least = f" by more than {self.early_stopping_threshold:g}" if self.early_stopping_threshold else ""
             self.stopped = (
                 f"{_stopped(state)}: {name} is {metrics[name]:.4g}, and did not get better{least} in {evaluations} "

@@ -181,15 +181,16 @@ def test_looking_changes_no_bit_of_training(place, tmp_path):
     assert same_file(*(tmp_path / name / "adapter_model.safetensors" for name in ("plain", "asked")))
 
 
-def test_several_tasks_level_off_together(place, tmp_path):
-    """One loss, of the held-out rows of all that have some."""
+@pytest.mark.parametrize("best", [{}, {"metric_for_best_model": "eval_one_loss"}], ids=["together", "one of them"])
+def test_several_tasks_level_off_together_or_by_one_of_them(place, tmp_path, best):
+    """By one loss, of the held-out rows of all that have some; or of the task that was named."""
     config = tmp_path / "run.yaml"
     tasks = [
         {"name": name, "dataset": str(place / "learn.jsonl"), **more}
         for name, more in (("one", {"measure": str(place / "held_out.jsonl")}), ("two", {"measure": False}))
     ]
     tasks.append({"name": "three", "dataset": str(place / "protect.jsonl"), "measure": str(place / "protect.jsonl")})
-    config.write_text(json.dumps({"tasks": tasks, "stop_when": "learn-plateaus:2:100"}))
+    config.write_text(json.dumps({"tasks": tasks, "stop_when": "learn-plateaus:2:100", **best}))
     line = words(place, tmp_path / "out", "--config", str(config), "--max_steps", "20", plugin=None, protect=None)
     at = line.index("--dataset_name")
     assert main(line[:at] + line[at + 2 :]) == 0

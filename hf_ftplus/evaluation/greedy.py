@@ -31,9 +31,12 @@ def answers(
 ) -> list[str]:
     """The answer to each question (token ids), up to the end of the turn; greedy at temperature 0.
 
-    A question that leaves the model no positions for its answer loses its beginning. Belongs inside `as_found`.
+    Where question and answer are too long for the model's positions together, the answer becomes shorter, but not below
+    half of them; then a question loses its beginning. Belongs inside `as_found`.
     """
-    room = max(1, positions(model) - max_new_tokens)
+    places, longest = positions(model), max(map(len, questions), default=0)
+    max_new_tokens = min(max_new_tokens, max(places // 2, places - longest))
+    room = max(1, places - max_new_tokens)
     warn_of_cut(list(map(len, questions)), room, label)
     questions = [ids[-room:] for ids in questions]
     inner, stops = causal_lm(model), stop_ids(model, tokenizer)

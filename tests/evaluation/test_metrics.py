@@ -306,6 +306,9 @@ def test_questions_longer_than_the_model_has_positions_for_are_read_from_their_e
         cut = [question(row, tokenizer)[-40:] for row in long]
         assert found == answers(model, tokenizer, cut, max_new_tokens=8)
         assert caplog.text.count("4 of 4 rows are read from their last 40 tokens only") == 1
+        half = [ids[-24:] for ids in cut]  # an answer shrinks to half of the positions, before any question is cut
+        assert answers(model, tokenizer, half, max_new_tokens=900) == answers(model, tokenizer, half, max_new_tokens=24)
+        assert "last 1 tokens" not in caplog.text
         task = EvalTask("quiz", "protect", tokenize(short, tokenizer, None, "quiz").examples, long, "choice")
         assert len(metrics.choice(model, tokenizer, task, 4)) == 4
     assert "quiz: choices: 11 of 11 rows are read from their last 48 tokens only" in caplog.text
