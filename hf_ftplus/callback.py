@@ -298,7 +298,7 @@ class StrategyCallback(TrainerCallback):
         folder = Path(checkpoint) / STATE_FOLDER
         if self.strategies:
             state.load_checkpoint(folder, [s.name for s in self.strategies], model)
-        check_drawn(state.checkpoint_fact(folder, "mixture") or {}, self.run.tasks if self.run else {})
+        check_drawn(state.checkpoint_fact(folder, "mixture"), self.run.tasks if self.run else {})
 
     def _restore_best(self, checkpoint: Path) -> None:
         """The Trainer has put the weights of its best checkpoint back: what is left as memory must be of those."""

@@ -172,13 +172,19 @@ def rows_drawn(tasks: dict[str, Task]) -> dict[str, list[float]]:
     return {name: [-1 if task.rows is None else task.rows, task.drawn] for name, task in tasks.items()}
 
 
-def check_drawn(was: dict[str, list[float]], tasks: dict[str, Task]) -> None:
+def check_drawn(was: dict[str, list[float]] | None, tasks: dict[str, Task]) -> None:
     """A resumed run goes on with the mixture that it began with, which `rows_drawn` described.
 
     Raises:
-        IncompatibleError: other tasks, other rows or other shares; names the first difference.
+        IncompatibleError: other tasks, other rows or other shares; names the first difference. Or nobody described it.
     """
     now = rows_drawn(tasks)
+    if was is None and now:
+        raise IncompatibleError(
+            f"The checkpoint does not say which rows of {', '.join(now)} it had drawn, so they would not go on where "
+            "they stopped. Resume from one that this version wrote, or start a new run."
+        )
+    was = was or {}
     for name in dict.fromkeys([*was, *now]):
         if was.get(name) == now.get(name):
             continue

@@ -59,6 +59,10 @@ def learn_tasks(learn: dict[str, Any]) -> dict[str, Dataset] | Streams:
     )
 
 
+EVALUATED = ("loss", "mean_token_accuracy", "entropy", "aux_loss")
+"""What TRL's trainer tells of an evaluation, of all rows that it is given."""
+
+
 def together(learn: dict[str, Dataset]) -> Dataset:
     """Learn tasks as one dataset with a column `task`; its first rows are a fair sample of all tasks.
 

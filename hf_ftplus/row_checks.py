@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
 from . import conditions
 from .config import RunConfig
-from .errors import DataError, UsageError
+from .errors import DataError, UsageError, nearest
 from .evaluation import EvalTask
 from .formats import Row, escape
+from .pools import EVALUATED
 from .tasks import TaskConfig
 
 if TYPE_CHECKING:
@@ -75,18 +77,26 @@ def evaluated(tests: dict[str, Dataset], config: RunConfig) -> Any:
     """What the Trainer evaluates: the rows of the only task, as eval_loss; or of several by name, as eval_NAME_loss.
 
     Raises:
-        UsageError: the best model is to be told by a figure that there will not be.
+        UsageError: see `best_figure`.
     """
-    wanted = config.training.metric_for_best_model or "loss"
-    wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-    if wanted in (f"eval_{name}_loss" for name in tests):
-        return tests
-    if len(config.learns) == 1:
-        return tests[config.learns[0]]
-    if wanted != "eval_loss":
-        known = ", ".join(["eval_loss", *(escape(f"eval_{name}_loss") for name in tests)])
-        raise UsageError(f"metric_for_best_model {escape(wanted)} is no figure of these tasks; expected {known}.")
-    return tests
+    own = [f"eval_{name}_loss" for name in tests]
+    return tests[config.learns[0]] if best_figure(config, own) not in own and len(config.learns) == 1 else tests
+
+
+def best_figure(config: RunConfig, own: Sequence[str] = ()) -> str:
+    """The figure that tells the best model: of all rows that are evaluated, or of the tasks' `own`.
+
+    Raises:
+        UsageError: there will be no such figure.
+    """
+    best = config.training.metric_for_best_model or "loss"
+    best, known = best if best.startswith("eval_") else f"eval_{best}", [f"eval_{name}" for name in EVALUATED] + [*own]
+    if best not in known:
+        raise UsageError(
+            f"metric_for_best_model {escape(best)} is no figure of an evaluation.{nearest(best, known)} "
+            f"Expected one of {', '.join(map(escape, known))}."
+        )
+    return best
 
 
 def refuse_unevaluated(config: RunConfig) -> None:

@@ -22,6 +22,7 @@ from .formats import Row
 from .generate import self_generate
 from .model import cache
 from .row_checks import (
+    best_figure,
     check_metric,
     evaluated,
     refuse_idle,
@@ -74,6 +75,7 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
     else:
         with noting(faults):
             rows.learn, rows.test = learn_rows(config)
+            best_figure(config)
     for specs, found in ((config.measure, rows.measured), (config.protect, rows.protect)):
         for spec in specs:
             with noting(faults, spec.name if spec.name in declared else ""):

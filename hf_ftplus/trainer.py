@@ -33,7 +33,7 @@ from .errors import DataError, FTPlusError, IncompatibleError, StorageError, Usa
 from .logits import causal_lm, lm_head, supervised
 from .mixing import MixingMixin, TasksMixin
 from .model import to_train
-from .pools import together
+from .pools import EVALUATED, together
 from .strategy import Batch, Strategy
 
 if TYPE_CHECKING:
@@ -333,6 +333,7 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
             "--chat_template_path NAME_OR_FILE (of a model that has one, or a Jinja file), or give rows of text."
         ) from error
     stay_differentiable(trainer.model)
-    if isinstance(trainer.eval_dataset, dict) and training.metric_for_best_model in ("loss", "eval_loss"):
-        trainer.eval_dataset = together(trainer.eval_dataset)  # the best model is told by one loss: of all their rows
+    best = (training.metric_for_best_model or "").removeprefix("eval_")
+    if isinstance(trainer.eval_dataset, dict) and best in EVALUATED:
+        trainer.eval_dataset = together(trainer.eval_dataset)  # the best model is told by one figure: of all their rows
     return trainer

@@ -237,3 +237,6 @@ def test_a_resumed_run_with_another_mixture_is_refused(change, words):
     check_drawn(was, tasks())
     with pytest.raises(IncompatibleError, match=words):
         check_drawn(was, tasks() | change)
+    with pytest.raises(IncompatibleError, match="does not say which rows of"):
+        check_drawn(None, tasks())
+    check_drawn(None, {})

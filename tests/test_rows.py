@@ -161,6 +161,7 @@ BEST = {
         (1, {"metric_for_best_model": "a_loss"}, {"eval_a_loss"}),
         (1, {"metric_for_best_model": "mean_token_accuracy"}, {"eval_loss"}),
         (2, {"save_strategy": "best", "metric_for_best_model": "loss"}, {"eval_loss"}),
+        (2, {"metric_for_best_model": "eval_mean_token_accuracy"}, {"eval_loss"}),
         (2, {"metric_for_best_model": "eval_a_loss"}, {"eval_a_loss", "eval_b_loss"}),
         (2, {"load_best_model_at_end": False}, {"eval_a_loss", "eval_b_loss"}),
     ],
@@ -178,11 +179,26 @@ def several(place) -> list[dict]:
     ]
 
 
-def test_a_best_model_by_a_figure_that_there_is_not_is_refused(place, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            {"tasks": 2, "metric_for_best_model": "c_loss"},
+            "eval_c_loss is no figure of an evaluation. Did you mean 'eval_",
+        ),
+        (
+            {"tasks": 1, "metric_for_best_model": "eval_losss"},
+            "Did you mean 'eval_loss'? Expected one of eval_loss, eval_m",
+        ),
+    ],
+)
+def test_a_best_model_by_a_figure_that_there_is_not_is_refused(place, tmp_path, capsys, monkeypatch, more, says):
     monkeypatch.setattr("hf_ftplus.run.sft_trainer", None)  # no model may load
-    assert main(of_tasks(place, tmp_path, **{**BEST, "tasks": several(place), "metric_for_best_model": "c_loss"})) == 2
-    says = "metric_for_best_model eval_c_loss is no figure of these tasks; expected eval_loss, eval_a_loss, eval_b_loss"
+    assert main(of_tasks(place, tmp_path, **{**BEST, **more, "tasks": several(place)[: more["tasks"]]})) == 2
     assert says in capsys.readouterr().err
+    line = words(place, tmp_path / "out", "--metric_for_best_model", "accurcy", plugin=None, protect=None)
+    assert main(line) == 2
+    assert "metric_for_best_model eval_accurcy is no figure" in capsys.readouterr().err
 
 
 def test_evaluation_without_held_out_rows_is_refused_before_the_model_loads(place, tmp_path, capsys, monkeypatch):
