@@ -118,9 +118,10 @@ def _csv(path: Path) -> Iterator[Entry]:
     """Every field is text, as written: no dates, no numbers, no missing values are guessed."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        reader = csv.DictReader(io.StringIO(_decode(path), newline=""), strict=True)
+        text = _decode(path)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         _unique([(name, "") for name in reader.fieldnames or []])
-        _refuse_separators(reader.fieldnames or [])
+        _refuse_separators(reader.fieldnames or [], text.splitlines()[1:2])
         for row in reader:
             yield f"{path}:{reader.line_num}", partial(_csv_row, row)
     except csv.Error as error:
@@ -131,9 +132,9 @@ def _csv(path: Path) -> Iterator[Entry]:
         csv.field_size_limit(limit)
 
 
-def _refuse_separators(header: Sequence[str]) -> None:
+def _refuse_separators(header: Sequence[str], below: Sequence[str]) -> None:
     for separator in (";", "\t") if len(header) == 1 else ():
-        if separator in header[0]:
+        if separator in header[0] and any(separator in line for line in below):
             raise ValueError(f"its fields are separated by {separator!r}; expected commas: {escape(header[0])!r}")
 
 

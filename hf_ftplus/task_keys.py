@@ -18,6 +18,8 @@ Fault = tuple[str, str]
 """A key of a task, and what is wrong with it."""
 
 ROLES = ("learn", "protect")
+SINGLE = re.compile(r"(?<!\w)\{ ?([A-Za-z_]\w*) ?\}")
+"""A name in single braces, as Python's format would fill it; not the argument of something, as in LaTeX."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,11 @@ def _values(entry: dict[str, Any]) -> Iterator[Fault]:
                 yield key, str(error)
         elif key in ("template", "templates", "completion"):
             for text in value if isinstance(value, list) else [value]:
-                if "{{" not in text and "{%" not in text and (single := re.search(r"\{ ?([A-Za-z_]\w*) ?\}", text)):
+                if (
+                    "{{" not in text
+                    and "{%" not in text
+                    and (single := SINGLE.search(text))
+                ):
                     yield key, f"{key} has {single[0]}, which is text to Jinja; expected {{{{ {single[1]} }}}}"
 
 

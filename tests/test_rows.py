@@ -235,3 +235,6 @@ def test_fields_that_no_comma_separates_are_said(tmp_path):
         (tmp_path / "rows.csv").write_text(f"prompt{separator}completion\nWho?{separator}Odile\n")
         with pytest.raises(DataError, match=f"separated by {shown}; expected commas"):
             load(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.csv").write_text("text; as written\nOdile bakes bread.\n")
+    with pytest.raises(DataError, match="has the columns 'text; as written'"):
+        load(str(tmp_path / "rows.csv"))

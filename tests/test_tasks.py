@@ -120,6 +120,10 @@ def test_every_fault_says_what_was_found_and_expected(keys, says):
     assert "\x1b" not in found[0]
 
 
+def test_braces_of_other_languages_are_no_fault():
+    assert not faults({"name": "a", "dataset": "a.jsonl", "template": "Why?", "completion": r"\boxed{x} or f{x}"})
+
+
 @pytest.mark.parametrize("given", [[], {}, "summaries", 3])
 def test_tasks_that_are_no_tasks_are_refused(given):
     assert "expected a list such as" in read(given)[1][0]
