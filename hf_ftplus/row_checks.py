@@ -134,6 +134,21 @@ def warn_of_learnt(learn: Any, protect: dict[str, Dataset]) -> None:
             )
 
 
+def warn_of_protected(measured: dict[str, Dataset], protect: dict[str, Dataset]) -> None:
+    """Say which measured tasks hold protect rows: what is held on to row by row is kept better than the skill."""
+    known = {said(row) for task in protect.values() for row in task}
+    for name, task in measured.items() if known else ():
+        same = sum(said(row) in known for row in task)
+        if same:
+            logger.warning(
+                "%s: %d of its %d measured rows protect, too, word for word, and will look better kept than others. "
+                "Measure other rows.",
+                escape(name),
+                same,
+                len(task),
+            )
+
+
 def without(measured: Dataset, protect: dict[str, Dataset], name: str) -> Dataset:
     """The rows of a task that protect nothing.
 

@@ -30,6 +30,7 @@ from .row_checks import (
     refuse_questions,
     refuse_unevaluated,
     warn_of_learnt,
+    warn_of_protected,
     without,
 )
 from .trainer import SFTTrainer
@@ -97,6 +98,7 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
         with noting(faults):
             refuse_unevaluated(config)
     warn_of_learnt(rows.learn, rows.protect)
+    warn_of_protected(rows.measured, rows.protect)
     return rows, faults
 
 

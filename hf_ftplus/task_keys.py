@@ -127,11 +127,7 @@ def _values(entry: dict[str, Any]) -> Iterator[Fault]:
                 yield key, str(error)
         elif key in ("template", "templates", "completion"):
             for text in value if isinstance(value, list) else [value]:
-                if (
-                    "{{" not in text
-                    and "{%" not in text
-                    and (single := SINGLE.search(text))
-                ):
+                if "{{" not in text and "{%" not in text and (single := SINGLE.search(text)):
                     yield key, f"{key} has {single[0]}, which is text to Jinja; expected {{{{ {single[1]} }}}}"
 
 

@@ -299,7 +299,7 @@ def test_what_is_wrong_with_rows_is_found_in_all_tasks(place, tmp_path):
     assert str(raised.value).splitlines() == said
 
 
-def test_protect_rows_that_are_learnt_are_counted_whatever_their_format(place, tmp_path, caplog):
+def test_protect_rows_that_are_learnt_or_measured_are_counted_whatever_their_format(place, tmp_path, caplog):
     messages = [
         {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
         for row in LEARN[:5]
@@ -309,13 +309,15 @@ def test_protect_rows_that_are_learnt_are_counted_whatever_their_format(place, t
     rows.find(
         config(
             place,
-            {"name": "notes", "dataset": f"{place}/learn.jsonl"},
+            {"name": "notes", "dataset": f"{place}/learn.jsonl", "measure": f"{place}/protect.jsonl"},
             {"name": "old", "dataset": f"{tmp_path}/old.jsonl", "role": "protect"},
             {"name": "other", "dataset": f"{place}/protect.jsonl", "role": "protect"},
         )
     )
     assert [record.getMessage() for record in caplog.records if "word for word" in record.getMessage()] == [
-        "old: 5 of its 10 protect rows are learnt, too, word for word. Take them out of one of the two."
+        "old: 5 of its 10 protect rows are learnt, too, word for word. Take them out of one of the two.",
+        f"notes: {len(PROTECT)} of its {len(PROTECT)} measured rows protect, too, word for word, and will look better kept "
+        "than others. Measure other rows.",
     ]
 
 
