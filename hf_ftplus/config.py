@@ -165,8 +165,6 @@ def read_yaml(path: str | None, what: str = "--config") -> dict[str, Any]:
     """
     import yaml
 
-    from .tasks import refuse_twice
-
     if path is None:
         return {}
     text = ""
@@ -180,9 +178,33 @@ def read_yaml(path: str | None, what: str = "--config") -> dict[str, Any]:
         raise UsageError(said + (" Put templates in quotes." if "{{" in str(text) else "")) from None
     if not isinstance(content, dict):
         raise UsageError(f"{what} {path} holds a {type(content).__name__}; expected a mapping of option: value.")
-    if "tasks" in content:
-        refuse_twice(text, path)
+    refuse_twice(text, path)
     return content
+
+
+def refuse_twice(text: str, path: str) -> None:
+    """Raise for a key that stands twice in one mapping: YAML would keep the last in silence.
+
+    Raises:
+        UsageError: names the key and its line.
+    """
+    import yaml
+
+    from .task_keys import shown
+
+    found = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    while found:
+        node = found.pop()
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, value in node.value:
+                if str(key.value) in seen:
+                    line = key.start_mark.line + 1
+                    raise UsageError(f"{path}:{line}: {shown(key.value)} stands twice in one mapping; expected once.")
+                seen.add(str(key.value))
+                found.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            found += node.value
 
 
 def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -177,6 +177,8 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
     for text, line in (
         ("tasks:\n  a: {dataset: x}\n  b: {dataset: y}\n  a: {dataset: z}\n", 4),
         ("tasks:\n- name: a\n  dataset: x\n  dataset: y\n", 4),
+        ("a: 1\nb: {c: [1, {dataset: 2,\n dataset: 2}]}\n", 3),
+        ("a: 1\nb: 2\na: 1\n", 3),
     ):
         (tmp_path / "run.yaml").write_text(text)
         with pytest.raises(UsageError, match=rf"run\.yaml:{line}: '(a|dataset)' stands twice"):
