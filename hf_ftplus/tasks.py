@@ -50,11 +50,12 @@ class TaskConfig:
         return self.spec.load(seed)
 
 
-def read(given: Any) -> tuple[list[TaskConfig], list[str]]:
+def read(given: Any, shared: bool = True) -> tuple[list[TaskConfig], list[str]]:
     """The tasks under `tasks:` without what is wrong with them, and everything that is.
 
     Args:
         given: a list of mappings, a mapping of names to mappings, or tasks that were read before.
+        shared: whether training is shared out between them, which takes one to learn; else they are only looked at.
     """
     if given and isinstance(given, list) and all(isinstance(task, TaskConfig) for task in given):
         return given, []
@@ -72,7 +73,7 @@ def read(given: Any) -> tuple[list[TaskConfig], list[str]]:
             wrong += [f"{where}: {said}" for _, said in found]
         else:
             wrong.append(f"{where} is {shown(entry)}; expected a mapping with the keys {', '.join(KEYS)}")
-    wrong += [*_names(tasks), *_shares(tasks, whole=len(tasks) == len(given or ()))]
+    wrong += [*_names(tasks), *(_shares(tasks, whole=len(tasks) == len(given or ())) if shared else ())]
     return [_apart(task, tasks[:number], number) for number, task in enumerate(tasks)], wrong
 
 
@@ -200,28 +201,3 @@ def refuse_shares(tasks: list[TaskConfig], strategies: list[Strategy]) -> None:
                 f"{strategy} shares out training between {role} tasks itself, and a share is given to "
                 f"{', '.join(map(escape, claimed))}. Remove --plugin {strategy}, or share from these tasks."
             )
-
-
-def refuse_twice(text: str, path: str) -> None:
-    """Raise for `tasks`, or a key of a mapping under it, that stands twice: YAML would keep the last in silence.
-
-    Raises:
-        UsageError: names the key and its line.
-    """
-    import yaml
-
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    declared = [(key, value) for key, value in root.value if key.value == "tasks"]
-    found = [yaml.MappingNode(root.tag, declared)]
-    while found:
-        node = found.pop()
-        if isinstance(node, yaml.MappingNode):
-            seen: set[Any] = set()
-            for key, value in node.value:
-                if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise UsageError(f"{path}:{line}: {shown(key.value)} stands twice in one mapping; expected once.")
-                seen.add(key.value)
-                found.append(value)
-        elif isinstance(node, yaml.SequenceNode):
-            found += node.value

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .callback import STATE_FOLDER
 from .data import reason
@@ -66,6 +66,18 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> Trained:
         return Trained(name, model.eval().to(device), _tokenizer(path, base), adapted=base is not None)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or torch was built without
         raise DataError(f"--device {device}: {reason(error)} Leave it out, or type cpu.") from error
+
+
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that need not be loaded yet.
+
+    Raises:
+        DataError: as `load`, as far as can be told without weights.
+    """
+    path, base = resolve(name), base_of(name)
+    with _said_of(name):
+        AutoConfig.from_pretrained(base or path)
+    return _tokenizer(path, base)
 
 
 def weights(name: str, dtype: str = "auto") -> PreTrainedModel:

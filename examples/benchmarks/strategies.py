@@ -57,6 +57,7 @@ ROWS = {
     "distill 10, self, 2e-4": f"{DISTILL} {SELF} --set distill.strength=10 --learning_rate 2e-4",
     "distill 1/8, self, 90 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 1e-4 {NINETY}",
     "distill 1/8, self, 5e-5, 90 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 5e-5 {NINETY}",
+    "distill 1/8, self, 5e-5, 100 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 5e-5 {HUNDRED}",
     "distill 1/8, self 192, 90 steps": f"{DISTILL} {EIGHTH} {MORE} --learning_rate 1e-4 {NINETY}",
     "distill 1/16, self 192, 90 steps": f"{DISTILL} {MORE} --learning_rate 1e-4 {NINETY}",
     "distill on learn": "--plugin distill --set distill.on=learn --learning_rate 1e-4",

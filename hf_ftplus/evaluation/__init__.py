@@ -6,6 +6,7 @@ drift       KL to the starting model, without keeping it
 metrics     choice by log-likelihood, exact match, F1, ROUGE-L
 greedy      what the model answers
 statistics  ratios with paired bootstrap intervals (pure functions)
+verdict     lost, kept or not resolved: one word, by a fixed rule
 results     what was found, and the retention gate
 runner      Evaluation: before, after
 """

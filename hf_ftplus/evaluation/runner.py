@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from .found import as_found, bare
 from .greedy import answers
 from .results import Completion, Kept, Level, TaskResult
 from .scoring import Autocast, Scores, Start, score
-from .statistics import NOT_MEASURED
+from .statistics import NOT_MEASURED, Estimate
 from .tasks import EvalTask, asked_text, expected, question
 
 SPARE = 4
@@ -40,6 +41,10 @@ class Moment:
     unread: int = 0
     """Answers in which the metric's pattern found nothing."""
     answers: dict[int, str] = field(default_factory=dict)
+    said: list[str] | None = None
+    """The answer to every row, where the metric reads them."""
+    seconds: float = 0.0
+    """Of scoring loss, accuracy and drift."""
 
 
 class Evaluation:
@@ -61,6 +66,7 @@ class Evaluation:
         completions: rows of each task whose greedy answers are kept side by side.
         max_new_tokens: length of a completion; metrics allow for the longest expected answer of their task.
         autocast: the context of the forward passes, such as `partial(torch.autocast, "cuda", torch.bfloat16)`.
+        sides: what notes call the two sides that are compared.
     """
 
     def __init__(
@@ -72,11 +78,13 @@ class Evaluation:
         completions: int = 4,
         max_new_tokens: int = 48,
         autocast: Autocast = nullcontext,
+        sides: tuple[str, str] = ("before training", "after training"),
     ) -> None:
         self.tasks = list(tasks)
         distinct_names(task.name for task in self.tasks)
         self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
         self.completions, self.max_new_tokens, self.autocast = completions, max_new_tokens, autocast
+        self.sides = sides
         self._head: Head | None = None
         self._before: dict[str, Moment] = {}
         self._after: dict[str, Moment] = {}
@@ -89,7 +97,8 @@ class Evaluation:
             self._head = keep_head(model)
         with as_found(model, self.seed):
             for task in self.tasks:
-                self._before[task.name] = self._measure(model, task, "before")
+                label = f"{task.name}: score before"
+                self._before[task.name] = self.measure(model, task, keep_hidden=True, label=label)
             self._show(model, self._before)
         return self.results()
 
@@ -99,7 +108,8 @@ class Evaluation:
         self._after = {}
         with as_found(model, self.seed):
             for task in self.tasks:
-                self._after[task.name] = self._measure(model, task, "after")
+                label = f"{task.name}: score after"
+                self._after[task.name] = self.measure(model, task, self._start(task), label=label)
             self._show(model, self._after)
         return self.results()
 
@@ -128,32 +138,45 @@ class Evaluation:
 
     def results(self) -> list[TaskResult]:
         """What has been measured so far, in the order of the tasks."""
-        return [self._result(task) for task in self.tasks]
+        return [self.result(task, self._before.get(task.name), self._after.get(task.name)) for task in self.tasks]
 
     def _start(self, task: EvalTask) -> Start | None:
         before = self._before.get(task.name)
         return Start(self._head, before.scores.hidden) if before else None
 
-    def _measure(self, model: nn.Module, task: EvalTask, when: str) -> Moment:
+    def measure(
+        self,
+        model: nn.Module,
+        task: EvalTask,
+        start: Start | None = None,
+        keep_hidden: bool = False,
+        label: str = "score",
+    ) -> Moment:
+        """One task as it stands with `model`, which is bare and inside `as_found`.
+
+        Args:
+            start: what drift is measured from.
+            keep_hidden: keep what makes this moment such a start.
+            label: of the progress bar.
+        """
+        begin = time.perf_counter()
         scores = score(
             model,
             task.examples,
             self.batch_size,
-            start=self._start(task) if when == "after" else None,
-            keep_hidden=when == "before",
+            start=start,
+            keep_hidden=keep_hidden,
             autocast=self.autocast,
-            label=f"{task.name}: score {when}",
+            label=label,
         )
-        return Moment(scores, *self._metric(model, task))
-
-    def _metric(self, model: nn.Module, task: EvalTask) -> tuple[NDArray | None, int]:
-        """The task's own score of each row, and in how many answers its pattern found nothing."""
+        seconds = time.perf_counter() - begin
         if task.scored_by is None:
-            return None, 0
+            return Moment(scores, seconds=seconds)
         if not task.scored_by.written:
-            return metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast), 0
+            right = metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast)
+            return Moment(scores, right, seconds=seconds)
         said = self._ask(model, [(task, i) for i in range(len(task.rows))], self._room(task), task.name)
-        return metrics.written(said, task)
+        return Moment(scores, *metrics.written(said, task), said=said, seconds=seconds)
 
     def _show(self, model: nn.Module, moments: dict[str, Moment]) -> None:
         """Ask for the completions of all tasks together: a step costs little more for twelve rows than for four."""
@@ -191,8 +214,8 @@ class Evaluation:
 
     # ---- from sums per row to figures ------------------------------------------------------------------------------
 
-    def _result(self, task: EvalTask) -> TaskResult:
-        before, after = self._before.get(task.name), self._after.get(task.name)
+    def result(self, task: EvalTask, before: Moment | None, after: Moment | None) -> TaskResult:
+        """What two moments of a task say, and what lies between them; either may be missing."""
         either = before or after
         result = TaskResult(
             task.name,
@@ -202,7 +225,7 @@ class Evaluation:
             metric=task.scored_by and task.scored_by.name,
             completions=self._completions(task, before, after),
             notes=[*task.notes]
-            + [note for when, moment in (("before", before), ("after", after)) for note in _notes(when, moment)],
+            + [note for when, moment in zip(self.sides, (before, after), strict=True) for note in _notes(when, moment)],
         )
         if before:
             result.before = self._level(before)
@@ -227,9 +250,7 @@ class Evaluation:
         result.change = Level(
             loss=statistics.per_token(two.nll - one.nll, one.tokens, self.seed),
             token_accuracy=statistics.per_token(two.correct - one.correct, one.tokens, self.seed),
-            metric=NOT_MEASURED
-            if result.metric is None
-            else statistics.per_row(after.metric - before.metric, self.seed),
+            metric=self._change_of_metric(task, before, after),
         )
         was, now = (one.correct, two.correct) if result.metric is None else (before.metric, after.metric)
         result.retention = statistics.retention(was, now, self.seed)
@@ -237,7 +258,14 @@ class Evaluation:
             result.flips = statistics.flips(was, now)
         if result.undefined:
             what = result.retention_of.replace("_", " ")
-            result.notes.append(f"Retention is undefined: {what} was 0 before training.")
+            result.notes.append(f"Retention is undefined: {what} was 0 {self.sides[0]}.")
+
+    def _change_of_metric(self, task: EvalTask, before: Moment, after: Moment) -> Estimate:
+        if task.scored_by is None:
+            return NOT_MEASURED
+        if task.scored_by.graded:
+            return statistics.per_row(after.metric - before.metric, self.seed)
+        return statistics.change_of_share(before.metric, after.metric)
 
     def _completions(self, task: EvalTask, before: Moment | None, after: Moment | None) -> list[Completion]:
         return [
@@ -251,12 +279,12 @@ class Evaluation:
         ]
 
 
-def _notes(when: str, moment: Moment | None) -> list[str]:
+def _notes(side: str, moment: Moment | None) -> list[str]:
     """What a figure alone does not say: a model that no longer computes, answers that no pattern could read."""
     if moment is None:
         return []
     rows, bad = len(moment.scores.nll), int((~np.isfinite(moment.scores.nll)).sum())
-    found = [f"The loss {when} training is not finite on {bad} of {rows} rows."] if bad else []
+    found = [f"The loss {side} is not finite on {bad} of {rows} rows."] if bad else []
     if moment.unread:
-        found.append(f"No answer was found in {moment.unread} of {rows} texts {when} training; these score 0.")
+        found.append(f"No answer was found in {moment.unread} of {rows} texts {side}; these score 0.")
     return found

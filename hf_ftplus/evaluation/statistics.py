@@ -4,6 +4,9 @@
     change            (after - before) / tokens     drift             KL / tokens
     metric            right rows / rows             retention         after / before
 
+Intervals are percentile bootstraps, widened to what Student's t would ask for so that few rows do not promise too much;
+where rows can only be right or wrong, Wilson's for a share of them all, and Bonett and Price's for a change.
+
 Rows are drawn with replacement and both sides of a ratio with them, so that what differs between rows (a hard one, a
 long one) does not blur what changed between before and after. A row, not a token, is what is drawn: tokens of one row
 are not independent. The interval says how far the rows measured stand for others like them; it says nothing about
@@ -16,7 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, norm
+from scipy.stats import t as student
 
 RESAMPLES = 4000
 LEVEL = 0.95
@@ -62,6 +66,10 @@ def estimate(numerator: ArrayLike, denominator: ArrayLike, seed: int = 0) -> Est
     The value is None if it is undefined (over zero) or not finite. The interval is None with fewer than two rows, or
     if more resamples than the interval leaves out are undefined: a baseline of one right row in twenty has no upper
     end. Percentile rather than BCa: BCa is undefined when no row changed, which is what everyone hopes to see.
+
+    A resample varies less than new rows would, by (n - 1) / n, and is as good as normal where t has heavier tails; so
+    the percentiles lie further out, at Phi(-sqrt(n / (n - 1)) t) for the t of n - 1 degrees (Hesterberg 2015,
+    "expanded percentile"): 95 % intervals of 16 rows of tokens then cover 94 %, and not 92 %.
     """
     above, below = np.asarray(numerator, float), np.asarray(denominator, float)
     value = float(ratio(above, below)) if above.size else np.inf
@@ -80,7 +88,8 @@ def estimate(numerator: ArrayLike, denominator: ArrayLike, seed: int = 0) -> Est
             method="percentile",
             rng=np.random.default_rng(seed),
         ).bootstrap_distribution
-    tail = (1 - LEVEL) / 2
+    n = above.size
+    tail = norm.cdf(np.sqrt(n / (n - 1)) * student.ppf((1 - LEVEL) / 2, n - 1))
     low, high = np.quantile(drawn, [tail, 1 - tail], method="inverted_cdf")
     if not (np.isfinite(low) and np.isfinite(high)):
         return Estimate(value)
@@ -109,6 +118,22 @@ def share(right: ArrayLike, seed: int = 0) -> Estimate:
         return found
     low, high = binomtest(int(right.sum()), right.size).proportion_ci(LEVEL, method="wilson")
     return Estimate(found.value, float(low), float(high))
+
+
+def change_of_share(before: ArrayLike, after: ArrayLike) -> Estimate:
+    """after - before in the share of rows that are right, each 1 or 0 and paired by row.
+
+    The bootstrap would be certain where no row flipped, and nearly so where few did. Bonett and Price (2012) add one
+    row that flipped each way and take the normal interval: 64 rows without a flip are [-0.04, 0.04]. It covers what it
+    promises from 8 rows on, and more where flips are rare.
+    """
+    moved = np.asarray(after, float) - np.asarray(before, float)
+    if moved.size < 2 or not np.isfinite(moved).all():
+        return Estimate(float(moved.mean())) if moved.size and np.isfinite(moved).all() else NOT_MEASURED
+    padded = np.append(moved, [1.0, -1.0])
+    half = norm.ppf((1 + LEVEL) / 2) * padded.std() / np.sqrt(padded.size)
+    # the interval stands around the padded mean, a little nearer to zero than what was found
+    return Estimate(float(moved.mean()), *(float(np.clip(padded.mean() + side, -1, 1)) for side in (-half, half)))
 
 
 def retention(before: ArrayLike, after: ArrayLike, seed: int = 0) -> Estimate:

@@ -1,0 +1,189 @@
+"""`ftplus eval`: score models on the same rows, and say what each kept, lost and gained against the first."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..config import OPTIONS, merge, read_yaml
+from ..errors import StorageError, UsageError, nearest
+from .generate import device_option, dtype_option
+from .sft import take_environment
+
+if TYPE_CHECKING:
+    from ..scored.plan import Plan
+
+OF_SFT = ("measure", "protect", "metric", "measure_rows")
+"""Options that mean here what they mean to `ftplus sft`."""
+NUMBERS = {"seed": (42, 0), "max_length": (1024, 2), "measure_rows": (64, 1)}
+"""Default and least value; the defaults are those of `ftplus sft`."""
+
+
+def options_of_sft(command: Any) -> Any:
+    for option in reversed([option for option in OPTIONS if option.name in OF_SFT]):
+        flags = dict.fromkeys([f"--{option.name.replace('_', '-')}", f"--{option.name}"])
+        kind = click.IntRange(1) if option.kind is int else option.kind
+        command = click.option(
+            *flags, option.name, multiple=option.many, type=kind, metavar=option.metavar, help=HELP[option.name]
+        )(command)
+    return command
+
+
+HELP = {
+    "measure": "A task: a file, a Hub name, or self:64, which the first model writes. Repeatable.",
+    "protect": "A task that is to be kept, on the rows that `ftplus sft` would measure. Repeatable.",
+    "metric": next(option.help for option in OPTIONS if option.name == "metric"),
+    "measure_rows": "Rows per task, the same for all models; 64 if left out.",
+}
+
+
+@click.command(name="eval", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("models", metavar="MODEL [MODEL...]", nargs=-1)
+@click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="YAML with tasks:, protect:, measure: and the like; a run's own will do.",
+)
+@options_of_sft
+@click.option(
+    "--lm-eval",
+    "--lm_eval",
+    metavar="TASK[,TASK...]",
+    help="Tasks of lm-evaluation-harness, --measure-rows of each. Repeatable.",
+    multiple=True,
+)
+@click.option(
+    "--lm-eval-include",
+    "--lm_eval_include",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="YAML files of your own tasks for --lm-eval.",
+)
+@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Keep eval.json, and every row, here.")
+@click.option(
+    "--cache",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="What was measured before. [~/.cache/ftplus/eval]",
+)
+@click.option(
+    "--margin",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(0, 100, min_open=True),
+    metavar="POINTS",
+    help="A change of score that counts as none: kept lies within it.",
+)
+@click.option(
+    "--batch_size", "--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows scored at once."
+)
+@click.option(
+    "--max_length", "--max-length", type=click.IntRange(2), help="Tokens of a row that are read; 1024 if left out."
+)
+@click.option("--seed", type=int, help="Of drawn templates and written rows; 42 if left out, as for `ftplus sft`.")
+@dtype_option
+@device_option
+def eval(
+    models: tuple[str, ...], config_file: str | None, out: Path | None, cache: Path | None, margin: float,
+    max_length: int | None, seed: int | None, batch_size: int, dtype: str, device: str | None,
+    lm_eval: tuple[str, ...], lm_eval_include: Path | None, **flags: Any,
+) -> None:  # fmt: skip
+    """Score models on the same rows, and compare each with the first.
+
+    MODEL is a folder that `ftplus sft` wrote (a model, an adapter, one of its checkpoints), a Hub name, or demo.
+
+    \b
+    ftplus eval demo OUTPUT --measure chat=chat.jsonl --measure quiz=quiz.jsonl --metric quiz=exact_match
+    ftplus eval BASE OUTPUT OUTPUT/checkpoint-* --config run.yaml --out scores
+    """
+    if not models:
+        raise UsageError(
+            "There is no model. Type ftplus eval MODEL [MODEL...] --measure NAME=DATA, the first to compare with."
+        )
+    yaml = take_environment(read_yaml(config_file))
+    ours, rest = merge(flags, yaml)
+    typed = {"seed": seed, "max_length": max_length, "measure_rows": flags["measure_rows"]}
+    how = {key: _whole(key, typed[key] if typed[key] is not None else yaml.get(key)) for key in NUMBERS}
+    for folder, flag in ((out, "--out"), (cache, "--cache")):
+        if folder:
+            writable(folder, flag)
+
+    from transformers.utils import logging
+
+    from ..model import cache as own
+    from ..scored.cells import Cells
+    from ..scored.harness import load
+    from ..scored.plan import Plan, asked
+
+    _check(rest)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    names = [name.strip() for text in lm_eval for name in text.split(",") if name.strip()]
+    tasks = asked(ours, others=bool(names))
+    benchmarks = load(names, lm_eval_include, how["measure_rows"]) if names else []
+    if {"dataset_name", "datasets"} & rest.keys() and "learn" not in [task.name for task in tasks]:
+        click.echo("What the run learnt is not scored. To score it, too, type --measure learn=DATA.", err=True)
+    run(
+        Plan(list(models), tasks, batch_size=batch_size, dtype=dtype, device=device, margin=margin / 100, **how),
+        Cells(cache or writable(own() / "eval", "--cache")),
+        out,
+        benchmarks,
+    )
+
+
+def run(plan: Plan, kept: Any, out: Path | None, benchmarks: list[Any]) -> None:
+    """Measure, show, keep."""
+    from rich.console import Console
+
+    from ..scored.judged import judge, save
+    from ..scored.measuring import measure
+    from ..scored.shown import table
+
+    try:
+        scored = measure(plan, kept, lambda said: click.echo(said, err=True), benchmarks)
+    except KeyboardInterrupt:
+        click.echo("What was measured is kept; the same command goes on.", err=True)
+        raise
+    cells = sum(map(len, [*scored.moments, *scored.outcomes, scored.again, scored.outcomes_again]))
+    click.echo(f"{scored.measured} of {cells} cells measured now, the others before.", err=True)
+    judgement = judge(scored)
+    Console(highlight=False).print(table(judgement))
+    if out:
+        click.echo(f"All figures, and the rows behind them: {save(judgement, out)}", err=True)
+
+
+def writable(folder: Path, flag: str) -> Path:
+    """The folder, made if need be and tried before anything is loaded."""
+    trial = folder / ".ftplus-trial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise StorageError(f"{flag} {folder} cannot be written: {error.strerror}. Choose another folder.") from None
+    return folder
+
+
+def _whole(key: str, value: Any) -> int:
+    default, least = NUMBERS[key]
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{key}: {value!r}; expected a whole number of {least} or more.")
+    return value
+
+
+def _check(rest: dict[str, Any]) -> None:
+    """Raise for a key of the YAML file that neither we nor `ftplus sft` know."""
+    if not rest:
+        return
+    from .sft import yaml_keys
+
+    known = yaml_keys()
+    for key in rest:
+        if key not in known:
+            raise UsageError(f"Unknown key {key!r} in the YAML file.{nearest(key, known)} See `ftplus eval --help`.")

@@ -1,0 +1,76 @@
+"""Keep what one model did on one task, whole or not at all, as soon as it is there.
+
+A cell is a JSON file: sums of every row, its score and its answer. No weights, no hidden states.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import disk
+from ..errors import StorageError
+from ..evaluation.runner import Moment
+from ..evaluation.scoring import Scores
+from ..report.record import strict
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A folder of them, each under the digest of what it comes from."""
+
+    folder: Path
+
+    def get(self, key: str) -> Any:
+        """What was kept, or None; half a file, or one of somebody else, was never kept."""
+        try:
+            return json.loads(self._file(key).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def put(self, key: str, value: Any) -> None:
+        text = json.dumps(strict(value), ensure_ascii=False, allow_nan=False)
+        try:
+            disk.replace(self._file(key), lambda file: file.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise StorageError(
+                f"{self._file(key)} cannot be written: {error.strerror}. Choose another --cache."
+            ) from None
+
+    def moment(self, key: str) -> Moment | None:
+        found = self.get(key)
+        try:
+            return None if found is None else read(found)
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
+
+
+def written(moment: Moment) -> dict[str, Any]:
+    """A moment as plain values; what is not finite becomes None."""
+    scores = moment.scores
+    return {
+        "nll": scores.nll,
+        "tokens": scores.tokens,
+        "correct": scores.correct,
+        "kl": scores.kl,
+        "score": moment.metric,
+        "answers": moment.said,
+        "unread": moment.unread,
+        "seconds": moment.seconds,
+    }
+
+
+def read(found: dict[str, Any]) -> Moment:
+    """The inverse; None becomes NaN again."""
+    tokens, correct = (np.array(found[name], np.int64) for name in ("tokens", "correct"))
+    nll, kl, score = (None if found[name] is None else np.array(found[name], float) for name in ("nll", "kl", "score"))
+    return Moment(
+        Scores(nll, tokens, correct, kl), score, found["unread"], said=found["answers"], seconds=found["seconds"]
+    )

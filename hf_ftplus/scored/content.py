@@ -1,0 +1,83 @@
+"""Models, tasks and code known by what they hold: what was measured once need not be measured again.
+
+A local model is known by every byte of its weights, configuration and tokenizer, which takes as long as reading it
+(about a second per GB); a model of the Hub by its commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from ..evaluation import EvalTask
+from ..trained import base_of, resolve
+
+HELD = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+"""Suffixes of files that a model or its tokenizer is made of."""
+OTHERS = (
+    "training_args.bin",
+    "trainer_state.json",
+    "eval.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+)
+CODE = (
+    "evaluation.runner", "evaluation.scoring", "evaluation.drift", "evaluation.metrics", "evaluation.greedy",
+    "evaluation.tasks", "evaluation.found", "logits", "examples", "generate", "scored.measuring", "scored.cells",
+)  # fmt: skip
+"""What a figure of one row comes from."""
+
+
+def digest(thing: Any) -> str:
+    """Of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(thing, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def of_model(name: str) -> str:
+    """The model of a folder, of the Hub or `demo`; an adapter together with its base."""
+    path, base = resolve(name), base_of(name)
+    own = _of_folder(Path(path)) if Path(path).is_dir() else _of_hub(path)
+    return own if base is None else digest([own, of_model(base)])
+
+
+def _of_folder(folder: Path) -> str:
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in HELD and file.name not in OTHERS]
+    return digest([(file.name, _of_file(file)) for file in files])
+
+
+def _of_file(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _of_hub(name: str) -> str:
+    """A model without a commit is like no other, and measured every time."""
+    return f"{name}@{getattr(AutoConfig.from_pretrained(name), '_commit_hash', None) or secrets.token_hex()}"
+
+
+def of_task(task: EvalTask) -> str:
+    """Its rows, as text and as tokens, and how they are scored; not its name."""
+    return digest([task.examples, task.rows, task.metric])
+
+
+@cache
+def of_code() -> str:
+    """What figures are computed by, and the libraries below it."""
+    files = [Path(import_module(f"hf_ftplus.{name}").__file__) for name in CODE]
+    return digest([[_of_file(file) for file in files], versions()])
+
+
+def versions() -> dict[str, str]:
+    names = ("hf-ftplus", "torch", "transformers", "tokenizers", "peft")
+    return {name: metadata.version(name) for name in names}

@@ -1,0 +1,366 @@
+"""`ftplus eval`: what it measures beside plain forward passes, what it calls lost, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from importlib.util import find_spec
+
+import pytest
+import torch
+from commands import make_place, words
+from evaluation.cases import brute_force, brute_force_kl, moved
+from memorised import ASKED, CHOICES, rows_of, save, scored, that_says, write
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_ftplus.cli import main
+from hf_ftplus.data import load
+from hf_ftplus.evaluation import EvalTask, Evaluation
+from hf_ftplus.evaluation.drift import keep_head
+from hf_ftplus.evaluation.found import as_found
+from hf_ftplus.evaluation.scoring import Start
+from hf_ftplus.examples import tokenize
+from hf_ftplus.measured import hold_out
+from hf_ftplus.scored import measuring
+from hf_ftplus.scored.shown import short
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """`base` knows its answers by heart, `worse` is the same model shaken; `lora` is a run with two checkpoints."""
+    place = make_place(tmp_path_factory.mktemp("place"))
+    base = that_says(ASKED)
+    save(base, place / "base")
+    save(moved(base, by=0.12), place / "worse")
+    write(place / "asked.jsonl", ASKED)
+    write(place / "quiz.jsonl", CHOICES)
+    write(place / "questions.jsonl", [{"prompt": row["prompt"]} for row in ASKED])
+    flags = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--learning_rate", "5e-2"]
+    assert main(words(place, place / "lora", *flags, "--measure_rows", "0", plugin=None, protect=None)) == 0
+    return place
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Nothing was measured before a test."""
+    monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+    return tmp_path / "cache" / "eval"
+
+
+def model_at(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_figures_are_those_of_two_models_that_were_both_kept(place, tmp_path):
+    found = scored(place, tmp_path / "out", ["base", "worse"], "--measure", f"asked={place / 'asked.jsonl'}")
+    examples = tokenize(ASKED, tiny_tokenizer(), None, "rows").examples
+    base, worse = model_at(place / "base"), model_at(place / "worse")
+    for model, (entry,) in zip((base, worse), found["results"], strict=True):
+        truth = brute_force(model, examples)
+        tokens = sum(row[1] for row in truth)
+        assert entry["after"]["loss"]["value"] == pytest.approx(sum(row[0] for row in truth) / tokens, rel=1e-5)
+        assert entry["after"]["token_accuracy"]["value"] == pytest.approx(sum(row[2] for row in truth) / tokens)
+        assert [(row["tokens"], row["correct"]) for row in rows_of(tmp_path / "out", entry)] == [r[1:] for r in truth]
+    drift = sum(brute_force_kl(base, worse, examples)) / tokens
+    assert found["results"][1][0]["drift"]["value"] == pytest.approx(drift, rel=1e-4)
+    assert found["results"][0][0]["verdict"] is None
+    assert all(model["tokens_per_second"] > 0 for model in found["models"])
+
+
+@pytest.mark.parametrize(("order", "word"), [(["base", "worse"], "lost"), (["worse", "base"], "gained")])
+def test_what_was_lost_one_way_is_gained_the_other_with_the_rows_that_flipped(place, tmp_path, capsys, order, word):
+    flags = ["--measure", f"asked={place / 'asked.jsonl'}", "--metric", "asked=exact_match"]
+    found = scored(place, tmp_path / "out", order, *flags)
+    first, second = (entries[0] for entries in found["results"])
+    assert second["verdict"] == word
+    fewer, more = ("right_only_now", "right_only_first")[:: -1 if word == "gained" else 1]
+    assert len(second[more]) > len(second[fewer])
+    rows = {side: rows_of(tmp_path / "out", entry) for side, entry in (("first", first), ("second", second))}
+    for row in second["right_only_first"]:
+        one, two = (rows[side][row["row"]] for side in ("first", "second"))
+        assert (one["score"], two["score"]) == (1, 0)
+        assert one["answer"] == one["expected"].strip() == row["expected"].strip() != two["answer"]
+    assert sum(row["score"] for row in rows["second"]) / 64 == second["after"]["metric"]["value"]
+    line = capsys.readouterr().out.splitlines()[3].split()
+    assert line[0] == order[1]
+    assert line[-3:] == [word, f"-{len(second['right_only_first'])}", f"+{len(second['right_only_now'])}"]
+
+
+def test_the_same_model_twice_kept_everything(place, tmp_path):
+    flags = ["--measure", f"asked={place / 'asked.jsonl'}", "--measure", f"quiz={place / 'quiz.jsonl'}"]
+    found = scored(place, tmp_path / "out", ["base", "base"], *flags)
+    assert [entry["verdict"] for entry in found["results"][1]] == ["kept", "kept"]
+    assert [entry["drift"]["value"] for entry in found["results"][1]] == [0, 0]
+    few = scored(place, tmp_path / "few", ["base", "base"], *flags, "--measure_rows", "20")
+    assert [entry["verdict"] for entry in few["results"][1]] == ["not resolved"] * 2
+    assert "54 rows" in few["results"][1][0]["notes"][-1]
+
+
+def test_adapters_and_checkpoints_are_what_peft_makes_of_them(place, tmp_path):
+    names = ["model", "lora/checkpoint-2", "lora"]
+    found = scored(place, tmp_path / "out", names, "--measure", f"asked={place / 'asked.jsonl'}")
+    examples = tokenize(ASKED, tiny_tokenizer(), None, "rows").examples
+    for name, (entry,) in zip(names[1:], found["results"][1:], strict=True):
+        truth = brute_force(PeftModel.from_pretrained(model_at(place / "model"), place / name).eval(), examples)
+        loss = sum(row[0] for row in truth) / sum(row[1] for row in truth)
+        assert entry["after"]["loss"]["value"] == pytest.approx(loss, rel=1e-5)
+        assert entry["drift"]["value"] > 0
+
+
+def test_a_fresh_adapter_has_neither_lost_nor_gained(place, tmp_path):
+    get_peft_model(model_at(place / "base"), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "new")
+    found = scored(place, tmp_path / "out", ["base", tmp_path / "new"], "--measure", f"asked={place / 'asked.jsonl'}")
+    assert found["results"][1][0]["verdict"] == "kept"
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def without_command(found):
+    return {key: value for key, value in found.items() if key != "command"}
+
+
+def test_nothing_is_measured_twice_and_a_model_that_changed_is(place, tmp_path, capsys, monkeypatch, cache):
+    shutil.copytree(place / "worse", tmp_path / "worse")
+    flags = [["base", tmp_path / "worse"], "--measure", f"quiz={place / 'quiz.jsonl'}"]
+    once = scored(place, tmp_path / "out", *flags)
+    assert "3 of 3 cells" in capsys.readouterr().err
+    for file in cache.iterdir():
+        file.read_text().encode("ascii")
+    with monkeypatch.context() as patch:
+        patch.delattr(measuring, "load")  # nothing may load
+        again = scored(place, tmp_path / "out", *flags)
+    assert "0 of 3 cells" in capsys.readouterr().err
+    assert without_command(again) == without_command(once)
+    file = tmp_path / "worse" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, file, {"format": "pt"})
+    scored(place, tmp_path / "out", *flags)
+    assert "1 of 3 cells" in capsys.readouterr().err
+    scored(place, tmp_path / "out", *flags, "--dtype", "bfloat16")
+    assert "3 of 3 cells" in capsys.readouterr().err
+
+
+def test_interrupted_it_goes_on_and_finds_the_same(place, tmp_path, capsys, monkeypatch):
+    flags = [["base", "worse", "model"], "--measure", f"asked={place / 'asked.jsonl'}", "--metric", "asked=exact_match"]
+    whole = scored(place, tmp_path / "whole", *flags, "--cache", tmp_path / "other")
+    loaded, measure, seen = measuring.load, Evaluation.measure, []
+
+    def counting(self, model, task, start, hidden, **how):
+        seen.append((self.batch_size, task.metric, hidden))
+        return measure(self, model, task, start, hidden, **how)
+
+    def stopping(name, *how):
+        if name.endswith("worse"):
+            raise KeyboardInterrupt
+        return loaded(name, *how)
+
+    monkeypatch.setattr(measuring, "load", stopping)
+    out = tmp_path / "out"
+    assert main(["eval", *(str(place / name) for name in flags[0]), *flags[1:], "--out", str(out)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not (out / "eval.json").exists()
+    monkeypatch.setattr(measuring, "load", loaded)
+    monkeypatch.setattr(Evaluation, "measure", counting)
+    resumed = scored(place, out, *flags)
+    assert "2 of 4 cells" in capsys.readouterr().err
+    # of the first model the hidden states alone; those of other batches were there
+    assert seen == [(8, None, True), (8, "exact_match", False), (8, "exact_match", False)]
+    seen.clear()
+    scored(place, out, *flags, "--cache", tmp_path / "third")
+    assert [size for size, _, _ in seen] == [8, 4, 8, 8]
+    for one, two in zip(resumed["results"], whole["results"], strict=True):
+        assert one == two
+
+
+def test_half_a_cell_was_never_kept(place, tmp_path, capsys, cache):
+    flags = [["base"], "--measure", f"asked={place / 'asked.jsonl'}"]
+    scored(place, tmp_path / "out", *flags)
+    (file,) = cache.glob("*.json")
+    file.write_text(file.read_text()[:50])
+    scored(place, tmp_path / "out", *flags)
+    assert capsys.readouterr().err.count("1 of 1 cells") == 2
+
+
+def test_one_model_at_a_time_is_in_memory(place, tmp_path, monkeypatch):
+    alive, loaded = [], measuring.load
+
+    def counting(name, *how):
+        assert [model for model in alive if model() is not None] == []
+        found = loaded(name, *how)
+        alive.append(weakref.ref(found.model))
+        return found
+
+    monkeypatch.setattr(measuring, "load", counting)
+    scored(place, tmp_path / "out", ["base", "worse", "model"], "--measure", f"asked={place / 'asked.jsonl'}")
+    assert len(alive) == 3
+
+
+# ---- noise, missing figures, models that do nothing ------------------------------------------------------------------
+
+
+def test_the_first_model_is_measured_in_other_batches_against_the_same_start():
+    """In bf16 some rows come out otherwise; their drift is that of the row before, whatever batch it stands in."""
+    rows = [{"prompt": f"Question {i}? " * (1 + i % 5), "completion": f"It is {i}." * (1 + i % 3)} for i in range(21)]
+    task, model = EvalTask.of("rows", "measure", rows, tiny_tokenizer()), moved(tiny_llama(hidden=256)).bfloat16()
+    with as_found(model):
+        moment = Evaluation([task], tiny_tokenizer(), 8).measure(model, task, keep_hidden=True)
+        start = measuring.relaid(Start(keep_head(model), moment.scores.hidden), task.examples, 4)
+        again = Evaluation([task], tiny_tokenizer(), 4).measure(model, task, start)
+    assert not (again.scores.nll == moment.scores.nll).all()
+    assert again.scores.kl.max() < 1e-2  # of another row it would be 0.1 and more
+    assert again.scores.kl.sum() > 0
+
+
+def test_a_figure_that_is_missing_is_called_so_and_never_zero(place, tmp_path, capsys):
+    broken = model_at(place / "base")
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    save(broken, tmp_path / "broken")
+    found = scored(place, tmp_path / "out", ["base", tmp_path / "broken"], "--measure", f"a={place / 'asked.jsonl'}")
+    entry = found["results"][1][0]
+    assert entry["after"]["loss"]["value"] is entry["change"]["loss"]["value"] is entry["drift"]["value"] is None
+    assert entry["verdict"] == "lost"  # what it says is wrong, whatever its loss
+    assert "with broken is not finite on 64 of 64 rows" in " ".join(entry["notes"]).replace(str(tmp_path) + "/", "")
+    assert "n/m" in capsys.readouterr().out
+    assert {row["nll"] for row in rows_of(tmp_path / "out", entry)} == {None}
+
+
+def test_drift_over_added_tokens_is_not_defined(place, tmp_path):
+    more = model_at(place / "base")
+    more.resize_token_embeddings(400, mean_resizing=False)
+    save(more, tmp_path / "more")
+    found = scored(place, tmp_path / "out", ["base", tmp_path / "more"], "--measure", f"a={place / 'asked.jsonl'}")
+    entry = found["results"][1][0]
+    assert entry["drift"]["value"] is None
+    assert entry["change"]["loss"]["value"] is not None
+    assert "vocabulary" in entry["notes"][-1]
+
+
+def test_an_empty_a_constant_and_a_truncated_answer_are_worth_nothing(place, tmp_path):
+    said = {"empty": lambda text: "", "constant": lambda text: " perhaps", "truncated": lambda text: text[:4]}
+    tokenizer = tiny_tokenizer()
+    for name, cut in said.items():
+        rows = [{"prompt": row["prompt"], "completion": cut(row["completion"]) + tokenizer.eos_token} for row in ASKED]
+        save(that_says(rows, steps=60), tmp_path / name)
+    models = ["base", *(tmp_path / name for name in said)]
+    flags = ["--measure", f"asked={place / 'asked.jsonl'}", "--metric", "asked=exact_match"]
+    found = scored(place, tmp_path / "out", models, *flags)
+    entries = [entries[0] for entries in found["results"]]
+    assert entries[0]["after"]["metric"]["value"] > 0.9
+    assert [entry["after"]["metric"]["value"] for entry in entries[1:]] == [0, 0, 0]
+    assert [entry["verdict"] for entry in entries[1:]] == ["lost"] * 3
+    answers = [{row["answer"] for row in rows_of(tmp_path / "out", entry)} for entry in entries[1:]]
+    assert answers[:2] == [{""}, {"perhaps"}]
+    assert answers[2] == {"yes", "no,"}
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_s_own_yaml_says_what_is_measured(place, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {place / 'model'}\nlearning_rate: 1.0e-4\nplugins: [ewc]\nseed: 3\nmeasure_rows: 30\n"
+        "tasks:\n"
+        f"- {{name: kept, dataset: {place / 'asked.jsonl'}, role: protect, metric: exact_match}}\n"
+        f"- {{name: unseen, dataset: {place / 'asked.jsonl'}, role: protect, measure: false}}\n"
+        f"- {{name: drawn, dataset: {place / 'asked.jsonl'}, template: 'Say: {{{{ prompt }}}}', completion: '{{{{ completion }}}}'}}\n"
+    )
+    found = scored(place, tmp_path / "out", ["base"], "--config", config, "--measure", f"more={place / 'quiz.jsonl'}")
+    entries = {entry["name"]: entry for entry in found["results"][0]}
+    assert [(name, entry["role"], entry["metric"]) for name, entry in entries.items()] == [
+        ("kept", "protect", "exact_match"), ("drawn", "learn", None), ("more", "measure", "choice")
+    ]  # fmt: skip
+    _, held_out = hold_out(load(str(place / "asked.jsonl")), 30)
+    asked = [row["prompt"] for row in rows_of(tmp_path / "out", entries["kept"])]
+    assert asked == held_out["prompt"]  # what a run measures, since the others protect
+    assert "trained on" in entries["drawn"]["notes"][0]
+    assert rows_of(tmp_path / "out", entries["drawn"])[0]["prompt"].startswith("Say: Is")
+
+
+def test_questions_alone_are_measured_against_what_the_first_model_answers(place, tmp_path, capsys):
+    flags = [["base", "worse"], "--measure", f"q={place / 'questions.jsonl'}", "--metric", "q=exact_match"]
+    found = scored(place, tmp_path / "out", *flags)
+    first, second = (entries[0] for entries in found["results"])
+    assert first["after"]["metric"]["value"] == 1
+    assert second["verdict"] == "lost"
+    capsys.readouterr()
+    assert scored(place, tmp_path / "out", *flags)["results"] == found["results"]
+    assert "0 of 3 cells" in capsys.readouterr().err
+
+
+def test_rows_that_the_first_model_writes(place, tmp_path):
+    flags = ["--measure", "self:6", "--protect", "own=self:6"]
+    found = scored(place, tmp_path / "out", ["model", "worse"], *flags)
+    assert [(entry["name"], entry["role"]) for entry in found["results"][1]] == [
+        ("own", "protect"),
+        ("self", "measure"),
+    ]
+    prompts = [{row["prompt"] for row in rows_of(tmp_path / "out", entry)} for entry in found["results"][0]]
+    assert not prompts[0] & prompts[1]
+
+
+# ---- careless acts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("--measure a=asked.jsonl", 2, "There is no model. Type ftplus eval MODEL"),
+        ("base", 2, "There is nothing to measure. Type --measure NAME=DATA"),
+        ("bse --measure a=asked.jsonl", 3, "The model 'bse' cannot be loaded"),
+        ("./bse --measure a=asked.jsonl", 3, "No model at './bse'; expected a folder"),
+        ("bare --measure a=asked.jsonl", 3, "has no tokenizer that can be loaded"),
+        ("base --measure a=askd.jsonl", 3, "Did you mean 'asked.jsonl'?"),
+        ("base --measure a=empty.jsonl", 3, "0 rows; expected at least one"),
+        ("base --measure a=asked.jsonl --metric b=choice", 2, "no task 'b'. Tasks: a."),
+        ("base --measure a=asked.jsonl --metric a=chioce", 2, "Did you mean 'choice'?"),
+        ("base --measure a=asked.jsonl --metric a=choice", 3, "has no 'choices'"),
+        ("base --config tasks.yaml", 2, "tasks.a: "),
+        ("base --config keys.yaml", 2, "Unknown key 'taks' in the YAML file. Did you mean 'tasks'?"),
+        ("base --config seed.yaml", 2, "seed: 'three'; expected a whole number"),
+        ("base --config rows.yaml", 2, "measure_rows: 0; expected a whole number of 1 or more"),
+        ("base other --measure a=asked.jsonl", 4, "other reads a otherwise than base does (vocabularies of "),
+        ("base --measure a=asked.jsonl --out asked.jsonl/x", 6, "--out asked.jsonl/x cannot be written"),
+        ("base --measure a=asked.jsonl --cache asked.jsonl", 6, "--cache asked.jsonl cannot be written"),
+        ("base --measure a=asked.jsonl --measure_rows 0", 2, "0 is not in the range"),
+        ("base --measure a=asked.jsonl --device nowhere", 3, "--device nowhere"),
+    ],
+)
+def test_every_careless_act_is_one_sentence(place, tmp_path, capsys, monkeypatch, line, code, said):
+    monkeypatch.chdir(place)
+    (place / "empty.jsonl").write_text("")
+    (place / "tasks.yaml").write_text("tasks: [{name: a, dataset: asked.jsonl, metrc: choice}]")
+    (place / "keys.yaml").write_text("taks: []\nmeasure: {a: asked.jsonl}")
+    (place / "seed.yaml").write_text("seed: three\nmeasure: {a: asked.jsonl}")
+    (place / "rows.yaml").write_text("measure_rows: 0\nmeasure: {a: asked.jsonl}")
+    model_at("base").save_pretrained("bare")
+    model_at("base").save_pretrained("other")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_bos_token, tokenizer.eos_token = True, "<|endoftext|>"
+    tokenizer.save_pretrained("other")
+    monkeypatch.setattr(measuring, "load", measuring.load if "nowhere" in line else pytest.fail)  # refused before
+    assert main(["eval", *line.split()]) == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_a_missing_harness_is_one_sentence(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert main(["eval", "base", "--lm-eval", "arc_easy"]) == 2
+    assert "Type: pip install 'hf-ftplus[lm-eval]'" in capsys.readouterr().err
+
+
+def test_models_are_called_by_what_tells_them_apart():
+    assert short(["out/plain", "out/ewc/", "demo"]) == ["plain", "ewc", "demo"]
+    assert short(["a/checkpoint-2", "b/checkpoint-2"]) == ["a/checkpoint-2", "b/checkpoint-2"]
+    assert short(["a/x", "a/x"]) == ["x", "x"]
