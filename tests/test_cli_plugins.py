@@ -97,7 +97,7 @@ def test_it_runs_as_a_module():
         (
             ["plugin"],
             2,
-            "No command 'plugin'. Did you mean 'plugins'? Commands: sft, sequence, data, generate, merge, plugins, doctor.",
+            f"No command 'plugin'. Did you mean 'plugins'? Commands: {', '.join(COMMANDS)}.",
         ),
         (["plugins", "ewcc"], 2, "No plugin 'ewcc'. Did you mean 'ewc'?"),
         (["plugins", "./gone.py"], 2, "No plugin file at 'gone.py'"),
