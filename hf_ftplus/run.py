@@ -24,7 +24,8 @@ from .errors import IncompatibleError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
 from .measured import keep_apart, tasks
 from .model import to_train
-from .report import Report
+from .page import leave_page
+from .report import Report, history
 from .report.tracked import track
 from .row_checks import check_supervised
 from .rows import Rows, find, tokenizer_of, write
@@ -71,8 +72,9 @@ def sft(config: RunConfig) -> Report:
     track(trainer, results, "after")
     report = Report(results, facts(config, trainer, seconds))
     if trainer.is_world_process_zero():
-        report.save(Path(config.training.output_dir) / STATE_FOLDER / "report.json")
+        file = report.save(Path(config.training.output_dir) / STATE_FOLDER / "report.json")
         report.show()
+        leave_page(file)
     if config.training.push_to_hub:
         trainer.push_to_hub(dataset_name=config.script.dataset_name)
     trainer.accelerator.wait_for_everyone()  # a launcher ends all processes when the first fails, as by the gate below
@@ -291,6 +293,7 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
         "processes": trainer.args.world_size,
         "seconds": seconds,
         "strategies": {} if trainer.ftplus is None else strategy_facts(trainer),
+        "history": history(trainer.state.log_history),
     }
 
 

@@ -28,8 +28,10 @@ def test_one_command_runs_all_stages_and_prints_the_matrix(place, tmp_path, caps
     out = tmp_path / "out"
     given = sequence_yaml(place, out, stages=2, max_steps=2, save_strategy="no", metric={"fruits": "exact_match"})
     assert main(["sequence", written(given, tmp_path)]) == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
     table = shown[shown.rindex("after  ") :]
+    assert f"Page: {out}/report.html" in said
+    assert 'class="matrix"' in (out / "report.html").read_text()
     for word in ("the start", "colours", "fruits", "token acc. %", "exact match %", "ACC", "BWT", "FWT", "LA"):
         assert word in table
     assert json.loads((out / "sequence.json").read_text())["metrics"] == {

@@ -63,6 +63,7 @@ ROWS = {
     "distill on learn": "--plugin distill --set distill.on=learn --learning_rate 1e-4",
     "replay + EWC 10,000, self": f"{REPLAY} {EWC}=10000 {SELF} --learning_rate 1e-4 --max_steps 69",
     "distill 1/8 + EWC 30,000, self, 2e-4": f"{DISTILL} {EIGHTH} {EWC}=30000 {SELF} --learning_rate 2e-4",
+    "distill 1/8 + EWC 10,000, self, 90 steps": f"{DISTILL} {EIGHTH} {EWC}=10000 {SELF} --learning_rate 1e-4 {NINETY}",
     "plain LoRA": LORA,
     "EWC 1,000, LoRA": f"{EWC}=1000 {LORA}",
     "EWC 1,000, LoRA, 90 steps": f"{EWC}=1000 {LORA} {NINETY}",

@@ -20,6 +20,7 @@ COMMANDS = {
     "sequence": "Train one stage after another; every task is measured after each.",
     "data": "Look at the rows of a run, or find every fault in them, before any model loads.",
     "eval": "Score models on the same rows: what each kept, lost and gained.",
+    "report": "Make the page of a run again, or join several on one.",
     "generate": "Try a trained model on prompts of your own, beside another one.",
     "merge": "Put an adapter into its base: one model to deploy.",
     "plugins": "List the strategies that are installed, or the settings of one.",

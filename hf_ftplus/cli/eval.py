@@ -139,6 +139,7 @@ def run(plan: Plan, kept: Any, out: Path | None, benchmarks: list[Any]) -> None:
     """Measure, show, keep."""
     from rich.console import Console
 
+    from ..page import leave_page
     from ..scored.judged import judge, save
     from ..scored.measuring import measure
     from ..scored.shown import table
@@ -153,7 +154,9 @@ def run(plan: Plan, kept: Any, out: Path | None, benchmarks: list[Any]) -> None:
     judgement = judge(scored)
     Console(highlight=False).print(table(judgement))
     if out:
-        click.echo(f"All figures, and the rows behind them: {save(judgement, out)}", err=True)
+        file = save(judgement, out)
+        click.echo(f"All figures, and the rows behind them: {file}", err=True)
+        leave_page(file)
 
 
 def writable(folder: Path, flag: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,6 +19,7 @@ from .table import completions_view, table
 
 FORMAT = 1
 """Raised when a reader of older reports would misread newer ones."""
+MOST_LOGS = 300
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Report:
     """The results of a run and the facts about it.
 
     `facts` is a dictionary of the caller's: resolved config, versions, plugins, seeds; under `strategies`, the cost of
-    each as `{"ewc": {"seconds": 12.1, "bytes": 1_070_000_000}}`, which the table shows.
+    each as `{"ewc": {"seconds": 12.1, "bytes": 1_070_000_000}}`, which the table shows; under `history`, what the
+    trainer logged on the way.
     """
 
     tasks: list[TaskResult]
@@ -73,7 +75,9 @@ class Report:
         if version != FORMAT:
             raise DataError(f"{path} has format {version!r}; expected a report.json of format {FORMAT}.")
         try:
-            return cls([TaskResult.from_dict(task) for task in found["tasks"]], found["facts"])
+            report = cls([TaskResult.from_dict(task) for task in found["tasks"]], found["facts"])
+            check(report)
+            return report
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a whole report ({type(error).__name__}: {error}).") from error
 
@@ -84,6 +88,41 @@ class Report:
         if any(task.completions for task in self.tasks):
             console.print()
             console.print(completions_view(self.tasks))
+
+
+def history(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What a trainer logged; of each kind of entry (training, evaluation, ...) at most 300, evenly, and the last."""
+    kinds: dict[frozenset[str], list[int]] = {}
+    for place, entry in enumerate(log):
+        kinds.setdefault(frozenset(entry), []).append(place)
+    kept = {place for places in kinds.values() for place in places[:: -1 - (len(places) - 1) // MOST_LOGS]}
+    return [log[place] for place in sorted(kept)]
+
+
+def check(report: Report) -> None:
+    """Dataclasses take any value: see that this holds numbers and text where they belong.
+
+    Raises:
+        TypeError: a figure is no number, or an answer no text.
+    """
+    if not isinstance(report.facts, dict):
+        raise TypeError(f"facts are {type(report.facts).__name__}; expected an object")
+    for task in report.tasks:
+        figures = [task.rows, task.tokens, *(vars(task.flips).values() if task.flips else ())]
+        levels = (getattr(moment, name) for moment in (task.before, task.after, task.change) for name in vars(moment))
+        for estimate in (*levels, task.drift, task.retention):
+            figures += vars(estimate).values()
+        for value in figures:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise TypeError(f"{task.name}: {value!r} is no number")
+        for text in (
+            task.name,
+            task.role,
+            *task.notes,
+            *(said for item in task.completions for said in vars(item).values()),
+        ):
+            if text is not None and not isinstance(text, str):
+                raise TypeError(f"{task.name}: {text!r} is no text")
 
 
 def strict(value: Any) -> Any:

@@ -65,13 +65,19 @@ def sequence(source: str | Path | Mapping[str, Any], dry_run: bool = False) -> M
     for note in plan.notes:
         click.echo(note, err=True)
     reports: list[Report] = []
-    for stage in plan.stages:
-        with within(stage):
-            reports.append(run(plan, stage))
-            matrix = kept(plan, reports)
-            judge(stage, reports[-1])
-            hand_on(plan, stage)
-    matrix.show()
+    try:
+        for stage in plan.stages:
+            with within(stage):
+                reports.append(run(plan, stage))
+                matrix = kept(plan, reports)
+                judge(stage, reports[-1])
+                hand_on(plan, stage)
+        matrix.show()
+    finally:
+        if reports:
+            from ..page import leave_page
+
+            leave_page(plan.out / "sequence.json")
     say_what_is_left(plan)
     return matrix
 

@@ -1,0 +1,68 @@
+"""What every figure of the page means: one click away from the figure."""
+
+DEFINITIONS = {
+    "interval": (
+        "n and [low, high]",
+        "n is how many rows a figure was measured on. [low, high] is its 95 % interval: how far these rows stand for "
+        "others like them, by a paired bootstrap over rows, or by Wilson's or Bonett and Price's interval where rows "
+        "can only be right or wrong. It says nothing about another seed of training.",
+    ),
+    "score": (
+        "Score",
+        "The task's own metric where it has one (exact match, choice, F1, ROUGE), else token accuracy; in percent.",
+    ),
+    "metric": (
+        "The task's own metric",
+        "Share of rows that are right, or the mean of what each row scores, in percent. Exact match: the greedy answer "
+        "is the expected one. Choice: the expected answer is the most likely of those offered. An empty answer is "
+        "wrong.",
+    ),
+    "token_accuracy": (
+        "Token accuracy",
+        "Share of supervised tokens that the model finds most likely, given the right tokens before them; in percent.",
+    ),
+    "loss": ("Loss", "Mean negative log-likelihood of the supervised tokens, in nats per token. Lower is better."),
+    "drift": (
+        "Drift",
+        "Mean forward KL divergence from the starting model to the trained one, over the whole vocabulary, in nats per "
+        "token. 0: both say the same.",
+    ),
+    "retention": (
+        "Retention",
+        "Score after training / score before it, on the same rows. 1: all is kept. Undefined where the score was 0 "
+        "before; n/m: not measured.",
+    ),
+    "change": ("Change", "End - start, paired row by row; its interval is that of the difference."),
+    "flips": (
+        "Flips",
+        "Rows that were right before training and are wrong now (-), and the other way round (+). Equal scores can "
+        "hide many of both.",
+    ),
+    "seconds": ("Seconds", "Wall-clock time of each stage of the run, on its machine."),
+    "bytes": ("State", "Memory that the strategies hold while training, besides model and optimizer."),
+    "steps": ("Steps", "Updates of the weights."),
+    "matrix": (
+        "The matrix of a sequence",
+        "Each row is the model after one stage, each column a task; above the score in percent, below the loss in nats "
+        "per token. Framed: the task that the stage has just learnt.",
+    ),
+    "ACC": ("ACC", "Mean over tasks after the last stage."),
+    "BWT": (
+        "Backward transfer",
+        "Mean change of each task from right after it was learnt to the end. For scores a negative figure is "
+        "forgetting, for losses a positive one. Read it beside LA: who learns nothing forgets nothing.",
+    ),
+    "FWT": ("Forward transfer", "Mean change of each task from the start to just before its own stage."),
+    "forgetting": ("Forgetting", "Mean of what was lost of each task since it stood best."),
+    "LA": ("Learning accuracy", "Mean over tasks right after each was learnt."),
+    "mixture": (
+        "Realised mixture",
+        "What each task took of the training stream: share of rows, and share of supervised tokens.",
+    ),
+    "steps_figure": (
+        "Over steps",
+        "What the trainer logged. Penalty: what a strategy adds to the loss, in nats per token. Predicted drift: what "
+        "EWC's diagonal expects, far below the measured one. KL: divergence from the teacher on the rows seen, in nats "
+        "per token.",
+    ),
+}

@@ -1,0 +1,111 @@
+"""The same figures as CSV for a spreadsheet and as Markdown for a pull request."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from ..report.matrix import Matrix
+from ..report.text import label
+from .found import Found
+from .tables import Cell, blocks, figures, matrix_rows, overview
+
+COLUMNS = ("run", "task", "role", "rows", "figure", "moment", "value", "low", "high")
+MOMENTS = ("start", "end", "change")
+MARK = "<!-- written by ftplus report -->"
+
+
+def to_csv(found: Found) -> str:
+    """A line for each number, unrounded; shares from 0 to 1. What was not measured is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for line in _lines(found):
+        writer.writerow([safe_cell(part) for part in line])
+    return text.getvalue()
+
+
+def _lines(found: Found) -> Iterable[tuple[Any, ...]]:
+    for run in found.runs:
+        for task in run.report.tasks:
+            for figure in figures(task):
+                moments = {"start": figure.start, "end": figure.end, "change": figure.change}
+                for moment, estimate in moments.items():
+                    if moment == "end" or figure.key not in ("drift", "retention"):
+                        name = task.metric if figure.key == "metric" else figure.key
+                        ends = (estimate.value, estimate.low, estimate.high)
+                        yield (run.name, task.name, task.role, task.rows, name, moment, *ends)
+    for name, matrix in found.sequences.items():
+        for i, after in enumerate(("start", *matrix.stages)):
+            for task, scores, losses in matrix._columns():
+                for figure, values in (("score", scores), ("loss", losses)):
+                    moment = f"after {after}" if i else after
+                    yield (name, task, "", matrix.rows.get(task), figure, moment, values[i], None, None)
+
+
+def safe_cell(value: Any) -> Any:
+    """Numbers as they are; text that a spreadsheet would run as a formula becomes text again."""
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = label(value, characters=200).plain
+    return f"'{text}" if text.lstrip()[:1] in tuple("=+-@＝＋－＠|%") and text else text
+
+
+def to_markdown(found: Found, command: str) -> str:
+    """Overview, matrices, then a table for each task."""
+    view, parts = overview(found.runs), [MARK, "# What was learnt, what was kept", f"`{command.replace('`', '')}`"]
+    if found.runs:
+        heads = [f"{escaped(name)}: {key}{' %' if key == 'score' else ''}, n={n}" for name, key, _, n in view["heads"]]
+        rows = [
+            [
+                f"{row['place']} {escaped(row['run'])}",
+                *map(_text, row["cells"]),
+                row["steps"],
+                row["seconds"],
+                row["bytes"],
+            ]
+            for row in view["rows"]
+        ]
+        parts.append(_table(["run", *heads, "steps", "seconds", "state"], rows))
+    for name, matrix in found.sequences.items():
+        parts += [f"## {escaped(name)}", *_matrix(matrix)]
+    for block in blocks(found.runs):
+        rows = [
+            [escaped(group["name"]), f"{row['place']} {escaped(row['run'])}", *(_text(row[at]) for at in MOMENTS)]
+            for group in block["groups"]
+            for row in group["rows"]
+        ]
+        parts += [f"## {escaped(block['name'])}", f"{escaped(block['role'])}, {block['n']}, 95 % intervals over rows"]
+        parts += [_table(["figure", "run", *MOMENTS], rows), *map(escaped, block["notes"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _matrix(matrix: Matrix) -> list[str]:
+    heads = [f"{escaped(name)}, n={matrix.rows.get(name, 'n/m')}" for name, _, _ in matrix._columns()]
+    rows = [
+        [escaped(row["after"]), *(f"{cell['score']} ({cell['loss']})" for cell in row["cells"])]
+        for row in matrix_rows(matrix)
+    ]
+    return [
+        "Score in %, loss in nats per token in brackets.",
+        _table(["after", *heads], rows),
+        *map(escaped, matrix.notes),
+    ]
+
+
+def _text(cell: Cell) -> str:
+    return f"{cell.value} {cell.interval}".strip()
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escaped(text: Any) -> str:
+    """Text of the data as Markdown that shows it: no markup, no link, no new cell or line."""
+    shown = label(text, characters=300).plain
+    return re.sub(r"([\\`*_\[\]<>|~$@&!#])", r"\\\1", shown).replace("://", "\\://")

@@ -1,0 +1,173 @@
+"""Put the page together and write it whole, with its Markdown and CSV."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import metadata
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from .. import disk
+from ..errors import StorageError
+from ..formats import escape
+from ..report.text import MISSING, label, number
+from . import drawn, plots
+from .answers import differences, plain
+from .definitions import DEFINITIONS
+from .flat import COLUMNS, MARK, to_csv, to_markdown
+from .found import Found, Run, find
+from .tables import blocks, mapping, matrix_rows, mixture, of_strategies, of_task, overview, spent, tasks_of
+
+HERE = Path(__file__).parent
+MOST_BYTES = 3_000_000
+"""Of a page; answers are cut until it fits."""
+PLOTS = "pip install 'hf-ftplus[report]'"
+
+
+def leave_page(file: Path) -> None:
+    """The page of a report.json or sequence.json, beside it; a fault costs a warning, never the run that wrote it."""
+    try:
+        made = write(find([file]), file.with_name("report.html"), f"ftplus report {shlex.quote(str(file))}")
+        click.echo(f"Page: {made}", err=True)
+    except Exception as error:  # of a template, a plotting library, a disk: all is saved and nothing depends on it
+        click.echo(f"warning: no page could be made ({type(error).__name__}: {error}).", err=True)
+
+
+def write(found: Found, file: Path, command: str) -> Path:
+    """Write `file` (.html), and beside it the same as .md and .csv.
+
+    Args:
+        command: what makes this page again.
+
+    Raises:
+        StorageError: the folder cannot be written, or a file of that name is not ours.
+    """
+    texts = {file: page(found, command)}
+    texts |= {file.with_suffix(".md"): to_markdown(found, command), file.with_suffix(".csv"): to_csv(found)}
+    try:
+        for path in texts:
+            _refuse_foreign(path)
+        for path, text in texts.items():
+            disk.replace(path, lambda place, text=text: place.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{file} cannot be written: {error.strerror}. Choose another --out.") from error
+    return file
+
+
+def _refuse_foreign(path: Path) -> None:
+    marks = {".html": '<meta name="generator" content="ftplus', ".md": MARK, ".csv": ",".join(COLUMNS)}
+    if path.exists() and marks[path.suffix] not in path.read_bytes()[:1000].decode("utf-8", "replace"):
+        raise StorageError(f"{path} is there already, and not from `ftplus report`. Choose another --out.")
+
+
+def page(found: Found, command: str) -> str:
+    """One HTML file of at most 3 MB that asks nothing of any network."""
+    count = sum(len(task.completions) for run in found.runs for task in run.report.tasks)
+    characters = min(2000, max(60, 1_000_000 // max(1, count)))
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.get_template("page.html.jinja")
+    shown = _context(found, command)
+    while True:
+        html = template.render(**shown, answers=answers(found.runs, characters), characters=characters)
+        if len(html.encode()) < MOST_BYTES or characters <= 20:
+            return html
+        characters //= 2
+
+
+def _context(found: Found, command: str) -> dict[str, Any]:
+    return {
+        "style": (HERE / "page.css").read_text(encoding="utf-8"),
+        "version": metadata.version("hf-ftplus"),
+        "command": label(command, characters=2000).plain,
+        "names": [label(run.name).plain for run in found.runs],
+        "overview": overview(found.runs),
+        "blocks": blocks(found.runs),
+        "sequences": [_sequence(name, matrix) for name, matrix in found.sequences.items()],
+        "figures": drawn.figures(found.runs),
+        "plots_from": "" if plots.available() else PLOTS,
+        "mixtures": [_mixture(place, run) for place, run in enumerate(found.runs, 1) if mixture(run.report.facts)],
+        "made": [_made(run) for run in found.runs],
+        "definitions": DEFINITIONS,
+        "colours": plots.COLOURS,
+    }
+
+
+def _sequence(name: str, matrix: Any) -> dict[str, Any]:
+    heads = [(label(task).plain, label(matrix.rows.get(task, MISSING)).plain) for task, _, _ in matrix._columns()]
+    factors = ((matrix.summary(), 100, 1), (matrix.summary(losses=True), 1, 3))
+    scores, losses = (
+        {key: number(None if value is None else factor * value, digits) for key, value in summary.items()}
+        for summary, factor, digits in factors
+    )
+    notes = [label(note, characters=300).plain for note in matrix.notes]
+    metrics = [(key, scores[key], losses[key]) for key in scores]
+    return {"name": label(name).plain, "heads": heads, "rows": matrix_rows(matrix), "metrics": metrics, "notes": notes}
+
+
+def _mixture(place: int, run: Run) -> dict[str, Any]:
+    shares = mixture(run.report.facts)
+    tasks = list(dict.fromkeys(task for of in shares.values() for task in of))
+    rows = [(label(task).plain, *(_share(shares.get(of, {}).get(task)) for of in ("rows", "tokens"))) for task in tasks]
+    return {"place": place, "run": label(run.name).plain, "rows": rows}
+
+
+def _share(value: float | None) -> str:
+    return "n/m" if value is None else f"{100 * value:.1f}"
+
+
+def _made(run: Run) -> dict[str, Any]:
+    """How a run was made: the command, and everything that shaped it."""
+    facts = mapping(run.report.facts)
+    words = facts.get("command")
+    command = shlex.join(map(str, words)) if isinstance(words, list) else "not kept in this report"
+    kept = {key: value for key, value in facts.items() if key not in ("command", "history")}
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    lines = [escape(line, 500) for line in text.splitlines()]
+    held = of_strategies(facts, "bytes")
+    return {
+        "name": label(run.name).plain,
+        "command": escape(command, 4000),
+        "facts": "\n".join(lines[:2000]),
+        "seconds": [(label(stage).plain, f"{value:.1f}") for stage, value in spent(facts).items()],
+        "bytes": [(label(name).plain, f"{value / 1e6:.1f} MB") for name, value in held.items()],
+        "stopped": label(facts["stopped"], characters=300).plain if facts.get("stopped") else "",
+    }
+
+
+def answers(runs: list[Run], characters: int) -> list[dict[str, Any]]:
+    """By task, each prompt with what was expected and what every model said; marked is what training changed."""
+    found = []
+    for first in tasks_of(runs):
+        rows = [(place, run, task.completions) for place, run, task in of_task(runs, first.name) if task.completions]
+        items = [_item(rows, said, characters) for said in zip_longest(*(said for _, _, said in rows))]
+        if items:
+            found.append({"name": label(first.name).plain, "role": label(first.role).plain, "items": items})
+    return found
+
+
+def _item(rows: list[Any], said: tuple[Any, ...], characters: int) -> dict[str, Any]:
+    """One prompt. The start stands there once where all runs start from the same answer, else before each run."""
+    first = next(item for item in said if item)
+    same = all(item is None or (item.prompt, item.before) == (first.prompt, first.before) for item in said)
+    cells = []
+    for (place, run, _), item in zip(rows, said, strict=True):
+        if item is None or item.prompt != first.prompt:
+            continue
+        name = label(run.name).plain if len(rows) > 1 else "after"
+        before, after = differences(item.before, item.after, characters)
+        if not cells or not same:
+            start = before if len(rows) == 1 or not same else plain(item.before, characters)
+            cells.append(("start" if same else f"{place} {name}: start", start))
+        cells.append((f"{place} {name}" if len(rows) > 1 else name, after))
+    return {
+        "prompt": plain(first.prompt, characters)[0][1],
+        "expected": plain(first.expected, characters)[0][1],
+        "cells": cells,
+    }
