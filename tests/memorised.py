@@ -38,6 +38,7 @@ def write(file, rows):
 def scored(place, out, models, *flags):
     """eval.json of a command that went well."""
     assert main(["eval", *(str(place / name) for name in models), *map(str, flags), "--out", str(out)]) == 0
+    assert (out / "report.html").is_file()
     return json.loads((out / "eval.json").read_text())
 
 
