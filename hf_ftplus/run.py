@@ -24,7 +24,7 @@ from .errors import IncompatibleError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
 from .measured import keep_apart, tasks
 from .model import to_train
-from .page import leave_page
+from .page import leave_card, leave_page
 from .report import Report, history
 from .report.tracked import track
 from .row_checks import check_supervised
@@ -75,6 +75,7 @@ def sft(config: RunConfig) -> Report:
         file = report.save(Path(config.training.output_dir) / STATE_FOLDER / "report.json")
         report.show()
         leave_page(file)
+        leave_card(file, trainer)
     if config.training.push_to_hub:
         trainer.push_to_hub(dataset_name=config.script.dataset_name)
     trainer.accelerator.wait_for_everyone()  # a launcher ends all processes when the first fails, as by the gate below

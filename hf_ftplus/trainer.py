@@ -193,6 +193,9 @@ class SFTTrainer(StrategyMixin, TasksMixin, trl.SFTTrainer):
         Everything else is TRL's.
     """
 
+    kept: str = ""
+    """Section of the model card that says what was learnt and kept."""
+
     def __init__(
         self,
         *args: Any,
@@ -203,6 +206,12 @@ class SFTTrainer(StrategyMixin, TasksMixin, trl.SFTTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.install(strategies, protect, memory)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.kept and self.is_world_process_zero():
+            card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{self.kept}", encoding="utf-8")
 
 
 def attach(trainer: Trainer, *strategies: Any, protect: Any = None, memory: str | Path | None = None) -> Trainer:

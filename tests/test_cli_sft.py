@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -437,6 +439,20 @@ def test_one_lora_target_is_a_name_and_no_pattern(place, tmp_path):
     assert main(words(place, tmp_path / "out", *lora)) == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj"]
+
+
+def test_the_model_card_says_what_was_kept(place, tmp_path, capsys, monkeypatch):
+    out, few = tmp_path / "out", ["--completions", "0", "--max_steps", "2"]
+    assert main(words(place, out, *few)) == 0
+    card, report = (out / "README.md").read_text(), json.loads((out / "ftplus" / "report.json").read_text())
+    loss = report["tasks"][1]["after"]["loss"]["value"]
+    assert card.count("## What was learnt, what was kept") == 1
+    assert re.search(rf"### protect\n\nprotect, n = .*\n\n.*\n.*\n(.*\n)*\| loss.* \| {loss:.3f} ", card)
+    assert "library_name: transformers" in card
+    monkeypatch.setattr(importlib.import_module("hf_ftplus.page.write"), "to_card", None)
+    capsys.readouterr()
+    assert main(words(place, tmp_path / "other", *few)) == 0
+    assert "warning: no model card could be made" in capsys.readouterr().err
 
 
 def test_trackers_hear_of_every_task_before_and_after(place, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..report.matrix import Matrix
 from ..report.text import label
-from .found import Found
+from .found import Found, Run
 from .tables import Cell, blocks, figures, matrix_rows, overview
 
 COLUMNS = ("run", "task", "role", "rows", "figure", "moment", "value", "low", "high")
@@ -72,15 +72,36 @@ def to_markdown(found: Found, command: str) -> str:
         parts.append(_table(["run", *heads, "steps", "seconds", "state"], rows))
     for name, matrix in found.sequences.items():
         parts += [f"## {escaped(name)}", *_matrix(matrix)]
-    for block in blocks(found.runs):
+    return "\n\n".join([*parts, *_tasks(found.runs, "##")]) + "\n"
+
+
+def to_card(run: Run) -> str:
+    """The section of a model card: what this model learnt, and what it kept of the one it started from."""
+    parts = [
+        "## What was learnt, what was kept",
+        "Measured by hf_ftplus on the same rows before training (start) and after it (end). Loss, and drift, the KL "
+        "from the starting model, are in nats per token; retention is end / start.",
+    ]
+    return "\n\n".join([*parts, *_tasks([run], "###")]) + "\n"
+
+
+def _tasks(runs: list[Run], heading: str) -> Iterable[str]:
+    """A table for each task; runs are named where there are several."""
+    several = len(runs) > 1
+    for block in blocks(runs):
         rows = [
-            [escaped(group["name"]), f"{row['place']} {escaped(row['run'])}", *(_text(row[at]) for at in MOMENTS)]
+            [
+                escaped(group["name"]),
+                *([f"{row['place']} {escaped(row['run'])}"] if several else []),
+                *(_text(row[at]) for at in MOMENTS),
+            ]
             for group in block["groups"]
             for row in group["rows"]
         ]
-        parts += [f"## {escaped(block['name'])}", f"{escaped(block['role'])}, {block['n']}, 95 % intervals over rows"]
-        parts += [_table(["figure", "run", *MOMENTS], rows), *map(escaped, block["notes"])]
-    return "\n\n".join(parts) + "\n"
+        yield f"{heading} {escaped(block['name'])}"
+        yield f"{escaped(block['role'])}, {block['n']}, 95 % intervals over rows"
+        yield _table(["figure", *(["run"] if several else []), *MOMENTS], rows)
+        yield from map(escaped, block["notes"])
 
 
 def _matrix(matrix: Matrix) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
@@ -19,9 +21,12 @@ from ..report.text import MISSING, label, number
 from . import drawn, plots
 from .answers import differences, plain
 from .definitions import DEFINITIONS
-from .flat import COLUMNS, MARK, to_csv, to_markdown
+from .flat import COLUMNS, MARK, to_card, to_csv, to_markdown
 from .found import Found, Run, find
 from .tables import blocks, mapping, matrix_rows, mixture, of_strategies, of_task, overview, spent, tasks_of
+
+if TYPE_CHECKING:
+    from ..trainer import SFTTrainer
 
 HERE = Path(__file__).parent
 MOST_BYTES = 3_000_000
@@ -30,12 +35,27 @@ PLOTS = "pip install 'hf-ftplus[report]'"
 
 
 def leave_page(file: Path) -> None:
-    """The page of a report.json or sequence.json, beside it; a fault costs a warning, never the run that wrote it."""
-    try:
+    """The page of a report.json, sequence.json or eval.json, beside it."""
+    with _warning("page"):
         made = write(find([file]), file.with_name("report.html"), f"ftplus report {shlex.quote(str(file))}")
         click.echo(f"Page: {made}", err=True)
-    except Exception as error:  # of a template, a plotting library, a disk: all is saved and nothing depends on it
-        click.echo(f"warning: no page could be made ({type(error).__name__}: {error}).", err=True)
+
+
+def leave_card(file: Path, trainer: SFTTrainer) -> None:
+    """The model card of the run of a report.json, with what it kept."""
+    with _warning("model card"):
+        trainer.kept = to_card(find([file]).runs[0])
+        name = trainer.args.hub_model_id or str(Path(trainer.args.output_dir).resolve())
+        trainer.create_model_card(model_name=Path(name).name)
+
+
+@contextmanager
+def _warning(what: str) -> Iterator[None]:
+    """A fault of a template, a plotting library or a disk costs a warning, never the run: all is saved by then."""
+    try:
+        yield
+    except Exception as error:
+        click.echo(f"warning: no {what} could be made ({type(error).__name__}: {error}).", err=True)
 
 
 def write(found: Found, file: Path, command: str) -> Path:
