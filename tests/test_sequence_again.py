@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 
 import pytest
 from commands import same_file
@@ -134,9 +133,13 @@ def test_a_checkpoint_that_says_nothing_is_passed_over_and_what_checkpoints_take
     assert "on from" not in capsys.readouterr().err
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt  # no signal: a suite in the background is deaf to SIGINT
+
+
 def test_what_taught_a_finished_stage_may_go(place, tmp_path, monkeypatch):
     asked = given(place, tmp_path, max_steps=1, save_strategy="steps", save_steps=1, plugins=[])
-    monkeypatch.setattr("hf_ftplus.stages.runner.hand_on", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("hf_ftplus.stages.runner.hand_on", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hf_ftplus.sequence(asked)
     monkeypatch.undo()
