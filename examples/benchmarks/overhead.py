@@ -95,7 +95,9 @@ class Bench:
         self.model(**self.batch).loss.backward()
 
     def step(self, hold: bool) -> None:
+        """A step as the Trainer makes it: clipped to a norm of 1, then AdamW."""
         self.forward_backward()
+        torch.nn.utils.clip_grad_norm_(self.run.weights.values(), 1.0)
         if hold:
             with torch.no_grad():
                 self.ewc.before_step(self.run)

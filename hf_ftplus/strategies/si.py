@@ -110,7 +110,7 @@ class SI(Strategy):
         lines = {}
         for name, weight in run.weights.items():
             zeros = torch.zeros_like(weight.detach(), dtype=torch.float32)
-            lines[name] = Line(weight, weight.detach().clone(), zeros, zeros.clone())
+            lines[name] = Line(weight, weight.detach().clone(), zeros, zeros.clone(), importance.get(name))
         self._hold(lines, importance)
 
     def read_gradients(self, run: Run) -> None:
@@ -127,8 +127,8 @@ class SI(Strategy):
 
         if self._in_one_pass(run):
             factor = unclip(run)
-            for name, line in self.lines.items():
-                line.read(factor, self.importance[name], 2 * self.strength)
+            for line in self.lines.values():
+                line.read(factor, 2 * self.strength)
         elif self.wells and self.strength:
             figures = pull(self.wells, 2 * self.strength, run.measuring)
             self._held = self._held if figures is None else figures
@@ -176,7 +176,10 @@ class SI(Strategy):
         start, omega, gradient, importance = map(part, ("start", "omega", "gradient", "importance"))
         for found in (start, omega, gradient, importance or start):
             match(run.weights, found, "The saved state of si")
-        lines = {name: Line(weight, start[name], omega[name], gradient[name]) for name, weight in run.weights.items()}
+        lines = {
+            name: Line(weight, start[name], omega[name], gradient[name], importance.get(name))
+            for name, weight in run.weights.items()
+        }
         self._hold(lines, importance)
 
     def metrics(self) -> dict[str, float]:
@@ -242,34 +245,37 @@ class Line:
     gradient: Tensor
     """g of the last step: the last term is open until the next, or the end."""
 
-    def read(self, unclip: float | Tensor, importance: Tensor | None = None, strength: float = 0.0) -> None:
-        """Take the gradient of a step that is about to be made, times `unclip`; what is not finite counts as 0. Given
-        an importance, add strength * importance * d to the gradient as well."""
+    earlier: Tensor | None = None
+    """Importance in earlier runs."""
+
+    def __post_init__(self) -> None:
+        from ..quadratic import Cut
+
+        held = (self.weight, self.start, self.omega, self.gradient, self.earlier)
+        self._cut = Cut(*(tensor for tensor in held if tensor is not None))
+
+    def read(self, unclip: float | Tensor, strength: float = 0.0) -> None:
+        """Take the gradient of a step that is about to be made, times `unclip`; what is not finite counts as 0. Above a
+        strength of 0, add strength * earlier importance * d to the gradient as well."""
         import torch
 
-        from ..quadratic import pieces
-        from ..weights import local
-
         given = self.weight.grad if self.weight.grad is not None else torch.zeros_like(self.weight)
-        held = [self.weight, self.start, self.omega, self.gradient, given]
-        held += [] if importance is None else [importance]
-        for w, start, omega, last, gradient, *firm in pieces(*map(local, held)):
-            moved, g, times = w.float() - start.float(), gradient.float(), unclip
+        for gradient, room, w, start, omega, last, *earlier in self._cut.along(given):
+            moved, g, times = torch.sub(w.float(), start.float(), out=room), gradient.float(), unclip
             if not isinstance(unclip, float):
                 g, times = (g * unclip).nan_to_num_(0.0, 0.0, 0.0), 1.0
             omega.addcmul_(moved, torch.sub(last, g, alpha=times), value=-1)
             torch.mul(g, times, out=last)
-            if firm:
-                gradient.addcmul_(moved, *firm, value=strength)
+            if strength:
+                gradient.addcmul_(moved, *earlier, value=strength)
 
     def total(self) -> Tensor:
         """omega, summed over this rank's shard: a scalar."""
-        from ..quadratic import inner, pieces
-        from ..weights import local
+        from ..quadratic import inner
 
-        held = (self.weight, self.start, self.omega, self.gradient)
         return sum(
-            omega.sum() - inner(last, w.float() - start.float()) for w, start, omega, last in pieces(*map(local, held))
+            omega.sum() - inner(last, w.float() - start.float())
+            for last, _, w, start, omega, *_ in self._cut.along(self.gradient)
         )
 
     def extent(self) -> Tensor:
