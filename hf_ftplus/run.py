@@ -24,7 +24,7 @@ from .errors import IncompatibleError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
 from .measured import keep_apart, tasks
 from .model import to_train
-from .page import leave_card, leave_page
+from .page import leave_card, leave_page, warned
 from .report import Report, history
 from .report.tracked import track
 from .row_checks import check_supervised
@@ -69,11 +69,13 @@ def sft(config: RunConfig) -> Report:
     let_go_of_optimizer(trainer)
     with timed(seconds, "measuring after"):
         results = start.evaluation.after(trainer.model)
-    track(trainer, results, "after")
     report = Report(results, facts(config, trainer, seconds))
     if trainer.is_world_process_zero():
         file = report.save(Path(config.training.output_dir) / STATE_FOLDER / "report.json")
         report.show()
+    with warned("no tracker got the figures after training"):  # all is saved; a network may fail after hours
+        track(trainer, results, "after")
+    if trainer.is_world_process_zero():
         leave_page(file)
         leave_card(file, trainer)
     if config.training.push_to_hub:

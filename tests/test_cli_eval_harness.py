@@ -8,6 +8,7 @@ from memorised import ASKED, CHOICES, rows_of, save, scored, that_says, write
 from tiny import tiny_tokenizer
 
 from hf_ftplus.cli import main
+from hf_ftplus.measured import places
 from hf_ftplus.trained import load
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'hf-ftplus[lm-eval]'")
@@ -27,6 +28,7 @@ metric_list: [{{metric: {metric}, aggregation: {how}, higher_is_better: {better}
 KINDS = {
     "even": ("multiple_choice", "acc", "mean", "true", 'doc_to_choice: ["yes, it is", "no, it is odd"]'),
     "said": ("generate_until", "exact_match", "mean", "true", "generation_kwargs: {until: [END], max_gen_toks: 12, do_sample: false}"),
+    "shown": ("multiple_choice", "acc", "mean", "true", 'num_fewshot: 2\nfewshot_split: test\ndoc_to_choice: ["yes, it is", "no, it is odd"]'),
     "perplexity": ("loglikelihood_rolling", "word_perplexity", "weighted_perplexity", "false", ""),
 }  # fmt: skip
 
@@ -42,7 +44,7 @@ def place(tmp_path_factory):
     write(place / "rows.jsonl", CHOICES)
     (place / "tasks").mkdir()
     for name, (kind, metric, how, better, more) in KINDS.items():
-        target = "{{ 0 if 'yes' in completion else 1 }}" if name == "even" else "{{completion}}"
+        target = "{{ 0 if 'yes' in completion else 1 }}" if name in ("even", "shown") else "{{completion}}"
         known = {"name": name, "file": place / "rows.jsonl", "target": target, "kind": kind, "metric": metric}
         (place / "tasks" / f"{name}.yaml").write_text(TASK.format(**known, how=how, better=better, more=more))
     return place
@@ -88,6 +90,25 @@ def test_the_same_model_twice_kept_a_benchmark_and_other_rows_are_another_task(p
     few = scored(place, tmp_path / "few", ["base"], *flags, "--measure-rows", "10")
     assert few["results"][0][0]["rows"] == 10
     assert "1 of 1 cells" in capsys.readouterr().err
+
+
+def test_every_model_is_shown_the_same_examples_and_a_resumed_run_too(place, tmp_path, monkeypatch):
+    flags = ["--lm-eval", "shown", "--lm-eval-include", place / "tasks"]
+    whole = scored(place, tmp_path / "out", ["base", "worse"], *flags)
+    prompts = [[row["prompt"] for row in rows_of(tmp_path / "out", entries[0])] for entries in whole["results"]]
+    assert prompts[0] == prompts[1]
+    monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / "other"))
+    scored(place, tmp_path / "part", ["base"], *flags)
+    resumed = scored(place, tmp_path / "resumed", ["base", "worse"], *flags)
+    assert resumed["results"] == whole["results"]
+
+
+def test_rows_are_spread_over_the_benchmark_and_the_result_says_so(place, tmp_path):
+    flags = ["--lm-eval", "even", "--lm-eval-include", place / "tasks", "--measure-rows", "4"]
+    (entry,) = scored(place, tmp_path / "out", ["base"], *flags)["results"][0]
+    asked = [row["prompt"] for row in rows_of(tmp_path / "out", entry)]
+    assert asked == [CHOICES[place]["prompt"] for place in places(len(CHOICES), 4)]
+    assert f"4 of {len(CHOICES)} rows, spread evenly." in entry["notes"]
 
 
 @pytest.mark.parametrize(

@@ -455,7 +455,7 @@ def test_the_model_card_says_what_was_kept(place, tmp_path, capsys, monkeypatch)
     assert "warning: no model card could be made" in capsys.readouterr().err
 
 
-def test_trackers_hear_of_every_task_before_and_after(place, tmp_path, monkeypatch):
+def test_trackers_hear_of_every_task_before_and_after(place, tmp_path, monkeypatch, capsys):
     from transformers import TrainerCallback, trainer
 
     heard = []
@@ -479,5 +479,14 @@ def test_trackers_hear_of_every_task_before_and_after(place, tmp_path, monkeypat
     assert not any(key.startswith("drift/") for key in before)
     assert ["mean_token_accuracy" in logs for _, logs in heard if "loss" in logs] == [True] * 4
     heard.clear()
+
+    def fails_after(self, args, state, control, logs=None, **kwargs):
+        if "drift/learn" in logs:
+            raise ConnectionError("the tracker is away")
+
+    monkeypatch.setattr(Tracker, "on_log", fails_after)
+    assert main([*words(place, tmp_path / "broken", "--completions", "0"), "--report_to", "trackio"]) == 0
+    assert "warning: no tracker got the figures after training (ConnectionError" in capsys.readouterr().err
+    assert (tmp_path / "broken" / "ftplus" / "report.json").is_file()
     assert main([*words(place, tmp_path / "silent", "--completions", "0"), "--report_to", "none"]) == 0
     assert not heard

@@ -74,14 +74,15 @@ def test_rows_that_changed_since_are_not_mixed_with_those_of_before(done, place)
         file.write_text(before)
 
 
-def test_files_of_a_mixture_are_known_too(place, tmp_path):
+@pytest.mark.parametrize("named", ["{}/rows.jsonl", "{}/*.jsonl"])
+def test_files_of_a_mixture_are_known_too(place, tmp_path, named):
     file = tmp_path / "rows.jsonl"
     shutil.copy(place / "colours.jsonl", file)
-    mixture = {"dataset_name": None, "datasets": [{"path": "json", "data_files": {"train": [str(file)]}}]}
+    mixture = {"dataset_name": None, "datasets": [{"path": "json", "data_files": {"train": [named.format(tmp_path)]}}]}
     asked = given(place, tmp_path / "out", stages=1, max_steps=1, plugins=[], each={"colours": mixture})
     hf_ftplus.sequence(asked)
     file.write_text(file.read_text().replace("amber", "azure"))
-    with pytest.raises(StorageError, match=r"rows\.jsonl changed since"):
+    with pytest.raises(StorageError, match=r"\.jsonl changed since"):
         hf_ftplus.sequence(asked)
 
 

@@ -4,6 +4,6 @@ found.py -> tables.py, answers.py, plots.py -> page.html.jinja -> write.py
 """
 
 from .found import Found, Run, find
-from .write import leave_card, leave_page, write
+from .write import leave_card, leave_page, warned, write
 
-__all__ = ["Found", "Run", "find", "leave_card", "leave_page", "write"]
+__all__ = ["Found", "Run", "find", "leave_card", "leave_page", "warned", "write"]

@@ -56,7 +56,10 @@ def safe_cell(value: Any) -> Any:
 
 def to_markdown(found: Found, command: str) -> str:
     """Overview, matrices, then a table for each task."""
-    view, parts = overview(found.runs), [MARK, "# What was learnt, what was kept", f"`{command.replace('`', '')}`"]
+    view, parts = (
+        overview(found.runs),
+        [MARK, "# What was learnt, what was kept", f"`{label(command, characters=2000).plain.replace('`', '')}`"],
+    )
     if found.runs:
         heads = [f"{escaped(name)}: {key}{' %' if key == 'score' else ''}, n={n}" for name, key, _, n in view["heads"]]
         rows = [
@@ -129,4 +132,5 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 def escaped(text: Any) -> str:
     """Text of the data as Markdown that shows it: no markup, no link, no new cell or line."""
     shown = label(text, characters=300).plain
-    return re.sub(r"([\\`*_\[\]<>|~$@&!#])", r"\\\1", shown).replace("://", "\\://")
+    inline = re.sub(r"([\\`*_\[\]<>|~$@&!#])", r"\\\1", shown).replace("://", "\\://").replace("www.", "www\\.")
+    return re.sub(r"^(\s*\d*)([-+=.)])", r"\1\\\2", inline)

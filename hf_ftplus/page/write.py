@@ -36,26 +36,26 @@ PLOTS = "pip install 'hf-ftplus[report]'"
 
 def leave_page(file: Path) -> None:
     """The page of a report.json, sequence.json or eval.json, beside it."""
-    with _warning("page"):
+    with warned("no page could be made"):
         made = write(find([file]), file.with_name("report.html"), f"ftplus report {shlex.quote(str(file))}")
         click.echo(f"Page: {made}", err=True)
 
 
 def leave_card(file: Path, trainer: SFTTrainer) -> None:
     """The model card of the run of a report.json, with what it kept."""
-    with _warning("model card"):
+    with warned("no model card could be made"):
         trainer.kept = to_card(find([file]).runs[0])
         name = trainer.args.hub_model_id or str(Path(trainer.args.output_dir).resolve())
         trainer.create_model_card(model_name=Path(name).name)
 
 
 @contextmanager
-def _warning(what: str) -> Iterator[None]:
-    """A fault of a template, a plotting library or a disk costs a warning, never the run: all is saved by then."""
+def warned(what: str) -> Iterator[None]:
+    """A fault of a template, a plotting library, a tracker or a disk costs a warning, never the run: all is saved."""
     try:
         yield
     except Exception as error:
-        click.echo(f"warning: no {what} could be made ({type(error).__name__}: {error}).", err=True)
+        click.echo(f"warning: {what} ({type(error).__name__}: {error}).", err=True)
 
 
 def write(found: Found, file: Path, command: str) -> Path:

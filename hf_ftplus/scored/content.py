@@ -31,9 +31,12 @@ OTHERS = (
 )
 CODE = (
     "evaluation.runner", "evaluation.scoring", "evaluation.drift", "evaluation.metrics", "evaluation.greedy",
-    "evaluation.tasks", "evaluation.found", "logits", "examples", "generate", "scored.measuring", "scored.cells",
+    "evaluation.tasks", "evaluation.found", "logits", "examples", "generate", "metric", "trained", "scored.measuring",
+    "scored.cells", "scored.harness",
 )  # fmt: skip
 """What a figure of one row comes from."""
+METRICS = ("torchmetrics", "regex")
+"""Packages that grade answers; the first need not be there."""
 
 
 def digest(thing: Any) -> str:
@@ -49,8 +52,12 @@ def of_model(name: str) -> str:
 
 
 def _of_folder(folder: Path) -> str:
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in HELD and file.name not in OTHERS]
+    files = [file for file in sorted(folder.iterdir()) if held(file)]
     return digest([(file.name, _of_file(file)) for file in files])
+
+
+def held(file: Path) -> bool:
+    return file.suffix in HELD and file.name not in OTHERS and file.is_file()
 
 
 def _of_file(path: Path) -> str:
@@ -75,7 +82,14 @@ def of_task(task: EvalTask) -> str:
 def of_code() -> str:
     """What figures are computed by, and the libraries below it."""
     files = [Path(import_module(f"hf_ftplus.{name}").__file__) for name in CODE]
-    return digest([[_of_file(file) for file in files], versions()])
+    return digest([[_of_file(file) for file in files], versions(), {name: _version(name) for name in METRICS}])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def versions() -> dict[str, str]:

@@ -6,10 +6,13 @@ that of any task is. Nothing of it is imported unless it is asked for.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import sys
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from io import StringIO
@@ -19,8 +22,9 @@ from typing import Any
 import torch
 
 from ..data import reason
-from ..errors import DataError, UsageError, nearest
+from ..errors import DataError, FTPlusError, UsageError, nearest
 from ..evaluation.found import as_found
+from ..measured import places
 from ..trained import Trained
 from . import content
 
@@ -36,6 +40,8 @@ class Outcome:
     metric: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Of each: prompt, expected, answer, and a score from 0 to 1."""
+    of: int = 0
+    """Rows that the benchmark has; those asked are spread evenly over them."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,22 @@ class Benchmark:
     rows: int
 
     def content(self) -> str:
-        """Its settings, its first rows, and the version of the harness."""
-        docs = list(self.task.eval_docs)[: self.rows]
-        return content.digest([self.task.dump_config(), docs, metadata.version(PACKAGE)])
+        """Its settings, the code that they name, the rows asked and those shown, and the version of the harness."""
+        docs = list(self.task.eval_docs)
+        shown = list(self.task.fewshot_docs()) if self.task.get_config("num_fewshot") else []
+        settings = _plain(vars(self.task.config))
+        asked = [docs[place] for place in self._places()]
+        return content.digest([settings, self.task.dump_config(), asked, _plain(shown), metadata.version(PACKAGE)])
 
-    def measure(self, model: Trained, batch_size: int, seed: int) -> Outcome:
-        """Ask it of a model, of the first rows.
+    def _places(self) -> list[int]:
+        length = len(self.task.eval_docs)
+        return places(length, min(length, self.rows))
+
+    def measure(self, model: Trained, batch_size: int, seed: int, metric: str | None = None) -> Outcome:
+        """Ask it of a model: rows that are spread evenly, with the same examples before them at every call.
+
+        Args:
+            metric: what to score by, as the model that this one is compared with was; else the first that fits.
 
         Raises:
             DataError: the harness cannot score it, or has no metric that is better when higher.
@@ -61,25 +77,30 @@ class Benchmark:
         from lm_eval.models.huggingface import HFLM
 
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
+        self.task.set_fewshot_seed(seed=FEWSHOT_SEED)  # its generator moves on with every call
+        asked = {self.name: self._places()}
         try:
             with quiet, as_found(model.model, seed), torch.no_grad():
                 harness = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size)
                 # not simple_evaluate, which reads the harness's 14,000 YAML files again for every call
-                found = lm_eval.evaluate(harness, {"tasks": {self.name: self.task}}, limit=self.rows, bootstrap_iters=0)
+                found = lm_eval.evaluate(harness, {"tasks": {self.name: self.task}}, samples=asked, bootstrap_iters=0)
+        except (FTPlusError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # of a task, which may be anybody's
             raise DataError(f"--lm-eval {self.name}: {type(error).__name__}: {reason(error)}") from error
-        return _outcome(self.name, found)
+        return _outcome(self.name, found, len(self.task.eval_docs), metric)
 
 
-def _outcome(name: str, found: dict[str, Any]) -> Outcome:
-    """The first metric that is better when higher, of the first filter of the answers."""
+def _outcome(name: str, found: dict[str, Any], of: int, asked: str | None) -> Outcome:
+    """By the metric asked for, or the first that is better when higher, of the first filter of the answers."""
     samples, better = found["samples"][name], found["higher_is_better"][name]
     kept = [row for row in samples if row["filter"] == samples[0]["filter"]]
-    metric = next((key for key in better if better[key] and all(_graded(row.get(key)) for row in kept)), None)
+    fits = [key for key in better if better[key] and all(_graded(row.get(key)) for row in kept)]
+    metric = next((key for key in fits if asked in (None, key)), None)
     if metric is None:
         raise DataError(
-            f"--lm-eval {name}: its metrics are {', '.join(better)}; expected one with a score from 0 to 1 for each "
-            "row that is better when higher."
+            f"--lm-eval {name}: its metrics are {', '.join(better)}; expected {asked or 'one'} with a score from 0 to "
+            "1 for each row that is better when higher."
         )
     return Outcome(
         metric,
@@ -92,7 +113,24 @@ def _outcome(name: str, found: dict[str, Any]) -> Outcome:
             }
             for row in sorted(kept, key=lambda row: row["doc_id"])
         ],
+        of,
     )
+
+
+def _plain(value: Any) -> Any:
+    """Settings as plain values; a function by the text of its whole file, since it may call others there."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, partial):
+        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
+    if callable(value):
+        try:
+            return [getattr(value, "__qualname__", ""), Path(inspect.getfile(value)).read_text(encoding="utf-8")]
+        except (TypeError, OSError):  # of an object, or built in
+            return getattr(value, "__qualname__", type(value).__qualname__)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else re.sub(r" at 0x\w+", "", str(value))
 
 
 def _graded(value: Any) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .. import disk
-from ..errors import StorageError
+from ..errors import DataError, StorageError
 from ..evaluation import EvalTask, Evaluation, TaskResult, statistics
 from ..evaluation.results import Level
 from ..evaluation.runner import Moment
@@ -108,9 +108,16 @@ def _benchmark(name: str, first: Outcome | None, outcome: Outcome, seed: int) ->
     """A benchmark's figures: a score for each row, and nothing per token."""
     now = np.array([row["score"] for row in outcome.rows])
     was = None if first is None else np.array([row["score"] for row in first.rows])
+    if first and [row["prompt"] for row in first.rows] != [row["prompt"] for row in outcome.rows]:
+        raise DataError(
+            f"--lm-eval {name}: the two models were not asked the same. Does its code draw at random, or did its rows "
+            "change meanwhile? Give a new --cache FOLDER to measure both again."
+        )
     binary = all(set(scores.tolist()) <= {0, 1} for scores in (was, now) if scores is not None)
     level = statistics.share if binary else statistics.per_row
     result = TaskResult(name, "measure", len(now), 0, outcome.metric, after=Level(metric=level(now, seed)))
+    if len(now) < outcome.of:
+        result.notes.append(f"{len(now)} of {outcome.of} rows, spread evenly.")
     if was is not None:
         change = statistics.change_of_share(was, now) if binary else statistics.per_row(now - was, seed)
         result.before, result.change = Level(metric=level(was, seed)), Level(metric=change)
@@ -196,7 +203,7 @@ def save(judgement: Judgement, folder: Path) -> Path:
         for number, (name, model) in enumerate(zip(judgement.scored.plan.models, judgement.models, strict=True)):
             for i, judged in enumerate(model):
                 rows = [strict({"row": place, **row}) for place, row in enumerate(judged.rows)]
-                lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+                lines = (json.dumps(row, allow_nan=False) for row in rows)
                 _write(folder / rows_file(name, number, judged, i), "\n".join(lines))
         _write(folder / "eval.json", json.dumps(to_dict(judgement), indent=1, ensure_ascii=False, allow_nan=False))
     except OSError as error:

@@ -6,6 +6,7 @@ name alone, which is one of the settings.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -53,8 +54,17 @@ def _file(stage: Stage) -> Path:
 
 def _digests(stage: Stage) -> dict[str, str]:
     """Of every local file, or folder, of rows that a stage reads, by its name there; pools of stages before, too."""
-    found = {name: _digest(Path(name).expanduser()) for name in _sources(stage)}
+    found = {name: _digest_of_all(name) for name in _sources(stage)}
     return {name: digest for name, digest in found.items() if digest}
+
+
+def _digest_of_all(name: str) -> str:
+    """Of the file or folder of this name, or of all that match it as a pattern."""
+    path = Path(name).expanduser()
+    if path.exists() or not glob.has_magic(name):
+        return _digest(path)
+    matches = sorted(glob.glob(str(path), recursive=True))
+    return _of_parts({match: _digest(Path(match)) for match in matches})
 
 
 def _sources(stage: Stage) -> Iterator[str]:
@@ -63,7 +73,9 @@ def _sources(stage: Stage) -> Iterator[str]:
     yield from (spec.source for spec in specs if not spec.generate)
     yield from filter(None, [config.script.dataset_name])
     for part in config.mixture.datasets:
-        yield from filter(None, [part.path, part.data_dir, *_flat(part.data_files)])
+        files = _flat(part.data_files)
+        yield from filter(None, [part.path, part.data_dir, *files])
+        yield from (os.path.join(folder, file) for folder in (part.path, part.data_dir) if folder for file in files)
 
 
 def _flat(value: Any) -> list[str]:
@@ -80,8 +92,12 @@ def _digest(path: Path) -> str:
     if path.is_file():
         return _digest_of_file(path, path.stat().st_size, path.stat().st_mtime_ns)
     inside = {file.name: _digest(file) for file in sorted(path.iterdir()) if not file.name.startswith(".")}
-    text = "".join(f"{name} {digest}\n" for name, digest in inside.items() if digest)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _of_parts(inside)
+
+
+def _of_parts(parts: dict[str, str]) -> str:
+    text = "".join(f"{name} {digest}\n" for name, digest in parts.items() if digest)
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
 
 
 @lru_cache(None)

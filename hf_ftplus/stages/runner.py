@@ -183,7 +183,9 @@ def run(plan: Plan, stage: Stage) -> Report:
         if not checkpoint:
             clear(plan, stage)
         text = yaml.safe_dump(without_secrets(found), sort_keys=False, allow_unicode=True)
-        note_data(stage)
+        refuse_other_data(stage)  # once more: the stages before it may have taken hours
+        if not checkpoint:
+            note_data(stage)
         disk.replace(stage.file, lambda file: file.write_text(text, encoding="utf-8"))
     try:
         train(stage, found, checkpoint)

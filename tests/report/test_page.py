@@ -86,7 +86,7 @@ def test_text_from_data_cannot_become_markup(payload, benign):
 
 def test_the_page_asks_nothing_of_anybody(benign):
     (policy,) = [meta["content"] for meta in benign.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     html = page(full("word"), COMMAND)
     assert not re.findall(r"@import|url\((?!#)", html)
     assert not re.findall(r"https?://(?!www\.w3\.org/)", html)
@@ -118,7 +118,8 @@ def test_markdown_tables_hold_whatever_stands_in_them(payload):
         tokens = [child for token in reader.parse(text) for child in (token, *(token.children or ()))]
         return [token.type for token in tokens if token.type not in ("text", "text_special", "entity")]
 
-    text = to_markdown(full(payload), COMMAND)
+    text = to_markdown(full(payload), f"ftplus report '{payload}'")
+    assert "www." not in to_markdown(full(payload), COMMAND)
     assert outline(text) == outline(to_markdown(full("word"), COMMAND))
     assert all(c.isprintable() or c == "\n" for c in text)
 
