@@ -11,6 +11,7 @@ Every complaint names the place (`old.jsonl:57:29`), what was found there and wh
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -69,7 +70,7 @@ class TaskSpec:
         Raises:
             UsageError: empty, or `self:` without a number of rows.
         """
-        named = None if Path(text).exists() else _NAME.fullmatch(text)
+        named = None if os.path.exists(text) else _NAME.fullmatch(text)
         name, rest = (named["name"].strip(), named["rest"]) if named else ("", text)
         if not rest.strip():
             raise UsageError(f"{text!r} names no data; expected [NAME=]FILE_OR_HUB[:split] or [NAME=]self:256.")

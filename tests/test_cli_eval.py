@@ -284,6 +284,19 @@ def test_a_run_s_own_yaml_says_what_is_measured(place, tmp_path):
     assert rows_of(tmp_path / "out", entries["drawn"])[0]["prompt"].startswith("Say: Is")
 
 
+@pytest.mark.parametrize(("said", "then"), [("max_length: null", None), ("max_length: 32", 32), ("", 1024)])
+def test_rows_are_cut_as_the_run_of_the_yaml_cut_them(place, tmp_path, said, then):
+    (tmp_path / "run.yaml").write_text(f"{said}\n" if said else "seed: 3\n")
+    flags = ["--config", tmp_path / "run.yaml", "--measure", f"own={place / 'asked.jsonl'}"]
+    assert scored(place, tmp_path / "out", ["base"], *flags)["plan"]["max_length"] == then
+
+
+def test_rows_of_tasks_with_long_names_have_a_file(place, tmp_path):
+    name = "名" * 100
+    found = scored(place, tmp_path / "out", ["base"], "--measure", f"{name}={place / 'asked.jsonl'}")
+    assert len(rows_of(tmp_path / "out", found["results"][0][0])) == found["results"][0][0]["rows"]
+
+
 def test_questions_alone_are_measured_against_what_the_first_model_answers(place, tmp_path, capsys):
     flags = [["base", "worse"], "--measure", f"q={place / 'questions.jsonl'}", "--metric", "q=exact_match"]
     found = scored(place, tmp_path / "out", *flags)

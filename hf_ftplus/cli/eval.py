@@ -108,6 +108,8 @@ def eval(
     ours, rest = merge(flags, yaml)
     typed = {"seed": seed, "max_length": max_length, "measure_rows": flags["measure_rows"]}
     how = {key: _whole(key, typed[key] if typed[key] is not None else yaml.get(key)) for key in NUMBERS}
+    if typed["max_length"] is None and "max_length" in yaml and yaml["max_length"] is None:
+        how["max_length"] = None  # the run of this file cut nothing either
     for folder, flag in ((out, "--out"), (cache, "--cache")):
         if folder:
             writable(folder, flag)

@@ -146,7 +146,7 @@ def load(names: list[str], include: Path | None, rows: int) -> list[Benchmark]:
     Args:
         names: as the harness knows them, or as a YAML file in `include` names itself.
         include: a folder of such files; if it holds all of them the harness's own 14,000 are not looked through.
-        rows: of each, from its first.
+        rows: of each, spread evenly over it.
 
     Raises:
         UsageError: the harness is not installed, or has no such task.

@@ -108,11 +108,8 @@ def _benchmark(name: str, first: Outcome | None, outcome: Outcome, seed: int) ->
     """A benchmark's figures: a score for each row, and nothing per token."""
     now = np.array([row["score"] for row in outcome.rows])
     was = None if first is None else np.array([row["score"] for row in first.rows])
-    if first and [row["prompt"] for row in first.rows] != [row["prompt"] for row in outcome.rows]:
-        raise DataError(
-            f"--lm-eval {name}: the two models were not asked the same. Does its code draw at random, or did its rows "
-            "change meanwhile? Give a new --cache FOLDER to measure both again."
-        )
+    if first:
+        _refuse_other_prompts(name, first, outcome)
     binary = all(set(scores.tolist()) <= {0, 1} for scores in (was, now) if scores is not None)
     level = statistics.share if binary else statistics.per_row
     result = TaskResult(name, "measure", len(now), 0, outcome.metric, after=Level(metric=level(now, seed)))
@@ -126,10 +123,19 @@ def _benchmark(name: str, first: Outcome | None, outcome: Outcome, seed: int) ->
     return result
 
 
+def _refuse_other_prompts(name: str, one: Outcome, other: Outcome) -> None:
+    if [row["prompt"] for row in one.rows] != [row["prompt"] for row in other.rows]:
+        raise DataError(
+            f"--lm-eval {name}: it did not ask the same twice. Does its code draw at random, or did its rows change "
+            "meanwhile? Give a new --cache FOLDER to measure again."
+        )
+
+
 def _floor_of(name: str, scored: Scored) -> dict[str, float | None]:
     """The noise floor of a benchmark."""
     floor: dict[str, float | None] = {"score": None, "loss": None, "drift": None}
     if again := scored.outcomes_again.get(name):
+        _refuse_other_prompts(name, scored.outcomes[0][name], again)
         pairs = zip(again.rows, scored.outcomes[0][name].rows, strict=True)
         floor["score"] = noise_floor(statistics.per_row([a["score"] - b["score"] for a, b in pairs], scored.plan.seed))
     return floor
@@ -213,7 +219,10 @@ def save(judgement: Judgement, folder: Path) -> Path:
 
 def rows_file(model: str, number: int, judged: Judged, i: int) -> str:
     """Below the folder: of a model and a task, whose names may not do for files."""
-    model, task = (re.sub(r"[^\w.-]+", "_", name).strip("_.")[-60:] for name in (model, judged.result.name))
+    model, task = (
+        re.sub(r"[^\w.-]+", "_", name).strip("_.").encode()[-100:].decode(errors="ignore")  # a name has 255 bytes
+        for name in (model, judged.result.name)
+    )
     return f"rows/{number + 1}-{model}.{i + 1}-{task}.jsonl"
 
 

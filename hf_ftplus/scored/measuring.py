@@ -128,7 +128,7 @@ class Scored:
 
     def outcome(self, number: int, benchmark: Benchmark, model: OneModel, layout: str = "") -> Outcome:
         """As `cell`, of a task of the harness."""
-        metric = self.outcomes[0][benchmark.name].metric if number else None
+        metric = self.outcomes[0][benchmark.name].metric if number or layout else None
         known = [content.of_code(), self.contents[number], benchmark.content(), layout, self.plan.seed, metric]
         key = content.digest([*known, *self.how])
         kept = self.kept.get(key)

@@ -39,7 +39,7 @@ class Plan:
     tasks: list[Asked]
     measure_rows: int = 64
     seed: int = 42
-    max_length: int = 1024
+    max_length: int | None = 1024
     batch_size: int = 8
     dtype: str = "auto"
     device: str | None = None
