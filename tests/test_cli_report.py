@@ -92,6 +92,7 @@ CASES = {
     "no run": (["empty"], 3, "empty holds no ftplus/report.json, sequence.json or eval.json"),
     "runs below": (["out"], 3, "Runs lie below it: ftplus report out/ewc out/plain"),
     "damaged": (["damaged"], 3, "cannot be read as JSON"),
+    "no figure": (["infinite"], 3, "cannot be read as JSON: Infinity is no number"),
     "older": (["older"], 3, "has format 0; expected a report.json of format 1"),
     "no number": (["wrong"], 3, "'much' is no number"),
     "half a sequence": (["half"], 3, "is not a whole sequence.json"),
@@ -119,6 +120,9 @@ def test_bad_input_gives_one_sentence(runs, capsys, case):
     wrong["tasks"][0]["drift"]["value"] = "much"
     (here / "wrong").mkdir()
     (here / "wrong" / "report.json").write_text(json.dumps(wrong))
+    wrong["tasks"][0]["drift"]["value"] = float("inf")
+    (here / "infinite").mkdir()
+    (here / "infinite" / "report.json").write_text(json.dumps(wrong))
     (here / "scores").mkdir()
     (here / "scores" / "eval.json").write_text('{"kind": "eval", "format": 2}')
     (here / "half").mkdir()

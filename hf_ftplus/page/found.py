@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from ..disk import read_json
 from ..errors import DataError
 from ..evaluation.results import TaskResult
 from ..report import Report
@@ -73,7 +73,7 @@ def _matrix(file: Path) -> Matrix:
 def models(file: Path, prefix: str) -> list[Run]:
     """Every model of an eval.json but the first, which is the start of all others."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         if (found["kind"], found["format"]) != ("eval", EVAL_FORMAT):
             raise ValueError(f"format {found['format']!r} instead of {EVAL_FORMAT}")
         facts = {key: found[key] for key in ("command", "versions", "plan")}

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from ..disk import replace
+from ..disk import read_json, replace
 from ..errors import DataError, StorageError
 from ..evaluation import matrix
 from ..evaluation.results import Level, TaskResult
@@ -122,7 +122,7 @@ class Matrix:
             DataError: missing, not JSON, or of another version.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = read_json(Path(path))
             if found.pop("format") != FORMAT:
                 raise ValueError("another format")
             found.pop("summary")

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..disk import replace
+from ..disk import read_json, replace
 from ..errors import DataError, StorageError
 from ..evaluation.results import TaskResult
 from .table import completions_view, table
@@ -66,7 +66,7 @@ class Report:
             DataError: missing, not JSON, or not a report of this version.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = read_json(Path(path))
         except FileNotFoundError:
             raise DataError(f"{path} does not exist; expected the report.json of a run.") from None
         except (OSError, ValueError) as error:

@@ -28,7 +28,7 @@ class Cells:
     def get(self, key: str) -> Any:
         """What was kept, or None; half a file, or one of somebody else, was never kept."""
         try:
-            return json.loads(self._file(key).read_text(encoding="utf-8"), parse_constant=_no_number)
+            return disk.read_json(self._file(key))
         except (OSError, ValueError):
             return None
 
@@ -50,10 +50,6 @@ class Cells:
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.json"
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no figure that was kept")
 
 
 def written(moment: Moment) -> dict[str, Any]:
