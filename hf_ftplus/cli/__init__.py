@@ -19,6 +19,7 @@ COMMANDS = {
     "sft": "Fine-tune as `trl sft` does, and keep what the model knows.",
     "sequence": "Train one stage after another; every task is measured after each.",
     "data": "Look at the rows of a run, or find every fault in them, before any model loads.",
+    "compare": "Train with several strategies on the same data, and say which to take.",
     "eval": "Score models on the same rows: what each kept, lost and gained.",
     "report": "Make the page of a run again, or join several on one.",
     "generate": "Try a trained model on prompts of your own, beside another one.",

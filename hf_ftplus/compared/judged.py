@@ -1,0 +1,207 @@
+"""What was found: means over seeds, the Pareto front of learning against retention, and one row to take.
+
+    learning     score after - score before on the learn tasks, mean over them; score: the task's metric, or token
+                 accuracy where it has none; from -1 to 1
+    retention    after / before on the protect tasks (on what is measured, where none is protected), mean over them
+    front        no other row learns as much and keeps as much, and more of one of them
+    recommended  of the rows that learn as much as the best but for an allowance, the one that keeps most; the cheaper
+                 (seconds, then bytes) of two that keep the same. The allowance is 5 % of what the best learns; with
+                 three seeds or more, half of its interval where that is wider.
+
+Intervals are Student's t over seeds, 95 %: what another seed would have given. None with one seed. A row whose figure
+lacks in one of its cells has none; tasks that one cell lacks (a retention over nothing) are left out of all means.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.stats import t as student
+
+from ..evaluation.statistics import LEVEL, NOT_MEASURED, Estimate
+from .candidates import Row
+from .cells import Cell
+
+if TYPE_CHECKING:
+    from ..evaluation.results import TaskResult
+    from ..report import Report
+
+MARGIN = 0.05
+"""Of what the best row learns: a difference that nobody would mind."""
+FEWEST = 3
+"""Seeds from which their interval may widen the margin; that of two is nine times their distance."""
+FIGURES = ("learning", "learn_loss", "retention", "drift")
+
+
+@dataclass
+class Judged:
+    """One row of the table."""
+
+    row: Row
+    cells: list[Cell]
+    n: int = 0
+    learning: Estimate = NOT_MEASURED
+    learn_loss: Estimate = NOT_MEASURED
+    retention: Estimate = NOT_MEASURED
+    drift: Estimate = NOT_MEASURED
+    negative_flips: float | None = None
+    seconds: float | None = None
+    bytes: float | None = None
+    peak_bytes: float | None = None
+    front: bool = False
+    each: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    """Figures of each finished cell by its seed."""
+
+
+@dataclass
+class Judgement:
+    rows: list[Judged]
+    best: Judged | None
+    reason: str
+    """Why it is recommended, or why nothing is."""
+    notes: list[str]
+
+
+def judge(rows: Sequence[Row], cells: Sequence[Cell]) -> Judgement:
+    """All rows with what is known of them."""
+    reports = {id(cell): cell.report() for cell in cells if cell.state == "finished"}
+    tasks, notes = comparable(list(reports.values()))
+    found = [_judged(row, [cell for cell in cells if cell.row is row], reports, tasks) for row in rows]
+    for item in found:
+        item.front = on_front(item, found)
+    counts = {item.n for item in found if item.n}
+    if len(counts) > 1:
+        notes.append("Rows have different numbers of seeds (n), so part of a difference may be the seeds'.")
+    if counts and max(counts) < FEWEST:
+        notes.append(
+            f"{max(counts)} of {FEWEST} seeds: too few to tell what another seed would give. Type --seeds {FEWEST}."
+        )
+    return Judgement(found, *recommended(found), notes)
+
+
+def _judged(row: Row, cells: list[Cell], reports: dict[int, Report], tasks: dict[str, str]) -> Judged:
+    done = [cell for cell in cells if id(cell) in reports]
+    found = Judged(row, cells, len(done))
+    found.each = {cell.seed: figures(reports[id(cell)], tasks) for cell in done}
+    column = {name: [each[name] for each in found.each.values()] for name in (*FIGURES, "negative_flips", "bytes")}
+    for name in FIGURES:
+        setattr(found, name, over_seeds(column[name]))
+    found.negative_flips, found.bytes = _mean(column["negative_flips"]), _mean(column["bytes"])
+    whole = [reports[id(cell)].facts["seconds"] for cell in done if not cell.kept.get("resumed", True)]
+    found.seconds = _mean([sum(spent.values()) for spent in whole])
+    found.peak_bytes = max((peak for cell in done if (peak := cell.kept.get("peak_bytes"))), default=None)
+    return found
+
+
+def comparable(reports: Sequence[Report]) -> tuple[dict[str, str], list[str]]:
+    """Tasks by name with `learn` or `keep`, of which every report has the figure; and a note for each that lacks."""
+    kept_role = "protect" if any(task.role == "protect" for report in reports for task in report.tasks) else "measure"
+    meant = {"learn": "learn", kept_role: "keep"}
+    named: dict[str, str] = {}
+    for report in reports:
+        named |= {task.name: meant[task.role] for task in report.tasks if task.role in meant}
+    notes = []
+    for name, use in list(named.items()):
+        values = [_figure(task, use) for report in reports for task in report.tasks if task.name == name]
+        if len(values) < len(reports) or None in values:
+            what = "learning" if use == "learn" else "retention"
+            why = "is not measured, or undefined (nothing was right at the start), in some cell"
+            notes.append(f"{name} is left out: its {what} {why}.")
+            del named[name]
+    return named, notes
+
+
+def _figure(task: TaskResult, use: str) -> float | None:
+    change = task.change.metric if task.metric else task.change.token_accuracy
+    return change.value if use == "learn" else task.retention.value
+
+
+def figures(report: Report, tasks: dict[str, str]) -> dict[str, float | None]:
+    """Of one run, over the tasks that all runs have."""
+    learn = [task for task in report.tasks if tasks.get(task.name) == "learn"]
+    keep = [task for task in report.tasks if tasks.get(task.name) == "keep"]
+    flips = [task.flips.negative for task in keep if task.flips]
+    costs = report.facts.get("strategies") or {}
+    return {
+        "learning": _mean([_figure(task, "learn") for task in learn]),
+        "learn_loss": _mean([task.after.loss.value for task in learn]),
+        "retention": _mean([_figure(task, "keep") for task in keep]),
+        "drift": _mean([task.drift.value for task in keep]),
+        "negative_flips": sum(flips) if flips else None,
+        "bytes": sum(cost["bytes"] for cost in costs.values()),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one is missing, or there is none."""
+    return fmean(values) if values and None not in values else None
+
+
+def over_seeds(values: Sequence[float | None]) -> Estimate:
+    """The mean of one figure per seed, and its t-interval."""
+    mean = _mean(values)
+    if mean is None or len(values) < 2:
+        return Estimate(mean)
+    half = student.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return Estimate(mean, mean - float(half), mean + float(half))
+
+
+# ---- which to take -------------------------------------------------------------------------------------------------
+
+
+def complete(item: Judged) -> bool:
+    return item.learning.value is not None and item.retention.value is not None
+
+
+def on_front(item: Judged, others: Sequence[Judged]) -> bool:
+    """Whether no other row is at least as good in both and better in one, by the means."""
+    return complete(item) and not any(complete(other) and _beats(other, item) for other in others)
+
+
+def _beats(one: Judged, other: Judged) -> bool:
+    a, b = ((it.learning.value, it.retention.value) for it in (one, other))
+    return a != b and all(x >= y for x, y in zip(a, b, strict=True))
+
+
+def allowance(best: Judged) -> float:
+    """How much less than the best a row may learn."""
+    margin = MARGIN * best.learning.value
+    if best.n < FEWEST or best.learning.low is None:
+        return margin
+    return max(margin, best.learning.value - best.learning.low)
+
+
+def recommended(rows: Sequence[Judged]) -> tuple[Judged | None, str]:
+    """A row and the reason in a sentence; None and why not."""
+    known = [item for item in rows if complete(item)]
+    if not known:
+        return None, "Nothing is recommended: no row has both a figure of learning and one of retention."
+    top = max(known, key=lambda item: item.learning.value)
+    if top.learning.value <= 0:
+        return None, "Nothing is recommended: no row learnt anything, so keeping says nothing. Train longer, or higher."
+    room = allowance(top)
+    near = [item for item in known if item.learning.value >= top.learning.value - room]
+    best = min(near, key=_preference)
+    learnt, kept = f"{100 * best.learning.value:+.1f} points", f"{100 * best.retention.value:.1f} %"
+    if best is top and len(near) == 1:
+        return best, f"{best.row.name} keeps {kept}, and no other row learns nearly as much ({learnt})."
+    most = f"the most ({top.row.name}, {100 * top.learning.value:+.1f})"
+    others = f"of the {len(near)} rows that learn within {100 * room:.1f} points of {most}"
+    return best, f"{best.row.name} keeps most, {kept}, {others}; it learns {learnt}."
+
+
+def _preference(item: Judged) -> tuple[float, float, float]:
+    """What keeps most first, then what costs least; a cost that was not measured counts as the highest."""
+    costs = (item.seconds, item.bytes)
+    return (-item.retention.value, *(float("inf") if cost is None else cost for cost in costs))
+
+
+def reproduced(best: Judged) -> str:
+    """The command that makes the run of its first finished seed again, elsewhere."""
+    first = next(cell for cell in best.cells if cell.state == "finished")
+    return shlex.join(["ftplus", "sft", "--config", str(first.stage.file), "--output_dir", "again"])

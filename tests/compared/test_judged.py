@@ -1,0 +1,166 @@
+"""Claims about means, the front and the recommendation, against slow and obvious ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hf_ftplus.compared.candidates import Row
+from hf_ftplus.compared.cells import Cell
+from hf_ftplus.compared.judged import Judged, judge, on_front, over_seeds, recommended
+from hf_ftplus.compared.saved import save, to_csv
+from hf_ftplus.compared.shown import table
+from hf_ftplus.evaluation.results import Level, TaskResult
+from hf_ftplus.evaluation.statistics import NOT_MEASURED, Estimate, Flips
+from hf_ftplus.report import Report
+from hf_ftplus.stages.plan import Stage
+
+MEASURED = Estimate(1.5)
+
+
+def task(name, role, change, retention, flips=None, metric=None):
+    level = Level(loss=MEASURED, token_accuracy=Estimate(change))
+    return TaskResult(
+        name, role, 8, 80, metric, after=level, change=Level(token_accuracy=Estimate(change)), drift=Estimate(0.1),
+        retention=Estimate(retention), flips=flips,
+    )  # fmt: skip
+
+
+def cell(folder, row, seed, learnt=0.2, kept=0.9, seconds=2.0, resumed=False, more=()):
+    """A finished one, with its report on disk."""
+    stage = Stage(1, row.name, folder / row.name / str(seed), {})
+    tasks = [task("learn", "learn", learnt, None), task("chat", "protect", -0.1, kept, Flips(3, 1)), *more]
+    costs = {name: {"seconds": 0.5, "bytes": 1000} for item in row.plugins for name in item}
+    made = Cell(row, seed, stage, "finished")
+    (stage.folder / "ftplus").mkdir(parents=True)
+    Report(tasks, {"seconds": {"preparing": 0.5, "training": seconds}, "strategies": costs}).save(stage.report)
+    made.keep(pid=1, created=1.0, resumed=resumed, seconds=9.0, peak_bytes=5000, code=0)
+    return made
+
+
+def judged(learning, retention, seconds=1.0, held=0.0, n=1, half=None, name="x"):
+    ends = () if half is None else (learning - half, learning + half)
+    learnt = NOT_MEASURED if learning is None else Estimate(learning, *ends)
+    return Judged(Row(name, 1e-3), [], n, learnt, retention=Estimate(retention), seconds=seconds, bytes=held)
+
+
+def test_a_mean_over_seeds_has_students_interval():
+    values = [0.3, 0.5, 0.45, 0.6]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    found = over_seeds(values)
+    assert (found.value, found.low, found.high) == pytest.approx((np.mean(values), low, high))
+    assert over_seeds([0.3]) == Estimate(0.3)
+    assert over_seeds([0.3, None]) == over_seeds([]) == NOT_MEASURED
+
+
+def test_the_front_is_what_nothing_beats():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        points = [judged(*rng.integers(0, 4, 2).tolist()) for _ in range(rng.integers(1, 7))]
+        points.append(judged(None, 3))
+        for item in points:
+            a, b = item.learning.value, item.retention.value
+            beaten = a is None
+            for other in points:
+                c, d = other.learning.value, other.retention.value
+                if a is not None and c is not None and ((c > a and d >= b) or (c >= a and d > b)):
+                    beaten = True
+            assert on_front(item, points) is not beaten
+
+
+def test_the_recommendation_is_what_keeps_most_of_those_that_learn_enough():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        n = int(rng.choice([1, 2, 3, 5]))
+        rows = [
+            judged(
+                rng.choice([0.5, 0.9, 0.97, 1.0]) * 0.4,
+                rng.choice([0.7, 0.8, 0.9]),
+                rng.choice([1, 2]),
+                n=n,
+                half=0.05,
+            )
+            for _ in range(rng.integers(1, 6))
+        ]
+        best, reason = recommended(rows)
+        most = max(row.learning.value for row in rows)
+        room = max(0.05 * most, 0.05) if n >= 3 else 0.05 * most
+        enough = [row for row in rows if most - row.learning.value <= room + 1e-12]
+        kept = max(row.retention.value for row in enough)
+        cheapest = min(row.seconds for row in enough if row.retention.value == kept)
+        assert (best.retention.value, best.seconds) == (kept, cheapest)
+        assert best in enough
+        assert reason.count(". ") == 0
+        assert reason.endswith(".")
+
+
+def test_bytes_break_a_tie_of_seconds_and_what_is_not_measured_is_no_cheap_one():
+    dear, cheap, unknown = (judged(0.4, 0.9, 1.0, held, name=str(held)) for held in (9.0, 1.0, None))
+    assert recommended([unknown, dear, cheap])[0] is cheap
+
+
+def test_nothing_is_recommended_where_nothing_was_learnt_or_measured():
+    for rows, said in (([judged(0.0, 0.9), judged(-0.1, 1)], "no row learnt"), ([judged(None, 1)], "no row has both")):
+        best, reason = recommended(rows)
+        assert best is None
+        assert said in reason
+
+
+def test_figures_are_means_over_the_cells_of_a_row(tmp_path):
+    plain, ewc = Row("none", 1e-3), Row("ewc", 1e-3, [{"ewc": {}}])
+    cells = [cell(tmp_path, plain, 1, 0.2, 0.5), cell(tmp_path, plain, 2, 0.4, 0.7, seconds=4.0)]
+    cells += [
+        cell(tmp_path, ewc, 1, 0.25, 0.9, resumed=True),
+        Cell(ewc, 2, Stage(1, "", tmp_path, {}), "failed", "Oh."),
+    ]
+    found = judge([plain, ewc], cells)
+    one, two = found.rows
+    assert (one.n, two.n) == (2, 1)
+    assert one.learning.value == pytest.approx(0.3)
+    assert one.retention.value == pytest.approx(0.6)
+    assert one.negative_flips == 3
+    assert one.seconds == pytest.approx((2.5 + 4.5) / 2)
+    assert (one.bytes, two.bytes) == (0, 1000)
+    assert two.seconds is None  # its report knows only what came after it was resumed
+    assert two.learning == Estimate(0.25)
+    assert any("different numbers of seeds" in note for note in found.notes)
+
+
+def test_a_task_whose_retention_is_undefined_in_one_cell_is_in_no_mean(tmp_path):
+    row = Row("none", 1e-3)
+    cells = [
+        cell(tmp_path, row, 1, kept=0.5, more=[task("empty", "protect", 0.0, None)]),
+        cell(tmp_path, row, 2, kept=0.7, more=[task("empty", "protect", 0.0, 0.0)]),
+    ]
+    found = judge([row], cells)
+    assert found.rows[0].retention.value == pytest.approx(0.6)
+    assert any(note.startswith("empty is left out") for note in found.notes)
+
+
+def test_files_say_what_the_table_says_and_cells_are_no_formulas(tmp_path):
+    row, other = Row("=cmd()", 1e-3), Row("ewc", 1e-3, [{"ewc": {}}])
+    cells = [cell(tmp_path, row, 1, kept=0.5), cell(tmp_path, other, 1, kept=0.8)]
+    cells.append(Cell(other, 2, Stage(1, "", tmp_path, {}), "failed", "[red]Oh\x1b[2J"))
+    found = judge([row, other], cells)
+    facts = save(found, tmp_path / "out", "ftplus compare")
+    assert facts["recommended"]["row"] == "ewc"
+    assert facts["rows"][1]["cells"][1]["state"] == "failed"
+    assert facts["rows"][0]["learning"] == {"value": 0.2, "low": None, "high": None}
+    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
+    assert [line["row"] for line in lines] == ["'=cmd()", "ewc"]
+    assert [line["recommended"] for line in lines] == ["0", "1"]
+    assert lines[0]["learning_low"] == ""
+
+    from rich.console import Console
+
+    console = Console(width=80, file=io.StringIO())
+    console.print(table(found))
+    shown = console.file.getvalue()
+    assert "[red]Oh" in shown
+    assert "\x1b[2J" not in shown
+    assert "+20.0" in shown
+    assert "80.0" in shown

@@ -1,0 +1,70 @@
+"""Claims about what a comparison says it will take."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from hf_ftplus.compared.candidates import Row
+from hf_ftplus.compared.cells import Cell
+from hf_ftplus.compared.plan import Forecast, Probe, duration, forecast, refuse_long, seconds_of, steps, total
+from hf_ftplus.config import RunConfig
+from hf_ftplus.errors import UsageError
+from hf_ftplus.report import Report
+from hf_ftplus.stages.plan import Stage
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("300s", 300), ("0.5h", 1800)]
+)
+def test_a_budget_has_a_unit(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["2", "", "h", "0h", "2 h", "-1h", "30m1h", "soon", "1e3s"])
+def test_a_budget_without_one_is_refused(text):
+    with pytest.raises(UsageError, match="expected a time with its unit"):
+        seconds_of(text)
+
+
+def done(folder, row, seed, seconds, peak=None, resumed=False, training=1.0):
+    made = Cell(row, seed, Stage(1, "", folder / row.name / str(seed), {}), "finished")
+    (made.stage.folder / "ftplus").mkdir(parents=True)
+    made.keep(resumed=resumed, seconds=seconds, peak_bytes=peak, code=0)
+    Report([], {"seconds": {"training": training}}).save(made.stage.report)
+    return made
+
+
+def test_a_cell_is_foretold_from_its_own_row_then_from_others_then_from_the_probe(tmp_path):
+    one, two = Row("one", 1), Row("two", 1)
+    waiting = [Cell(row, 9, Stage(1, "", tmp_path / "none", {})) for row in (one, two)]
+    probe = Probe(done(tmp_path, Row("probe", 1), 1, 10.0, 500, training=3.0), steps=100)
+    assert forecast(waiting[0], waiting, None) == Forecast()
+    assert forecast(waiting[0], waiting, probe) == Forecast(7 + 100.0, 500, "the probe")
+    assert total(waiting, probe, 1) == pytest.approx(214)
+    assert total(waiting, probe, 2) == pytest.approx(107)
+    cells = [
+        *waiting,
+        done(tmp_path, one, 1, 20.0, 100),
+        done(tmp_path, one, 2, 30.0, 300),
+        done(tmp_path, one, 3, 1.0, resumed=True),
+    ]
+    assert forecast(waiting[0], cells, probe) == Forecast(25, 300, "2 finished cells")
+    assert forecast(waiting[1], cells, probe) == Forecast(25, 300, "2 cells of other rows")
+
+
+def test_what_is_not_known_is_no_zero(tmp_path):
+    probe = Probe(done(tmp_path, Row("probe", 1), 1, 10.0), steps=None)
+    waiting = [Cell(Row("one", 1), 1, Stage(1, "", tmp_path / "none", {}))]
+    assert total(waiting, probe, 1) is None
+    assert duration(None) == "n/m"
+    with pytest.raises(UsageError, match=r"not known.* Type ftplus compare --yes"):
+        refuse_long(None, "ftplus compare --yes")
+    refuse_long(1800, "")
+    with pytest.raises(UsageError, match=r"about 31 min; above 30 min .*Type ftplus compare --yes"):
+        refuse_long(1860, "ftplus compare --yes")
+
+
+def test_steps_are_those_of_the_config():
+    assert steps(RunConfig(training=SimpleNamespace(max_steps=7))) == 7
