@@ -205,12 +205,14 @@ def test_one_model_at_a_time_is_in_memory(place, tmp_path, monkeypatch):
 
 
 def test_the_first_model_is_measured_in_other_batches_against_the_same_start():
-    """In bf16 some rows come out otherwise; their drift is that of the row before, whatever batch it stands in."""
+    """Rows that come out otherwise, here by a moved weight and on most machines by the rounding of bf16, drift from
+    themselves as they were, whatever batch they stand in now."""
     rows = [{"prompt": f"Question {i}? " * (1 + i % 5), "completion": f"It is {i}." * (1 + i % 3)} for i in range(21)]
     task, model = EvalTask.of("rows", "measure", rows, tiny_tokenizer()), moved(tiny_llama(hidden=256)).bfloat16()
     with as_found(model):
         moment = Evaluation([task], tiny_tokenizer(), 8).measure(model, task, keep_hidden=True)
         start = measuring.relaid(Start(keep_head(model), moment.scores.hidden), task.examples, 4)
+        model.model.norm.weight.data[0] += 0.05
         again = Evaluation([task], tiny_tokenizer(), 4).measure(model, task, start)
     assert not (again.scores.nll == moment.scores.nll).all()
     assert again.scores.kl.max() < 1e-2  # of another row it would be 0.1 and more

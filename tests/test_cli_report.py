@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -66,38 +67,111 @@ def test_a_sequence_shows_its_matrix_and_its_stages(runs, capsys):
     assert "| sums | 90.0 (1.000) | 40.0 (2.000) |" in (runs / "seq/report.md").read_text()
 
 
-def test_the_models_of_an_eval_stand_beside_each_other(runs):
-    entry = {**result("quiz", "measure").to_dict(), "verdict": "lost", "rows_file": "rows/1.jsonl"}
-    names = [{"name": name} for name in ("base", "tuned", "other")]
-    found = {
+def evaluated(*models):
+    """An eval.json as `ftplus eval` writes it."""
+    change = {**result().to_dict()["change"], "metric": {"value": -0.25, "low": -0.4, "high": -0.1}}
+    flips = {"right_only_first": [{"row": 7, "prompt": "Who?", "expected": "me"}], "right_only_now": []}
+    entry = {**result("quiz", "measure").to_dict(), "change": change, "verdict": "lost", "rows_file": "rows/1.jsonl"}
+    return {
         "kind": "eval",
         "format": 1,
         "command": [],
         "versions": {},
-        "plan": {},
-        "models": names,
-        "results": [[entry]] * 3,
+        "plan": {"margin": 0.05},
+        "noise_floor": {"quiz": {"score": 0.01, "loss": None, "drift": None}},
+        "models": [{"name": name} for name in models],
+        "results": [[entry | flips] for _ in models],
     }
-    (runs / "eval.json").write_text(json.dumps(found))
+
+
+def test_a_single_model_of_an_eval_has_a_page_too(runs):
+    (runs / "eval.json").write_text(json.dumps(evaluated("base")))
+    assert main(["report", "out"]) == 0
+    html = (runs / "report.html").read_text()
+    assert "1 base" in html
+    assert "Verdicts" not in html
+
+
+def compared(runs):
+    """A compare.json of two candidates; the first cell of `ewc` is still there."""
+    Report([result("facts", "learn"), result()]).save(runs / "cells/ewc/seed-42/ftplus/report.json")
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
+    figures = dict.fromkeys(("learning", "retention", "drift", "learn_loss"), estimate)
+    costs = {"negative_flips": 1.5, "seconds": 12.0, "bytes": 5000, "peak_bytes": None}
+    cells = [{"seed": 42, "state": "finished", "folder": "elsewhere/cells/ewc/seed-42", "error": None}]
+    lost = [{"seed": 42, "state": "failed", "folder": "elsewhere/cells/none/seed-42", "error": "it broke"}]
+    none = {"value": None, "low": None, "high": None}
+    return {
+        "kind": "compare",
+        "format": 1,
+        "command": "ftplus compare --plugins none,ewc",
+        "rows": [
+            {"name": "ewc", "n": 3, **figures, **costs, "front": True, "cells": cells},
+            {
+                "name": "none",
+                "n": 0,
+                **dict.fromkeys(figures, none),
+                **dict.fromkeys(costs),
+                "front": False,
+                "cells": lost,
+            },
+        ],
+        "recommended": {"row": "ewc", "reason": "ewc keeps most.", "command": "ftplus sft --config x.yaml"},
+        "left_out": ["none, seed 43"],
+        "notes": [],
+    }
+
+
+def test_a_comparison_says_which_to_take_and_shows_the_answers_of_each(runs):
+    (runs / "compare.json").write_text(json.dumps(compared(runs)))
+    assert main(["report", "out"]) == 0
+    html, text = (runs / "report.html").read_text(), (runs / "report.md").read_text()
+    for said in ("ewc keeps most.", "ftplus sft --config x.yaml", "none, seed 42: it broke", "none, seed 43"):
+        assert said in html
+        assert said.split(",")[0] in text
+    assert "| 1 ewc **recommended** | 3 | yes | +50.0 [40.0, 60.0] | 50.0 [40.0, 60.0] |" in text
+    assert "| 2 none | 0 |  | n/m | n/m | n/m | n/m | n/m | n/m | n/m |" in text
+    assert "1 ewc, seed 42" in html
+    lines = list(csv.reader((runs / "report.csv").read_text().splitlines()))
+    assert ["ewc", "", "", "3", "learning", "recommended", "0.5", "0.4", "0.6"] in lines
+    assert ["none", "", "", "0", "seconds", "", "", "", ""] in lines
+
+
+def test_a_comparison_that_lacks_something_is_one_sentence(runs, capsys):
+    found = compared(runs)
+    del found["rows"][0]["learning"]["low"]
+    (runs / "compare.json").write_text(json.dumps(found))
+    assert main(["report", "out"]) == 3
+    assert "is no whole compare.json (KeyError: 'low')" in capsys.readouterr().err
+
+
+def test_the_models_of_an_eval_stand_beside_each_other(runs):
+    (runs / "eval.json").write_text(json.dumps(evaluated("base", "tuned", "other")))
     assert main(["report", "out"]) == 0
     text = (runs / "report.md").read_text()
     assert "| 1 tuned | 0.500 [0.410, 0.580] |" in text
     assert "2 other" in text
-    assert "tuned: lost." in text
+    assert "| quiz | 48 | 50.0 | 1.0 | lost -25.0 [-40.0, -10.0] | lost -25.0 [-40.0, -10.0] |" in text
+    html = (runs / "report.html").read_text()
+    assert "quiz with tuned: 1 lost" in html
+    assert 'row 7: <span class="prompt">Who?</span> (expected: me)' in html
+    lines = list(csv.reader((runs / "report.csv").read_text().splitlines()))
+    assert ["tuned", "quiz", "measure", "48", "verdict", "lost", "", "", ""] in lines
+    assert ["base", "quiz", "", "", "noise_floor", "again", "0.01", "", ""] in lines
     assert "3 " not in [line[2:4] for line in text.splitlines()]  # the first is the start of the others
 
 
 CASES = {
     "nothing there": (["nowhere"], 3, "nowhere does not exist; expected the folder of a run or a sequence"),
-    "no run": (["empty"], 3, "empty holds no ftplus/report.json, sequence.json or eval.json"),
+    "no run": (["empty"], 3, "empty holds no ftplus/report.json, sequence.json, eval.json or compare.json"),
     "runs below": (["out"], 3, "Runs lie below it: ftplus report out/ewc out/plain"),
     "damaged": (["damaged"], 3, "cannot be read as JSON"),
     "no figure": (["infinite"], 3, "cannot be read as JSON: Infinity is no number"),
     "older": (["older"], 3, "has format 0; expected a report.json of format 1"),
     "no number": (["wrong"], 3, "'much' is no number"),
-    "half a sequence": (["half"], 3, "is not a whole sequence.json"),
-    "no eval": (["scores"], 3, "is no whole eval.json (ValueError: format 2 instead of 1)"),
-    "other file": (["note.txt"], 3, "note.txt is no report.json, sequence.json or eval.json"),
+    "half a sequence": (["half"], 3, "is no whole sequence.json"),
+    "no eval": (["scores"], 3, "is no whole eval.json (ValueError: format 2 of 'eval' instead of 1 of 'eval')"),
+    "other file": (["note.txt"], 3, "note.txt is no report.json, sequence.json, eval.json or compare.json"),
     "not html": (["out/ewc", "--out", "x.pdf"], 2, "expected a file that ends in .html, such as x.html"),
     "a folder": (["out/ewc", "--out", "empty"], 2, "such as empty/report.html"),
     "foreign": (["out/ewc", "--out", "mine.html"], 6, "mine.md is there already, and not from `ftplus report`"),

@@ -75,6 +75,7 @@ def compare(
     from ..compared.runner import Asked, compare, failed
     from ..compared.saved import save
     from ..compared.shown import table
+    from ..page import leave_page
 
     console = Console(highlight=False, stderr=as_json)
     asked = Asked(
@@ -97,5 +98,6 @@ def compare(
         if facts["recommended"]:
             click.echo(facts["recommended"]["command"])  # on one line, to be copied
         click.echo(f"All figures: {out / 'compare.json'}", err=True)
+    leave_page(out / "compare.json")
     if error := failed(found):
         raise error

@@ -4,6 +4,7 @@
                                         was told), ftplus/cell.json (how it ended), ftplus/log.txt
     OUT/probe/                          three steps of the first cell, to predict from
     OUT/compare.json, compare.csv       the figures, and the row that is recommended
+    OUT/report.html, .md, .csv          the page of it, with the answers of each row's first seed
 
 candidates   what is typed, as rows of the table
 cells        one run for each row and seed, and whether to go on from what is there

@@ -38,6 +38,31 @@ DEFINITIONS = {
         "Rows that were right before training and are wrong now (-), and the other way round (+). Equal scores can "
         "hide many of both.",
     ),
+    "verdict": (
+        "Verdict",
+        "One word for the change of score against the first model, by a rule fixed before: lost or gained where the "
+        "95 % interval leaves out 0 and the change is above the noise floor; kept where all of it lies within the "
+        "margin; not resolved where there are too few rows to tell; not measured where a figure is missing.",
+    ),
+    "noise_floor": (
+        "Noise floor",
+        "How far the first model's score moves when it is scored again in other batches, by rounding alone; in points. "
+        "No smaller change is called one.",
+    ),
+    "learning": (
+        "Learnt",
+        "Change of the score on the learn tasks, after - before, mean over tasks and seeds; in points. Its interval is "
+        "Student's t over seeds: what another seed would have given.",
+    ),
+    "kept": (
+        "Kept",
+        "Score after / before on the protect tasks, mean over tasks and seeds; in percent, interval as for learnt.",
+    ),
+    "front": (
+        "Pareto front",
+        "Candidates that no other beats: none learns as much and keeps as much, and more of one of them.",
+    ),
+    "memory": ("Memory", "The most that the process of one run held, on the CPU's side."),
     "seconds": ("Seconds", "Wall-clock time of each stage of the run, on its machine."),
     "bytes": ("State", "Memory that the strategies hold while training, besides model and optimizer."),
     "steps": ("Steps", "Updates of the weights."),

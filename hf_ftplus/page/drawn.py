@@ -7,8 +7,9 @@ from typing import Any
 
 from ..report.text import label
 from . import plots
-from .found import Run
+from .read import Comparison, Run
 from .tables import is_number, mapping, mixture, of_task, spent, tasks_of
+from .verdicts import seeds
 
 MOST_PANELS = 8
 ON_THE_WAY = ("penalty", "predicted_drift", "drift", "explained", "kl_learn", "kl_protect")
@@ -21,6 +22,21 @@ def figures(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
         return {}
     sections = {"learning": _learning, "steps": _steps, "mixture": _mixture, "costs": _costs}
     return {name: found for name, make in sections.items() if (found := make(runs))}
+
+
+def of_comparison(found: Comparison) -> list[dict[str, Any]]:
+    """Learning against retention, means over seeds; empty where matplotlib, or every figure, is missing."""
+    known = [
+        (place, row) for place, row in enumerate(found.rows, 1) if row.learning.measured and row.retention.measured
+    ]
+    if not known or not plots.available():
+        return []
+    points = [(place, row.retention, row.learning) for place, row in known]
+    front = [place for place, row in known if row.front]
+    name = "Candidates: what each learnt against what it kept"
+    svg = plots.learning_and_retention(points, [], name, "learnt, points of score", front)
+    n = f"{seeds(found.rows)}; bars: 95 % t-intervals over seeds; the dashed line joins the Pareto front"
+    return [_figure(svg, "learning against retention", "learning", n)]
 
 
 def _figure(svg: str, title: str, definition: str, n: str = "", keys: Sequence[str] = ()) -> dict[str, Any]:

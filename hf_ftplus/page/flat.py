@@ -10,8 +10,10 @@ from typing import Any
 
 from ..report.matrix import Matrix
 from ..report.text import label
-from .found import Found, Run
-from .tables import Cell, blocks, figures, matrix_rows, overview
+from .found import Found
+from .read import Comparison, Run, Scores
+from .tables import blocks, figures, matrix_rows, overview
+from .verdicts import called, compared, lines_of_comparison, lines_of_scores, said
 
 COLUMNS = ("run", "task", "role", "rows", "figure", "moment", "value", "low", "high")
 MOMENTS = ("start", "end", "change")
@@ -44,6 +46,11 @@ def _lines(found: Found) -> Iterable[tuple[Any, ...]]:
                 for figure, values in (("score", scores), ("loss", losses)):
                     moment = f"after {after}" if i else after
                     yield (name, task, "", matrix.rows.get(task), figure, moment, values[i], None, None)
+    several = len(found.files) > 1
+    for name, scores in found.scores.items():
+        yield from lines_of_scores(f"{name}: " if several else "", scores)
+    for name, comparison in found.comparisons.items():
+        yield from lines_of_comparison(f"{name}: " if several else "", comparison)
 
 
 def safe_cell(value: Any) -> Any:
@@ -55,17 +62,21 @@ def safe_cell(value: Any) -> Any:
 
 
 def to_markdown(found: Found, command: str) -> str:
-    """Overview, matrices, then a table for each task."""
+    """What was concluded, overview, matrices, then a table for each task."""
     view, parts = (
         overview(found.runs),
         [MARK, "# What was learnt, what was kept", f"`{label(command, characters=2000).plain.replace('`', '')}`"],
     )
+    for comparison in found.comparisons.values():
+        parts += _comparison(comparison)
+    for scores in found.scores.values():
+        parts += _verdicts(scores)
     if found.runs:
         heads = [f"{escaped(name)}: {key}{' %' if key == 'score' else ''}, n={n}" for name, key, _, n in view["heads"]]
         rows = [
             [
                 f"{row['place']} {escaped(row['run'])}",
-                *map(_text, row["cells"]),
+                *map(said, row["cells"]),
                 row["steps"],
                 row["seconds"],
                 row["bytes"],
@@ -96,7 +107,7 @@ def _tasks(runs: list[Run], heading: str) -> Iterable[str]:
             [
                 escaped(group["name"]),
                 *([f"{row['place']} {escaped(row['run'])}"] if several else []),
-                *(_text(row[at]) for at in MOMENTS),
+                *(said(row[at]) for at in MOMENTS),
             ]
             for group in block["groups"]
             for row in group["rows"]
@@ -120,8 +131,31 @@ def _matrix(matrix: Matrix) -> list[str]:
     ]
 
 
-def _text(cell: Cell) -> str:
-    return f"{cell.value} {cell.interval}".strip()
+def _verdicts(scores: Scores) -> list[str]:
+    view = called(scores)
+    if not view["rows"]:
+        return []
+    rows = [
+        [escaped(row["task"]), str(row["n"]), row["start"], row["floor"]]
+        + [f"{escaped(verdict)} {said(change)}" for verdict, change in row["cells"]]
+        for row in view["rows"]
+    ]
+    heads = ["task", "n", f"{escaped(view['first'])}, score %", "noise floor", *map(escaped, view["models"])]
+    return [f"Change of score in points, margin {view['margin']}, 95 % intervals over rows.", _table(heads, rows)]
+
+
+def _comparison(found: Comparison) -> list[str]:
+    view = compared(found)
+    keys = ("drift", "flips", "seconds", "bytes", "peak")
+    rows = [
+        [f"{row['place']} {escaped(row['name'])}{' **recommended**' if row['best'] else ''}", str(row["n"])]
+        + ["yes" if row["front"] else "", said(row["learning"]), said(row["retention"])]
+        + [row[key] if isinstance(row[key], str) else said(row[key]) for key in keys]
+        for row in view["rows"]
+    ]
+    heads = ["candidate", "seeds", "front", "learnt, points", "kept %", *keys[:3], "state", "memory"]
+    again = [f"`{view['again'].replace('`', '')}`"] if view["again"] else []
+    return [escaped(view["reason"]), *again, _table(heads, rows), *map(escaped, view["notes"])]
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

@@ -1,30 +1,18 @@
-"""Read what a page is made of: the reports of runs, the matrices of sequences, the comparisons of `ftplus eval`."""
+"""Find what a page is made of: the reports of runs, the matrices of sequences, what was scored and compared."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..disk import read_json
 from ..errors import DataError
-from ..evaluation.results import TaskResult
 from ..report import Report
 from ..report.matrix import Matrix
-from ..report.record import check
+from .read import Comparison, Run, Scores, comparison, matrix, renamed, scores
 
-EVAL_FORMAT = 1
-"""Of the eval.json that is read here."""
-
-
-@dataclass
-class Run:
-    """One row of the page."""
-
-    name: str
-    report: Report
-    file: Path
+KINDS = "report.json, sequence.json, eval.json or compare.json"
 
 
 @dataclass
@@ -34,7 +22,9 @@ class Found:
     runs: list[Run] = field(default_factory=list)
     sequences: dict[str, Matrix] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
-    """What was given: a report.json, sequence.json or eval.json each."""
+    """What was given: a report.json, sequence.json, eval.json or compare.json each."""
+    scores: dict[str, Scores] = field(default_factory=dict)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
 
 
 def find(given: Iterable[Path]) -> Found:
@@ -46,49 +36,25 @@ def find(given: Iterable[Path]) -> Found:
     files = list({file.resolve(): file for file in (_file(Path(path)) for path in given)}.values())
     found = Found(files=files)
     for file, name in zip(files, _names(files), strict=True):
+        prefix = "" if len(files) == 1 else f"{name}: "
         if file.name == "eval.json":
-            found.runs += models(file, "" if len(files) == 1 else f"{name}: ")
-            continue
-        if file.name != "sequence.json":
+            found.scores[name] = scores(file)
+            found.runs += renamed(found.scores[name].runs, prefix)
+        elif file.name == "compare.json":
+            found.comparisons[name] = comparison(file)
+            found.runs += renamed(found.comparisons[name].runs, prefix)
+        elif file.name == "sequence.json":
+            found.sequences[name] = matrix(file)
+            found.runs += renamed(_stages(file, found.sequences[name]), prefix)
+        else:
             found.runs.append(Run(name, Report.load(file), file))
-            continue
-        found.sequences[name] = matrix = _matrix(file)
-        for number, stage in enumerate(matrix.stages, start=1):
-            report = file.parent / f"{number:02d}-{stage}" / "ftplus" / "report.json"
-            if report.is_file():
-                shown = stage if len(files) == 1 else f"{name}: {stage}"
-                found.runs.append(Run(shown, _own(Report.load(report), stage), report))
     return found
 
 
-def _matrix(file: Path) -> Matrix:
-    matrix = Matrix.load(file)
-    try:
-        matrix.table(), matrix.to_csv()
-    except (TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{file} is not a whole sequence.json ({type(error).__name__}: {error}).") from error
-    return matrix
-
-
-def models(file: Path, prefix: str) -> list[Run]:
-    """Every model of an eval.json but the first, which is the start of all others."""
-    try:
-        found = read_json(file)
-        if (found["kind"], found["format"]) != ("eval", EVAL_FORMAT):
-            raise ValueError(f"format {found['format']!r} instead of {EVAL_FORMAT}")
-        facts = {key: found[key] for key in ("command", "versions", "plan")}
-        runs = []
-        for model, results in list(zip(found["models"], found["results"], strict=True))[1:]:
-            tasks = []
-            for result in results:
-                task = TaskResult.from_dict({item.name: result[item.name] for item in fields(TaskResult)})
-                task.notes.append(f"{model['name']}: {result['verdict']}.")
-                tasks.append(task)
-            runs.append(Run(f"{prefix}{model['name']}", Report(tasks, facts), file))
-            check(runs[-1].report)
-        return runs
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} is no whole eval.json ({type(error).__name__}: {error}).") from error
+def _stages(file: Path, found: Matrix) -> list[Run]:
+    """The stages of a sequence.json that have ended."""
+    reports = [(stage, file.parent / f"{i:02d}-{stage}/ftplus/report.json") for i, stage in enumerate(found.stages, 1)]
+    return [Run(stage, _own(Report.load(report), stage), report) for stage, report in reports if report.is_file()]
 
 
 def _own(report: Report, stage: str) -> Report:
@@ -103,19 +69,15 @@ def _file(path: Path) -> Path:
     if path.is_file():
         if path.suffix == ".json":
             return path
-        raise DataError(
-            f"{path} is no report.json, sequence.json or eval.json; expected one of them, or the folder of a run."
-        )
+        raise DataError(f"{path} is no {KINDS}; expected one of them, or the folder of a run.")
     if not path.is_dir():
         raise DataError(f"{path} does not exist; expected the folder of a run or a sequence.")
-    for inside in ("sequence.json", "ftplus/report.json", "report.json", "eval.json"):
+    for inside in ("sequence.json", "ftplus/report.json", "report.json", "eval.json", "compare.json"):
         if (path / inside).is_file():
             return path / inside
     below = sorted(file.parents[1] for file in path.glob("*/ftplus/report.json"))
     hint = f" Runs lie below it: ftplus report {shlex.join(map(str, below))}" if below else ""
-    raise DataError(
-        f"{path} holds no ftplus/report.json, sequence.json or eval.json; expected what a finished run left.{hint}"
-    )
+    raise DataError(f"{path} holds no ftplus/{KINDS}; expected what a finished run left.{hint}")
 
 
 def _names(files: list[Path]) -> list[str]:

@@ -26,19 +26,30 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def learning_and_retention(points: Sequence[tuple[int, Estimate, Estimate]], starts: Sequence[float], name: str) -> str:
-    """Runs as points with 95 % intervals both ways: retention across, the learn task's score in % upwards.
+def learning_and_retention(
+    points: Sequence[tuple[int, Estimate, Estimate]],
+    starts: Sequence[float],
+    name: str,
+    upwards: str = "learnt, score %",
+    front: Sequence[int] = (),
+) -> str:
+    """Runs as points with 95 % intervals both ways: retention across, what was learnt upwards.
 
     Args:
-        points: of each run its number, retention and score.
+        points: of each run its number, retention and score (or its change), from 0 to 1.
         starts: scores of the starting models, whose retention is 1.
         name: what a screen reader says.
+        upwards: what the axis of learning says.
+        front: numbers of the runs that a line joins.
     """
 
     def draw(axes: Any) -> None:
         axes.axvline(1, color=LINE, linewidth=1, zorder=0)
         for start in starts:
             axes.plot(1, 100 * start, "o", markerfacecolor="none", color=INK)
+        best = sorted((kept.value, 100 * learnt.value) for number, kept, learnt in points if number in front)
+        if best:
+            axes.plot(*zip(*best, strict=True), "--", color=LINE, linewidth=1, zorder=0)
         for number, kept, learnt in points:
             x, y = kept.value, 100 * learnt.value
             colour, marker = _series(number)
@@ -46,7 +57,7 @@ def learning_and_retention(points: Sequence[tuple[int, Estimate, Estimate]], sta
             axes.errorbar(x, y, xerr=_ends(kept, 1), yerr=_ends(learnt, 100), **style)
             axes.annotate(str(number), (x, y), (5, 4), textcoords="offset points", color=INK)
         axes.set_xlabel("retention (after / before)")
-        axes.set_ylabel("learnt, score %")
+        axes.set_ylabel(upwards)
         axes.margins(0.12)
 
     return _svg(draw, name)

@@ -11,7 +11,7 @@ from ..evaluation.statistics import NOT_MEASURED, Estimate
 from ..report.matrix import Matrix
 from ..report.table import _ordered, _words
 from ..report.text import MISSING, UNDEFINED, label, number, percent, size
-from .found import Run
+from .read import Run
 
 
 @dataclass(frozen=True)

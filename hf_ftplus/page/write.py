@@ -22,8 +22,10 @@ from . import drawn, plots
 from .answers import differences, plain
 from .definitions import DEFINITIONS
 from .flat import COLUMNS, MARK, to_card, to_csv, to_markdown
-from .found import Found, Run, find
+from .found import Found, find
+from .read import Run
 from .tables import blocks, mapping, matrix_rows, mixture, of_strategies, of_task, overview, spent, tasks_of
+from .verdicts import called, compared
 
 if TYPE_CHECKING:
     from ..trainer import SFTTrainer
@@ -35,7 +37,7 @@ PLOTS = "pip install 'hf-ftplus[report]'"
 
 
 def leave_page(file: Path) -> None:
-    """The page of a report.json, sequence.json or eval.json, beside it."""
+    """The page of a report.json, sequence.json, eval.json or compare.json, beside it."""
     with warned("no page could be made"):
         made = write(find([file]), file.with_name("report.html"), f"ftplus report {shlex.quote(str(file))}")
         click.echo(f"Page: {made}", err=True)
@@ -110,6 +112,8 @@ def _context(found: Found, command: str) -> dict[str, Any]:
         "overview": overview(found.runs),
         "blocks": blocks(found.runs),
         "sequences": [_sequence(name, matrix) for name, matrix in found.sequences.items()],
+        "comparisons": [compared(one) | {"figures": drawn.of_comparison(one)} for one in found.comparisons.values()],
+        "verdicts": [view for one in found.scores.values() if (view := called(one))["rows"]],
         "figures": drawn.figures(found.runs),
         "plots_from": "" if plots.available() else PLOTS,
         "mixtures": [_mixture(place, run) for place, run in enumerate(found.runs, 1) if mixture(run.report.facts)],

@@ -7,7 +7,9 @@ from pathlib import Path
 from report.test_record import result
 
 from hf_ftplus.evaluation import Completion
+from hf_ftplus.evaluation.statistics import Estimate
 from hf_ftplus.page import Found, Run
+from hf_ftplus.page.read import Call, Candidate, Comparison, Scores
 from hf_ftplus.report import Report
 from hf_ftplus.report.matrix import Matrix
 
@@ -43,7 +45,7 @@ PAYLOADS = [
 
 
 def full(text: str, name: str | None = None) -> Found:
-    """Two runs and a sequence of which every text is `text`."""
+    """Two runs, a sequence, an evaluation and a comparison of which every text is `text`."""
     name = name or text
     task = {"notes": [text], "metric": text, "completions": [Completion(text, text, f"{text} {text}", f"other {text}")]}
     facts = {
@@ -61,4 +63,10 @@ def full(text: str, name: str | None = None) -> Found:
         [name], [f"{name} 2"], [[0.5], [None]], [[1.0], [2.0]], [[0.1], [0.2]], [[1.0], [None]], notes=[text]
     )
     runs = [Run(name, report, Path("report.json")), Run(f"{name} 2", report, Path("other.json"))]
-    return Found(runs, {name: matrix})
+    tasks = report.tasks[:1]
+    calls = [Call(text, task, "lost", [(3, text, text)], [(4, text, text)], text) for task in tasks]
+    scores = Scores([text, text], 0.05, {tasks[0].name: 0.01}, [calls], [])
+    half = Estimate(0.5, 0.4, 0.6)
+    rows = [Candidate(text, 3, half, half, half, 1.0, 2.0, 3.0, 4.0, True)]
+    comparison = Comparison(rows, text, text, text, text, [text])
+    return Found(runs, {name: matrix}, [], {name: scores}, {name: comparison})

@@ -119,7 +119,7 @@ def test_markdown_tables_hold_whatever_stands_in_them(payload):
         return [token.type for token in tokens if token.type not in ("text", "text_special", "entity")]
 
     text = to_markdown(full(payload), f"ftplus report '{payload}'")
-    assert "www." not in to_markdown(full(payload), COMMAND)
+    assert "www." not in re.sub(r"(?m)^`[^`]*`$", "", text)  # a command, as code, is never a link
     assert outline(text) == outline(to_markdown(full("word"), COMMAND))
     assert all(c.isprintable() or c == "\n" for c in text)
 
