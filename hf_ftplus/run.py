@@ -26,7 +26,7 @@ from .measured import keep_apart, tasks
 from .model import to_train
 from .page import leave_card, leave_page, warned
 from .report import Report, history
-from .report.tracked import track
+from .report.tracked import hold_open, track
 from .row_checks import check_supervised
 from .rows import Rows, find, tokenizer_of, write
 from .trainer import SaveOnInterrupt, SFTTrainer, sft_trainer
@@ -62,6 +62,7 @@ def sft(config: RunConfig) -> Report:
         trainer.install(config.strategies, rows.protect or unwritten or None, config.memory, config.shares)
     if not start.late:
         start.measure()
+    close_trackers = hold_open(trainer)
     with timed(seconds, "training"):
         train(trainer, config)
     with timed(seconds, "saving"):
@@ -75,6 +76,7 @@ def sft(config: RunConfig) -> Report:
         report.show()
     with warned("no tracker got the figures after training"):  # all is saved; a network may fail after hours
         track(trainer, results, "after")
+        close_trackers()
     if trainer.is_world_process_zero():
         leave_page(file)
         leave_card(file, trainer)

@@ -98,6 +98,8 @@ def base_of(name: str) -> str | None:
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not base:
         raise DataError(f"{file} names no base_model_name_or_path; expected the model that the adapter was trained on.")
+    if Path(resolve(base)).is_dir() and Path(resolve(base)).samefile(file.parent):
+        raise DataError(f"{file} names its own folder as its base; expected the model that the adapter was trained on.")
     return resolve(base)
 
 

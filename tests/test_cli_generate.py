@@ -290,12 +290,14 @@ def test_tokens_that_were_added_for_an_adapter_stay(place, tmp_path):
     [
         ("adapter_config.json", b"{nope", "adapter_config.json cannot be read"),
         ("adapter_config.json", b"[]", "names no base_model_name_or_path"),
+        ("adapter_config.json", b'{"base_model_name_or_path": "bad"}', "names its own folder as its base"),
         ("adapter_model.safetensors", b"abc", "cannot be loaded: Error while deserializing"),
         ("adapter_model.safetensors", None, "but no adapter_model.safetensors"),
     ],
 )
-def test_damaged_adapters(place, tmp_path, capsys, name, content, words):
+def test_damaged_adapters(place, tmp_path, monkeypatch, capsys, name, content, words):
     shutil.copytree(place / "adapter", tmp_path / "bad")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "bad" / name).unlink() if content is None else (tmp_path / "bad" / name).write_bytes(content)
     for line in (["generate", "--prompt", "x"], ["merge", "--out", str(tmp_path / "out")]):
         assert main([*line, "--model", str(tmp_path / "bad")]) == 3

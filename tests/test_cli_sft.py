@@ -458,11 +458,15 @@ def test_the_model_card_says_what_was_kept(place, tmp_path, capsys, monkeypatch)
 def test_trackers_hear_of_every_task_before_and_after(place, tmp_path, monkeypatch, capsys):
     from transformers import TrainerCallback, trainer
 
-    heard = []
+    heard, ended = [], []
 
     class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
+            assert not ended
             heard.append((state.global_step, dict(logs)))
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            ended.append(model)
 
     monkeypatch.setattr(trainer, "get_reporting_integration_callbacks", lambda names: [Tracker] if names else [])
     run = words(place, tmp_path / "out", "--logging_steps", "1", "--completions", "0", "--metric", "learn=exact_match")
@@ -477,6 +481,8 @@ def test_trackers_hear_of_every_task_before_and_after(place, tmp_path, monkeypat
         assert after[f"drift/{name}"] == task["drift"]["value"]
     assert after["exact_match/learn"] == tasks["learn"]["after"]["metric"]["value"]
     assert not any(key.startswith("drift/") for key in before)
+    assert len(ended) == 1  # once, when all was said
+    assert ended.pop() is not None
     assert ["mean_token_accuracy" in logs for _, logs in heard if "loss" in logs] == [True] * 4
     heard.clear()
 

@@ -11,8 +11,10 @@ from commands import same_file
 from sequences import make_sequence_place, sequence_yaml
 
 import hf_ftplus
+from hf_ftplus import contents
 from hf_ftplus.errors import StorageError
 from hf_ftplus.report.matrix import Matrix
+from hf_ftplus.stages import runner
 
 LORA = {"use_peft": True, "lora_r": 2, "lora_target_modules": "all-linear"}
 
@@ -84,6 +86,35 @@ def test_files_of_a_mixture_are_known_too(place, tmp_path, named):
     file.write_text(file.read_text().replace("amber", "azure"))
     with pytest.raises(StorageError, match=r"\.jsonl changed since"):
         hf_ftplus.sequence(asked)
+
+
+def test_rows_of_a_later_stage_that_are_edited_while_an_earlier_one_trains(place, tmp_path, monkeypatch):
+    """All stages are checked before the first trains; what is edited after that has not been."""
+    for name in ("colours", "fruits"):
+        shutil.copy(place / f"{name}.jsonl", tmp_path)
+    later, trained = tmp_path / "fruits.jsonl", runner.train
+
+    def edited(stage, *rest):
+        if stage.number == 1:
+            later.write_text(later.read_text().replace("pear", "kiwi"))
+        trained(stage, *rest)
+
+    data = {name: {"dataset_name": str(tmp_path / f"{name}.jsonl")} for name in ("colours", "fruits")}
+    asked = given(place, tmp_path / "out", max_steps=1, plugins=[], each=data)
+    monkeypatch.setattr(runner, "train", edited)
+    with pytest.raises(StorageError, match=r"Stage 'fruits': .*fruits\.jsonl changed since all stages were checked"):
+        hf_ftplus.sequence(asked)
+    hf_ftplus.sequence(asked)
+
+
+def test_a_folder_of_rows_that_leads_back_into_itself_is_read_once(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("one")
+    before = contents.of_path(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert contents.of_path(tmp_path) == before
+    (tmp_path / "rows.jsonl").write_text("other")
+    assert contents.of_path(tmp_path) != before
 
 
 def test_a_stage_is_not_put_under_those_that_were_trained_from_another(done):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import trainer as trainers
 
 from ..evaluation import TaskResult
 from ..logits import evaluating
@@ -31,3 +33,23 @@ def track(trainer: SFTTrainer, results: Iterable[TaskResult], moment: Literal["b
     if trainer.args.report_to:
         with evaluating(trainer.model):  # TRL would otherwise log and forget its figures of training
             trainer.log(figures(results, moment))
+
+
+def hold_open(trainer: SFTTrainer) -> Callable[[], None]:
+    """Keep trackers from closing when training ends, before they have heard what was measured after it: MLflow would
+    open a second run for that. Returns what closes them."""
+    kinds = tuple(trainers.get_reporting_integration_callbacks(trainer.args.report_to))
+    held = [it for it in trainer.callback_handler.callbacks if isinstance(it, kinds)]
+
+    def not_yet(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def close() -> None:
+        for tracker in held:
+            del tracker.on_train_end
+            more = {"model": trainer.model, "processing_class": trainer.processing_class}
+            tracker.on_train_end(trainer.args, trainer.state, trainer.control, **more)
+
+    for tracker in held:
+        tracker.on_train_end = not_yet
+    return close

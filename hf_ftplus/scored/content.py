@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ..contents import of_file
 from ..evaluation import EvalTask
 from ..trained import base_of, resolve
 
@@ -53,19 +54,11 @@ def of_model(name: str) -> str:
 
 def _of_folder(folder: Path) -> str:
     files = [file for file in sorted(folder.iterdir()) if held(file)]
-    return digest([(file.name, _of_file(file)) for file in files])
+    return digest([(file.name, of_file(file)) for file in files])
 
 
 def held(file: Path) -> bool:
     return file.suffix in HELD and file.name not in OTHERS and file.is_file()
-
-
-def _of_file(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _of_hub(name: str) -> str:
@@ -82,7 +75,7 @@ def of_task(task: EvalTask) -> str:
 def of_code() -> str:
     """What figures are computed by, and the libraries below it."""
     files = [Path(import_module(f"hf_ftplus.{name}").__file__) for name in CODE]
-    return digest([[_of_file(file) for file in files], versions(), {name: _version(name) for name in METRICS}])
+    return digest([[of_file(file) for file in files], versions(), {name: _version(name) for name in METRICS}])
 
 
 def _version(package: str) -> str | None:

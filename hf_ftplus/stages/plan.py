@@ -45,6 +45,8 @@ class Stage:
     """Strategies that only wait, or record: there is nothing to protect yet."""
     config: RunConfig | None = None
     """As far as it is known before the stage before has run."""
+    seen: dict[str, str] = field(default_factory=dict)
+    """Digests of its data when all stages were checked, until it begins; not of rows that stages before will keep."""
 
     @property
     def file(self) -> Path:

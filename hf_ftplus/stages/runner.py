@@ -15,7 +15,7 @@ from .. import disk
 from ..config import without_secrets
 from ..errors import RetentionError, UsageError
 from ..strategy import Strategy, settings
-from .digests import note_data, refuse_other_data
+from .digests import note_data, refuse_other_data, see_data
 from .handover import hand_on, handed_on, left_by, stage_yaml, storing
 from .plan import Plan, Stage, read, within
 from .resuming import (
@@ -108,6 +108,7 @@ def check(plan: Plan) -> dict[str, str]:
             refuse_orphan(plan, stage)
             refuse_changed(stage, stage_yaml(plan, stage, *handed_on(plan, stage)))
             refuse_other_data(stage)
+            see_data(stage, pools)
             refuse_several_devices(config.training)
             if not stage.report.is_file():  # what taught a finished one may be gone
                 refuse([it for it in config.strategies if not _waits(plan, stage, it)], config.training)
