@@ -19,7 +19,7 @@ from sequences import make_sequence_place
 
 from hf_ftplus.cli import main
 from hf_ftplus.compared import plan
-from hf_ftplus.compared.cells import created
+from hf_ftplus.compared.cells import created, slug
 
 NAP = """
 import os, time
@@ -61,7 +61,7 @@ def kill_midway(folder):
     """SIGKILL for the process of a cell once it has saved a checkpoint; the thread that does so."""
 
     def wait():
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while time.monotonic() < until and not list(folder.glob("checkpoint-2/trainer_state.json")):
             time.sleep(0.05)
         os.kill(json.loads((folder / "ftplus" / "cell.json").read_text())["pid"], signal.SIGKILL)
@@ -124,6 +124,28 @@ def test_after_kill_9_the_same_command_goes_on_from_the_checkpoint_to_the_same_w
     rows = {row["name"]: row for row in json.loads((out / "compare.json").read_text())["rows"]}
     assert rows[RATE]["seconds"] > 0
     assert rows["nap"]["seconds"] is None
+
+
+@pytest.mark.slow
+def test_four_candidates_survive_kill_9_in_each_of_their_cells(place, tmp_path, capsys):
+    """Each is killed once it has saved; asked again, all go on, and end with the weights of a run that was not killed."""
+    config, out = tmp_path / "run.yaml", tmp_path / "out"
+    longer = {"max_steps": 60, "eval_strategy": "no", "measure": {"fruits": str(place / "fruits.jsonl")}}
+    config.write_text(yaml.safe_dump(yaml.safe_load((place / "run.yaml").read_text()) | longer))
+    line = options(place, out, RATE, "ewc:strength=1", "replay", "distill", config=config)
+    killers = [kill_midway(out / "cells" / slug(name) / "seed-42") for name in (RATE, *line[4].split(",")[1:])]
+    assert main(line) == 1
+    for killer in killers:
+        killer.join()
+    assert "4 of 4 cells failed" in capsys.readouterr().err
+    assert main(line) == 0
+    for row in json.loads((out / "compare.json").read_text())["rows"]:
+        assert row["cells"][0]["state"] == "finished"
+        folder = Path(row["cells"][0]["folder"])
+        again = tmp_path / "again" / folder.parent.name
+        assert json.loads((folder / "ftplus" / "cell.json").read_text())["resumed"] is True
+        assert main(["sft", "--config", str(folder / "ftplus" / "stage.yaml"), "--output_dir", str(again)]) == 0
+        assert same_file(folder / "model.safetensors", again / "model.safetensors")
 
 
 def test_settings_and_data_that_changed_are_refused_by_name(first, place, tmp_path, capsys):
