@@ -4,8 +4,8 @@
     swift sft --external_plugins swift_ftplus.py --callbacks ftplus --model ... --dataset ...
 
 A callback reaches gradients and weights (ewc, si); `distill`, `replay` and `multitask` need more, and say so. Written
-for ms-swift 4.6, which wants TRL below 1.0: pip cannot resolve both (`pip install --no-deps hf-ftplus` puts it there); a
-callback needs no TRL. What was tried: see examples/README.md.
+for ms-swift 4.6, which wants TRL below 1.0: pip cannot resolve both (`pip install --no-deps hf-ftplus` puts it there);
+a callback needs no TRL. What was tried: see examples/README.md.
 """
 
 import os
