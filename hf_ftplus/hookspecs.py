@@ -14,8 +14,9 @@ and in pyproject.toml, with the name of the strategy on the left:
     [project.entry-points.ftplus]
     l2sp = "ftplus_l2sp"
 
-That is the whole contract. pluggy only finds the classes; a run makes objects of those that were asked for by name and
-calls them in the order given (see `strategy.py`). What is installed and not asked for never runs.
+A module may say which contract it was written for, `ftplus_api = 1`; a host that speaks another refuses it by name
+before it is imported. That is the whole contract. pluggy only finds the classes; a run makes objects of those that were
+asked for by name and calls them in the order given (see `strategy.py`). What is installed and not asked for never runs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 
 GROUP = "ftplus"
 """The entry-point group, and pluggy's project name."""
+
+API = 1
+"""The contract of this page and of `strategy.py`. It grows without a new number: a strategy that was written for an
+older host of the same number keeps working. What would break one is announced by a DeprecationWarning for at least one
+minor version, and then raises the number."""
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)

@@ -108,6 +108,41 @@ def load(name_or_path: str, *, blocked: Collection[str] = ()) -> type[Strategy]:
     return _search(name_or_path, [offer for offer in known if not offer.blocked_by(blocked)])
 
 
+def find(name_or_path: str) -> list[type[Strategy]]:
+    """All strategies behind a name, a file, or the folder of a distribution that need not be installed.
+
+    Raises:
+        UsageError: as `load`; or a folder without a pyproject.toml that offers a strategy.
+        PluginError: as `load`.
+    """
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        return [load(name_or_path)]
+    modules = _offered_in(folder)
+    for place in (folder / "src", folder):
+        if place.is_dir() and str(place.resolve()) not in sys.path:
+            sys.path.insert(0, str(place.resolve()))  # it need not be installed; another process finds it there, too
+    offers_here = [Offer(name, value, str(folder), "(a folder)") for name, value in modules.items()]
+    return [item for offer in offers_here for item in _classes(offer)]
+
+
+def _offered_in(folder: Path) -> dict[str, str]:
+    """The entry points of group `ftplus` in the pyproject.toml of a folder."""
+    import tomllib
+
+    file = folder / "pyproject.toml"
+    try:
+        project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read: {_say(error)}. Expected the folder of a distribution.") from error
+    found = project.get("entry-points", {}).get(hookspecs.GROUP, {})
+    if not found:
+        raise UsageError(
+            f'{file} offers no strategy; expected [project.entry-points.{hookspecs.GROUP}] with NAME = "MODULE" in it.'
+        )
+    return found
+
+
 def resolve(
     item: str | Strategy | type[Strategy] | tuple[str | type[Strategy], dict[str, Any]],
     settings: dict[str, Any] | None = None,
@@ -157,12 +192,12 @@ def origin(strategy: type[Strategy]) -> tuple[str, str]:
 # ---- entry points ----------------------------------------------------------------------------------------------------
 
 
-def offers() -> list[Offer]:
-    """The entry points of group `ftplus`, by name, nothing imported; only our own when autoload is disabled."""
+def offers(group: str = hookspecs.GROUP) -> list[Offer]:
+    """The entry points of a group, by name, nothing imported; only our own when autoload is disabled."""
     alone = _alone()
     seen: dict[tuple[str, str], Offer] = {}
     for distribution in metadata.distributions():
-        for offer in _offers_of(distribution):
+        for offer in _offers_of(distribution, group):
             if not alone or _canonical(offer.distribution) == HOST:
                 seen.setdefault((_canonical(offer.distribution), offer.name), offer)  # the first on sys.path wins
     return sorted(seen.values(), key=lambda offer: (_canonical(offer.distribution) != HOST, offer.name))
@@ -179,9 +214,43 @@ def _check_blocked(blocked: Collection[str], known: list[Offer]) -> None:
             _warn(f"--no-plugin {name}: nothing of that name is installed.{nearest(name, names)}")
 
 
-def _offers_of(distribution: metadata.Distribution) -> list[Offer]:
+def commands() -> list[Offer]:
+    """Commands that plugins bring: each console script `ftplus-WORD` is `ftplus WORD`, too, as with git and cargo."""
+    return [
+        dataclasses.replace(offer, name=offer.name.removeprefix("ftplus-"))
+        for offer in offers("console_scripts")
+        if offer.name.startswith("ftplus-") and _canonical(offer.distribution) != HOST
+    ]
+
+
+def load_command(word: str) -> Any:
+    """The click command `ftplus WORD` of a plugin; None where no plugin brings one.
+
+    Raises:
+        UsageError: two distributions bring it.
+        PluginError: it cannot be loaded, or is no click command.
+    """
+    import click
+
+    wanted = [offer for offer in commands() if offer.name == word]
+    if not wanted:
+        return None
+    if len(wanted) > 1:
+        both = " and ".join(f"{item.distribution} {item.version}" for item in wanted)
+        raise UsageError(f"ftplus {word} is brought by {both}. Take one away: pip uninstall {wanted[-1].distribution}.")
+    who = f"The command ftplus {word} of {wanted[0].distribution} {wanted[0].version}"
     try:
-        found = [item for item in distribution.entry_points if item.group == hookspecs.GROUP]
+        command = metadata.EntryPoint(word, wanted[0].value, "console_scripts").load()
+    except (Exception, SystemExit) as error:  # a stranger's module may raise anything, or leave
+        raise PluginError(_cannot_be_loaded(who, error, wanted[0])) from error
+    if not isinstance(command, click.Command):
+        raise PluginError(f"{who} is {command!r}; expected a click command.")
+    return command
+
+
+def _offers_of(distribution: metadata.Distribution, group: str) -> list[Offer]:
+    try:
+        found = [item for item in distribution.entry_points if item.group == group]
         if not found:
             return []
         name = distribution.metadata["Name"] or "unknown"
@@ -253,20 +322,25 @@ def _classes(offer: Offer) -> list[type[Strategy]]:
     """Import one entry point and ask it for its strategies; whatever goes wrong is a PluginError that names it."""
     who = f"Plugin {offer.name!r} of {offer.distribution} {offer.version}"
     try:
+        _check_api(_written_for(offer.value), who)
         module = metadata.EntryPoint(offer.name, offer.value, hookspecs.GROUP).load()
         classes = _ask(module, who)
     except PluginError:
         raise
     except (Exception, SystemExit) as error:  # a stranger's module may raise anything, or leave
-        raise PluginError(
-            f"{who} cannot be loaded: {_say(error)}. Repair it (pip install --force-reinstall {offer.distribution}) or "
-            f"leave it out (pip uninstall {offer.distribution})."
-        ) from error
+        raise PluginError(_cannot_be_loaded(who, error, offer)) from error
     if not classes:
         raise PluginError(
             f"{who} offers no strategy; expected a function `@hookimpl ftplus_strategies` in {offer.value}."
         )
     return classes
+
+
+def _cannot_be_loaded(who: str, error: BaseException, offer: Offer) -> str:
+    return (
+        f"{who} cannot be loaded: {_say(error)}. Repair it (pip install --force-reinstall {offer.distribution}) or "
+        f"leave it out (pip uninstall {offer.distribution})."
+    )
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -333,6 +407,7 @@ def _ask(module: Any, who: str) -> list[type[Strategy]]:
     Raises:
         PluginError: a misspelt or unmarked hook, or a result that is not a list of strategy classes.
     """
+    _check_api(getattr(module, "ftplus_api", None), who)
     _check_spelling(module, who)
     manager = pluggy.PluginManager(hookspecs.GROUP)
     manager.add_hookspecs(hookspecs)
@@ -350,6 +425,33 @@ def _ask(module: Any, who: str) -> list[type[Strategy]]:
     if twice:
         raise PluginError(f"{who} offers two strategies named {', '.join(sorted(twice))}; expected each name once.")
     return result
+
+
+def _written_for(value: str) -> int | None:
+    """What the module of an entry point says in its `ftplus_api = N`, read without importing it."""
+    name = value.partition(":")[0].strip()
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    said = re.search(r"^ftplus_api *(?:: *\w+ *)?= *(\d+)", Path(spec.origin).read_text(encoding="utf-8"), re.M)
+    return int(said[1]) if said else None
+
+
+def _check_api(written_for: Any, who: str) -> None:
+    """Refuse what was written for another contract. A module that does not say is taken to fit."""
+    if written_for in (None, hookspecs.API):
+        return
+    from . import __version__
+
+    if not isinstance(written_for, int):
+        cure = f"Write ftplus_api = {hookspecs.API}."
+    elif written_for > hookspecs.API:
+        cure = f"Type pip install -U {HOST}."
+    else:
+        cure = f"Look for a newer version of it, or type pip install '{HOST}<{__version__}'."
+    raise PluginError(
+        f"{who} is written for plugin API {written_for!r}; {HOST} {__version__} speaks {hookspecs.API}. {cure}"
+    )
 
 
 def _check_spelling(module: Any, who: str) -> None:

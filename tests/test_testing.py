@@ -396,6 +396,77 @@ def test_what_a_strategy_raises_is_told_with_law_and_name():
     broken(Crash(), "Law 'acts' cannot be tried on 'crash': PluginError: .*KeyError", testing.law_acts)
 
 
+def test_weights_moved_at_the_end_are_caught_unless_that_is_the_idea():
+    @dataclass
+    class Halver(Idle):
+        """Halves the weights when all is done."""
+
+        name: ClassVar[str] = "halver"
+
+        def finish(self, run):
+            with torch.no_grad():
+                for weight in run.weights.values():
+                    weight.mul_(0.5)
+
+    broken(Halver(), "its finish changed weights", testing.law_leaves_no_trace, peft=False)
+    check_strategy(Halver(), laws=[testing.law_leaves_no_trace], peft=False, processes=False, finish="moves")
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_verdict_says_what_was_found_and_how_to_mend_it():
+    laws = [testing.law_introduces_itself, testing.law_acts]
+    one, two = testing.judge(Idle(), laws=laws, peft=False, processes=False)
+    assert (one.law, one.kept, one.found, one.fix) == ("introduces itself", True, "", "")
+    assert (two.law, two.kept) == ("acts", False)
+    assert two.found.startswith("after 6 steps weights are 0.0e+00")
+    assert "is the default too weak" in two.fix
+
+
+def test_every_sentence_of_a_law_has_a_fix_of_its_own():
+    import inspect
+    import re
+
+    from hf_ftplus.testing import judged, laws, ranks
+
+    source = inspect.getsource(laws) + inspect.getsource(ranks)
+    found = {"{what}": "8 rows at once", "{changed}": "weights", "{wanted}": "strength, share or weight"}
+    sentences = [said for said in re.findall(r'f"([^"\n]{25,})"', source) if re.search("expected|are|is|its", said)]
+    sentences = [re.sub(r"\{\w+\}", lambda slot: found.get(slot[0], slot[0]), said) for said in sentences]
+    sentences = [said for said in sentences if "processes, expected 2" not in said]  # of the machine, not of a strategy
+    assert len(sentences) >= 19
+    otherwise = judged.fix_for("")
+    assert [said for said in sentences if judged.fix_for(said) == otherwise] == []
+
+
+@pytest.mark.slow
+def test_pytest_takes_the_laws_as_tests(tmp_path):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    import lawful
+
+    line = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "hf_ftplus.pytest_plugin", "--ftplus",
+        f"{lawful.__file__}:Quarter:share=0.5", "--ftplus", "idle.py", "-k", "introduces_itself",
+    ]  # fmt: skip
+    (tmp_path / "idle.py").write_text(
+        Path(lawful.__file__).read_text().split("@dataclass")[0]
+        + "@dataclass\nclass Idle(Strategy):\n    name: ClassVar[str] = 'idle'\n"
+    )
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    assert "Law 'introduces itself' is broken by 'idle': its class has no docstring" in done.stdout
+    assert "Write one line below `class`" in done.stdout
+    assert "1 failed, 1 passed, 14 deselected" in done.stdout
+    line[line.index("--ftplus") + 1] = "gone.py"
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 4
+    assert "--ftplus gone.py: No plugin file at 'gone.py'" in done.stderr + done.stdout
+
+
 def test_the_strategy_given_is_never_trained_itself():
     given = EWC()
     check_strategy(given, laws=[testing.law_acts])

@@ -24,9 +24,11 @@ COMMANDS = {
     "report": "Make the page of a run again, or join several on one.",
     "generate": "Try a trained model on prompts of your own, beside another one.",
     "merge": "Put an adapter into its base: one model to deploy.",
-    "plugins": "List the strategies that are installed, or the settings of one.",
+    "plugins": "List strategies, or the settings of one; plugin new, plugin test: write your own.",
     "doctor": "Show versions, devices, and which fast paths are active.",
 }
+
+ALIASES = {"plugin": "plugins"}
 
 RANKS = "FTPLUS_RANKS"
 """Environment variable: the folder in which launched processes leave how they ended (launch.py)."""
@@ -40,7 +42,7 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            return None
+            return _of_a_plugin(cmd_name)
         import logging  # not for `ftplus --help`, as all of the standard library that takes milliseconds
 
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of what nothing here calls
@@ -49,7 +51,8 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
+        args = [ALIASES.get(args[0], args[0]), *args[1:]]
+        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             known = list(COMMANDS)
             raise UsageError(f"No command {args[0]!r}.{nearest(args[0], known)} Commands: {', '.join(known)}.")
         return super().resolve_command(ctx, args)
@@ -57,6 +60,13 @@ class Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):  # from the table above: help must not import what it lists
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _of_a_plugin(word: str) -> click.Command | None:
+    """The command `ftplus WORD` that a plugin brings, as its console script `ftplus-WORD`."""
+    from ..plugins import load_command
+
+    return load_command(word)
 
 
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:

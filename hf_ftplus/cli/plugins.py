@@ -1,8 +1,13 @@
-"""See which strategies are installed and where from, and every setting of one of them: `ftplus plugins [NAME]`."""
+"""See which strategies are installed and where from, and every setting of one of them: `ftplus plugins [NAME]`.
+
+`ftplus plugin new` and `ftplus plugin test` are for those who write one. Both words mean the same command, so nobody
+has to remember which of them is spelt with an s.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 import re
@@ -16,30 +21,76 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ..plugins import Plugin
+    from ..plugins import Offer, Plugin
     from ..strategy import Setting, Strategy
 
 COLOURS = {"ok": "green", "blocked": "yellow", "failed": "red"}
 
 
-@click.command()
-@click.argument("name", required=False)
-@click.option("--no-plugin", "blocked", multiple=True, metavar="NAME", help="Leave out a plugin or a distribution.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plugins(name: str | None, blocked: tuple[str, ...], as_json: bool) -> None:
-    """List the strategies that are installed; with NAME (or ./file.py), show the settings of one."""
+AUTHORS = {"new": "plugin_new", "test": "plugin_test"}
+"""Subcommands, and the modules that they are in."""
+
+NO_PLUGIN = click.option(
+    "--no-plugin", "blocked", multiple=True, metavar="NAME", help="Leave out a plugin or a distribution."
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Plugins(click.Group):
+    """`plugins`, `plugins NAME`, and the commands for authors, each imported when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(AUTHORS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in AUTHORS:
+            return None
+        return getattr(importlib.import_module(f"{__package__}.{AUTHORS[cmd_name]}"), cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        return super().resolve_command(ctx, args) if args[0] in AUTHORS else (ctx.info_name, show, args)
+
+
+@click.group(cls=Plugins, invoke_without_command=True, subcommand_metavar="[NAME | new NAME | test NAME]")
+@NO_PLUGIN
+@AS_JSON
+@click.pass_context
+def plugins(ctx: click.Context, blocked: tuple[str, ...], as_json: bool) -> None:
+    """List the strategies that are installed; with NAME (or ./file.py), show the settings of one.
+
+    To write one of your own: `new` makes a distribution that works, `test` says which laws a strategy breaks.
+    `ftplus plugin` is the same command.
+    """
+    if ctx.invoked_subcommand is not None:
+        ctx.obj = {"blocked": blocked, "as_json": as_json}
+        return
     from .. import plugins as found
 
-    if name:
-        strategy = found.load(name, blocked=blocked)
-        facts = describe(strategy, *found.origin(strategy))
-        click.echo(json.dumps(facts, indent=2, default=str)) if as_json else _show_strategy(strategy, facts)
-        return
     rows = found.discover(blocked=blocked)
     if as_json:
         click.echo(json.dumps([{**dataclasses.asdict(row), "help": row.help} for row in rows], indent=2))
     else:
-        _show_table(rows)
+        _show_table(rows, found.commands())
+
+
+@click.command()
+@click.argument("name")
+@NO_PLUGIN
+@AS_JSON
+@click.pass_context
+def show(ctx: click.Context, name: str, blocked: tuple[str, ...], as_json: bool) -> None:
+    """Show the settings of one strategy."""
+    from .. import plugins as found
+
+    before = ctx.obj if isinstance(ctx.obj, dict) else {"blocked": (), "as_json": False}
+    strategy = found.load(name, blocked=(*before["blocked"], *blocked))
+    facts = describe(strategy, *found.origin(strategy))
+    if as_json or before["as_json"]:
+        click.echo(json.dumps(facts, indent=2, default=str))
+    else:
+        _show_strategy(strategy, facts)
 
 
 def describe(strategy: type[Strategy], distribution: str, version: str) -> dict[str, Any]:
@@ -82,7 +133,7 @@ def allowed(item: Setting) -> str:
     return words + (" or none" if "None" in kinds else "")
 
 
-def _show_table(rows: list[Plugin]) -> None:
+def _show_table(rows: list[Plugin], commands: list[Offer]) -> None:
     from rich.table import Table
 
     if not rows:
@@ -98,6 +149,8 @@ def _show_table(rows: list[Plugin]) -> None:
             published = f"{row.distribution} {row.version}"
             table.add_row(plain(name), plain(published), plain(row.status, colour), plain(row.reason or help))
     _console().print(table)
+    for command in commands:
+        click.echo(f"ftplus {command.name} comes with {command.distribution} {command.version}.")
 
 
 def _show_strategy(strategy: type[Strategy], facts: dict[str, Any]) -> None:

@@ -5,20 +5,20 @@
     def test_my_strategy_keeps_the_laws():
         check_strategy(MyStrategy())
 
-Each law is a function (`laws.py`), and trains a Llama of some thousand weights on random tokens, on the CPU, without
-network, in about 20 seconds for all of them. What breaks a law raises an AssertionError of one sentence that names law,
-strategy and figure.
+`judge` returns a verdict for each law instead, with what was found and how to mend it (`ftplus plugin test NAME`,
+`pytest --ftplus NAME`). Each law is a function (`laws.py`), and trains a Llama of some thousand weights on random
+tokens, on the CPU, without network, in about 20 seconds for all of them. What breaks a law raises an AssertionError of
+one sentence that names law, strategy and figure.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..strategy import Strategy
-from .bench import VOCAB, Bench, quiet, rng_restored, tiny_batches, tiny_model, tiny_rows, tiny_tokenizer
+from .bench import VOCAB, Bench, tiny_batches, tiny_model, tiny_rows, tiny_tokenizer
+from .judged import Verdict, courtroom, judge
 from .laws import (
     LAWS,
     law_acts,
@@ -35,7 +35,9 @@ __all__ = [
     "LAWS",
     "VOCAB",
     "Bench",
+    "Verdict",
     "check_strategy",
+    "judge",
     "law_acts",
     "law_gets_along",
     "law_introduces_itself",
@@ -61,6 +63,7 @@ def check_strategy(
     from_start: bool | None = None,
     zero: dict[str, Any] | None = None,
     learn: Any = None,
+    finish: str = "looks",
     laws: Sequence[Callable[[Bench], None]] | None = None,
 ) -> None:
     """Train with `strategy` in many ways and demand that it keeps every law.
@@ -74,21 +77,13 @@ def check_strategy(
         from_start: whether it does nothing until weights leave their start. Left out: True, unless it mixes tasks.
         zero: settings that turn it off. Left out: `strength`, `share` or `weight` at 0.
         learn: a dataset to train on, of `input_ids` and `labels` below `VOCAB`: `tiny_rows` with a column `task`, say.
+        finish: "moves" if the last hook may move the weights, as averaging them does; else it may only look.
         laws: only these, of `LAWS`.
 
     Raises:
         AssertionError: a law is broken; names law, strategy and figure.
     """
-    with tempfile.TemporaryDirectory(prefix="ftplus-laws-") as folder, quiet(), rng_restored():
-        bench = Bench(strategy, Path(folder), protect, peft, processes, second_run, from_start, zero, learn)
+    asked = {"second_run": second_run, "from_start": from_start, "zero": zero, "learn": learn}
+    with courtroom(strategy, protect=protect, peft=peft, processes=processes, finish=finish, **asked) as bench:
         for law in LAWS if laws is None else laws:
-            bench.law = law.__name__.removeprefix("law_").replace("_", " ")
-            try:
-                if second_run and not bench.first:
-                    bench.first = {kind.lora: bench.first_run(kind.lora) for kind in bench.kinds}
-                law(bench)
-            except AssertionError:
-                raise
-            except Exception as error:
-                said = f"{type(error).__name__}: {error}"
-                raise AssertionError(f"Law {bench.law!r} cannot be tried on {bench.name!r}: {said}") from error
+            bench.hold(law)

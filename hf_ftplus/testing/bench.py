@@ -8,7 +8,7 @@ import dataclasses
 import math
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Bench:
     from_start: bool | None = None
     zero: dict[str, Any] | None = None
     learn: Any = None
+    finish: str = "looks"
+    """`moves` if the hook may move the weights at the end of training."""
     first: dict[bool, Path] = field(default_factory=dict)
     """With `second_run`: output folders of the first run, full and LoRA."""
     law: str = ""
@@ -69,6 +71,19 @@ class Bench:
         """Raise in the name of the law unless it holds."""
         if not holds:
             raise AssertionError(f"Law {self.law!r} is broken by {self.name!r}: {found}.")
+
+    def hold(self, law: Callable[[Bench], None]) -> None:
+        """Try one law; whatever goes wrong is an AssertionError that names law and strategy."""
+        self.law = law.__name__.removeprefix("law_").replace("_", " ")
+        try:
+            if self.second_run and not self.first:
+                self.first = {kind.lora: self.first_run(kind.lora) for kind in self.kinds}
+            law(self)
+        except AssertionError:
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise AssertionError(f"Law {self.law!r} cannot be tried on {self.name!r}: {said}") from error
 
     def equal(self, one: Weights, other: Weights, what: str) -> None:
         """Demand that two sets of tensors agree bit for bit."""

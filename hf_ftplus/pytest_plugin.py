@@ -1,0 +1,116 @@
+"""The laws as tests: `pytest --ftplus NAME` adds one test for each law to whatever else is collected.
+
+NAME is what `ftplus plugin test` takes: an installed strategy, a file, or the folder of a distribution. Settings follow
+it: `--ftplus NAME:strength=0.1`. pytest loads this module in every environment that has hf-ftplus, so it imports
+nothing until it is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hf-ftplus", "the laws of strategies")
+    group.addoption(
+        "--ftplus",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a strategy (name, file or folder) to judge by the laws",
+    )
+    group.addoption("--ftplus-distributed", action="store_true", help="also train it on two processes")
+    group.addoption("--ftplus-second-run", action="store_true", help="judge it with the memory of a first run")
+    group.addoption(
+        "--ftplus-acts-at-start", action="store_true", help="it is meant to act before any weight has moved"
+    )
+
+
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    for name in config.getoption("--ftplus"):
+        items += _laws_of(session, config, name)
+
+
+class Law(pytest.Item):
+    """One law, tried on one strategy; all of a strategy share a bench, and with it the first of two runs."""
+
+    def __init__(self, *, law: Callable, bench: Bench, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.law, self.bench = law, bench
+
+    def runtest(self) -> None:
+        import warnings
+
+        with self.bench.open() as bench, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the stack below us, which is not on trial
+            bench.hold(self.law)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        if not isinstance(excinfo.value, AssertionError):
+            return super().repr_failure(excinfo)
+        from .testing.judged import fix_for
+
+        return f"{excinfo.value}\n{fix_for(str(excinfo.value))}"
+
+    def reportinfo(self) -> tuple[Any, int | None, str]:
+        return self.path, None, self.name
+
+
+class Bench:
+    """Makes the bench of a strategy when its first law is tried, and keeps it until pytest ends."""
+
+    def __init__(self, strategy: Any, config: pytest.Config) -> None:
+        self.strategy, self.config = strategy, config
+        self.made: Any = None
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Any]:
+        from .testing.bench import quiet, rng_restored
+
+        if self.made is None:
+            from .testing.judged import courtroom, refused_lora
+
+            option = self.config.getoption
+            world = {"second_run": option("--ftplus-second-run")}
+            asked = {
+                "processes": option("--ftplus-distributed"),
+                "from_start": False if option("--ftplus-acts-at-start") else None,
+            }
+            peft = not refused_lora(self.strategy, **world)
+            entered = contextlib.ExitStack()
+            self.config.add_cleanup(entered.close)
+            self.made = entered.enter_context(courtroom(self.strategy, peft=peft, **world, **asked))
+        with quiet(), rng_restored():
+            yield self.made
+
+
+def _laws_of(session: pytest.Session, config: pytest.Config, asked: str) -> list[Law]:
+    from .errors import FTPlusError
+    from .plugins import find, resolve
+    from .testing import LAWS
+
+    name, settings = _parted(asked)
+    try:
+        strategies = [resolve(kind, settings) for kind in find(name)]
+    except FTPlusError as error:
+        raise pytest.UsageError(f"--ftplus {asked}: {error}") from error
+    return [
+        Law.from_parent(session, name=f"{strategy.name}: {law.__name__.removeprefix('law_')}", law=law, bench=bench)
+        for strategy in strategies
+        for bench in [Bench(strategy, config)]
+        for law in LAWS
+    ]
+
+
+def _parted(asked: str) -> tuple[str, dict[str, str]]:
+    """`name:strength=0.1,rows=8` as a name and settings; a Windows path or `file.py:Class` has a colon of its own."""
+    name, colon, settings = asked.rpartition(":")
+    if not colon or "=" not in settings:
+        return asked, {}
+    return name, dict(pair.split("=", 1) for pair in settings.split(","))

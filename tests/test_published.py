@@ -1,0 +1,92 @@
+"""What an author does from nothing to a package works as it is written, without network and untouched."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from commands import make_place, words
+from published import ROOT, workplace
+
+from hf_ftplus.cli import main, plugin_new
+
+STEPS = re.search(r"```console\n(.*?)```", (ROOT / "plugins" / "README.md").read_text(encoding="utf-8"), re.S)[1]
+LINES = [line.removeprefix("$ ").split("  #")[0].strip() for line in STEPS.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_steps_from_nothing_to_a_package_work_as_they_are_written(tmp_path):
+    env, folder = workplace(tmp_path / "venv"), tmp_path
+    assert LINES[-1] == "twine upload dist/*"
+    said = {}
+    for line in LINES[:-1]:
+        if line.startswith("cd "):
+            folder = folder / line.removeprefix("cd ")
+            continue
+        done = subprocess.run(line, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+        said[line] = done.stdout
+        assert done.returncode == 0, f"{line}: {done.stdout[-3000:]} {done.stderr[-1000:]}"
+    assert "strength = 0.1" in said["ftplus plugins slow-start"]
+    assert "8 of 8 laws kept" in said["ftplus plugin test slow-start"]
+    assert "2 passed" in said["pytest"]
+    (wheel,) = (folder / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == {"ftplus_slow_start.py"}
+    assert [name for name in names if name.endswith("licenses/LICENSE")]
+    place = make_place(tmp_path / "place")
+    line = ["ftplus", *words(place, tmp_path / "out", "--use_cpu", "true", plugin="slow-start", protect=None)]
+    done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "checkpoint-4" / "ftplus" / "slow-start.safetensors").exists()
+
+
+def test_a_new_distribution_is_complete_and_names_nothing_but_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plugin", "new", "ftplus-my-idea", "--author", "Ada"]) == 0
+    folder = tmp_path / "ftplus-my-idea"
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == sorted(
+        [
+            ".github/workflows/test.yml", ".gitignore", "CHANGELOG.md", "LICENSE", "README.md", "ftplus_my_idea.py",
+            "pyproject.toml", "tests/test_my_idea.py",
+        ]
+    )  # fmt: skip
+    text = "".join((folder / name).read_text() for name in files)
+    assert not re.search(r"ownidea|OwnIdea|THE-[A-Z]", text)
+    assert "Ada" in (folder / "LICENSE").read_text()
+    assert "class MyIdea(Strategy)" in text
+    assert "pytest" in capsys.readouterr().out
+    lint = [sys.executable, "-m", "ruff", "check", "--isolated"]
+    linted = subprocess.run(lint, cwd=folder, capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        (["ewc"], 2, "'ewc' is a strategy of hf-ftplus"),
+        (["My Idea"], 2, "expected lower-case letters and digits"),
+        (["../up"], 2, "expected lower-case letters and digits"),
+        (["test"], 2, "neither new nor test"),
+        (["idea", "--author", 'a"b'], 2, "expected a name without quotes"),
+        (["idea", "--out", "full"], 6, "full is not an empty folder"),
+    ],
+)
+def test_what_could_not_be_published_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, line, code, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    assert main(["plugin", "new", *line]) == code
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]
+
+
+def test_every_file_of_the_template_is_in_the_package():
+    assert plugin_new.TEMPLATE.is_relative_to(Path(plugin_new.__file__).parents[1])
+    assert len(list(plugin_new.TEMPLATE.rglob("*.txt"))) == 8
