@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import weakref
 from importlib.util import find_spec
@@ -184,7 +185,19 @@ def test_half_a_cell_was_never_kept(place, tmp_path, capsys, cache):
     (file,) = cache.glob("*.json")
     file.write_text(file.read_text()[:50])
     scored(place, tmp_path / "out", *flags)
-    assert capsys.readouterr().err.count("1 of 1 cells") == 2
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(found | {"nll": found["nll"][1:]}))
+    scored(place, tmp_path / "out", *flags)
+    assert capsys.readouterr().err.count("1 of 1 cells") == 3
+
+
+def test_a_folder_that_was_scored_into_before_keeps_only_rows_of_now(place, tmp_path):
+    out = tmp_path / "out"
+    scored(place, out, ["base", "worse"], "--measure", f"asked={place / 'asked.jsonl'}")
+    (out / "rows" / "mine.jsonl").write_text("mine")
+    found = scored(place, out, ["base"], "--measure", f"asked={place / 'asked.jsonl'}")
+    named = found["results"][0][0]["rows_file"].removeprefix("rows/")
+    assert {file.name for file in (out / "rows").iterdir()} == {"mine.jsonl", named}
 
 
 def test_one_model_at_a_time_is_in_memory(place, tmp_path, monkeypatch):

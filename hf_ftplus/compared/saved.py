@@ -22,6 +22,7 @@ from typing import Any
 from .. import disk
 from ..errors import StorageError
 from ..report.record import strict
+from ..report.text import safe_cell
 from .judged import FIGURES, Judged, Judgement, reproduced
 
 FORMAT = 1
@@ -69,8 +70,6 @@ def _row(item: Judged) -> dict[str, Any]:
 
 def to_csv(found: Judgement) -> str:
     """A line for each row, unrounded; what was not measured is an empty cell."""
-    from ..page.flat import safe_cell
-
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     ends = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]

@@ -98,7 +98,7 @@ def _mixture(runs: list[Run]) -> list[dict[str, Any]]:
     for place, run in enumerate(runs, start=1):
         for of, shares in mixture(run.report.facts).items():
             tasks += [task for task in shares if task not in tasks]
-            rows.append((f"{place} {of}", shares))
+            rows.append((f"{place} {label(of, characters=20).plain}", shares))
     if not rows:
         return []
     parts = [(name, [100 * shares.get(task, 0.0) for task in tasks]) for name, shares in rows]

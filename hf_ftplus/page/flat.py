@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..report.matrix import Matrix
-from ..report.text import label
+from ..report.text import label, safe_cell
 from .found import Found
 from .read import Comparison, Run, Scores
 from .tables import blocks, figures, matrix_rows, overview
@@ -51,14 +51,6 @@ def _lines(found: Found) -> Iterable[tuple[Any, ...]]:
         yield from lines_of_scores(f"{name}: " if several else "", scores)
     for name, comparison in found.comparisons.items():
         yield from lines_of_comparison(f"{name}: " if several else "", comparison)
-
-
-def safe_cell(value: Any) -> Any:
-    """Numbers as they are; text that a spreadsheet would run as a formula becomes text again."""
-    if value is None or isinstance(value, (int, float)):
-        return value
-    text = label(value, characters=200).plain
-    return f"'{text}" if text.lstrip()[:1] in tuple("=+-@＝＋－＠|%") and text else text
 
 
 def to_markdown(found: Found, command: str) -> str:

@@ -127,6 +127,8 @@ def _svg(draw: Callable[[Any], None], name: str, height: float = HEIGHT) -> str:
 def _inline(text: str, name: str) -> str:
     """Fit for the middle of a page: scaled by it, coloured by it, named, and without ids that nothing refers to."""
     ET.register_namespace("", SVG)
+    text = re.sub(r"#0303(0\d)", lambda found: f"var(--s{int(found[1])})", text)
+    text = text.replace(INK, "var(--ink)").replace(LINE, "var(--line)")  # before any name of the data stands in it
     root = ET.fromstring(text[text.index("<svg") :])
     for parent in list(root.iter()):
         for child in list(parent):
@@ -146,5 +148,4 @@ def _inline(text: str, name: str) -> str:
         root.attrib.pop(size, None)
     root.set("role", "img")
     root.set("aria-label", name)
-    drawn = ET.tostring(root, encoding="unicode").replace(INK, "var(--ink)").replace(LINE, "var(--line)")
-    return re.sub(r"#0303(0\d)", lambda found: f"var(--s{int(found[1])})", drawn)
+    return ET.tostring(root, encoding="unicode")

@@ -25,7 +25,7 @@ from ..evaluation import matrix
 from ..evaluation.results import Level, TaskResult
 from .record import Report, strict
 from .table import _add, _grid
-from .text import label, number, percent
+from .text import label, number, percent, safe_cell
 
 FORMAT = 1
 NOTE = (
@@ -137,7 +137,7 @@ class Matrix:
         writer.writerow(("after", "task", "score", "loss"))
         for i, after in enumerate(("", *self.stages)):
             for name, scores, losses in self._columns():
-                writer.writerow((after, name, *("" if value is None else value for value in (scores[i], losses[i]))))
+                writer.writerow([safe_cell(value) for value in (after, name, scores[i], losses[i])])
         return text.getvalue()
 
     def show(self, console: Console | None = None) -> None:

@@ -77,3 +77,11 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def safe_cell(value: Any) -> Any:
+    """Numbers as they are; text that a spreadsheet would run as a formula becomes text again."""
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = label(value, characters=200).plain
+    return f"'{text}" if text.lstrip()[:1] in tuple("=+-@＝＋－＠|%") and text else text

@@ -69,8 +69,10 @@ def written(moment: Moment) -> dict[str, Any]:
 
 def read(found: dict[str, Any]) -> Moment:
     """The inverse; None becomes NaN again."""
+    answers, seconds, unread = found["answers"], found["seconds"], found["unread"]
     tokens, correct = (np.array(found[name], np.int64) for name in ("tokens", "correct"))
     nll, kl, score = (None if found[name] is None else np.array(found[name], float) for name in ("nll", "kl", "score"))
-    return Moment(
-        Scores(nll, tokens, correct, kl), score, found["unread"], said=found["answers"], seconds=found["seconds"]
-    )
+    for column in (nll, correct, kl, score, answers):
+        if column is not None and len(column) != len(tokens):
+            raise ValueError(f"{len(column)} values for {len(tokens)} rows")
+    return Moment(Scores(nll, tokens, correct, kl), score, unread, said=answers, seconds=seconds)

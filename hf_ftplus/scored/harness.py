@@ -44,6 +44,15 @@ class Outcome:
     """Rows that the benchmark has; those asked are spread evenly over them."""
 
 
+def as_outcome(kept: Any) -> Outcome | None:
+    """What was kept of a benchmark; None for half of one, or one of somebody else."""
+    if not isinstance(kept, dict) or set(kept) != set(vars(Outcome(""))):
+        return None
+    rows = kept["rows"]
+    known = isinstance(rows, list) and rows and all(isinstance(row, dict) and "prompt" in row for row in rows)
+    return Outcome(**kept) if known and all(isinstance(row.get("score"), (int, float)) for row in rows) else None
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One task of the harness, with its rows loaded."""

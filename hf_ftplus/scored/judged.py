@@ -26,6 +26,7 @@ from . import content
 from .harness import Outcome
 from .measuring import Scored
 
+ROWS_FILE = re.compile(r"\d+-.*\.\d+-.*\.jsonl")
 FORMAT = 1
 """Of eval.json: raised when a reader of older ones would misread newer ones."""
 
@@ -211,7 +212,12 @@ def save(judgement: Judgement, folder: Path) -> Path:
                 rows = [strict({"row": place, **row}) for place, row in enumerate(judged.rows)]
                 lines = (json.dumps(row, allow_nan=False) for row in rows)
                 _write(folder / rows_file(name, number, judged, i), "\n".join(lines))
-        _write(folder / "eval.json", json.dumps(to_dict(judgement), indent=1, ensure_ascii=False, allow_nan=False))
+        facts = to_dict(judgement)
+        _write(folder / "eval.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
+        named = {folder / entry["rows_file"] for model in facts["results"] for entry in model}
+        for file in (folder / "rows").glob("*.jsonl"):  # of other models or tasks, scored into this folder before
+            if file not in named and ROWS_FILE.fullmatch(file.name):
+                file.unlink()
     except OSError as error:
         raise StorageError(f"--out {folder} cannot be written: {error.strerror}. Choose another folder.") from error
     return folder / "eval.json"

@@ -30,7 +30,7 @@ from ..model import cache
 from ..trained import Trained, load, tokenizer_of
 from . import content
 from .cells import Cells, written
-from .harness import Benchmark, Outcome
+from .harness import Benchmark, Outcome, as_outcome
 from .plan import Found, Plan, chosen, find
 
 Say = Callable[[str], None]
@@ -132,8 +132,8 @@ class Scored:
         known = [content.of_code(), self.contents[number], benchmark.content(), layout, self.plan.seed, metric]
         key = content.digest([*known, *self.how])
         kept = self.kept.get(key)
-        if isinstance(kept, dict) and set(kept) == set(vars(Outcome(""))):
-            return Outcome(**kept)
+        if found := as_outcome(kept):
+            return found
         it, size = model(), self.plan.batch_size
         size = other_size(size, benchmark.rows) if layout else size
         found = benchmark.measure(it, size, self.plan.seed, metric)

@@ -33,6 +33,11 @@ def shown(matrix):
     return console.export_text()
 
 
+def test_no_name_becomes_a_formula_of_a_spreadsheet():
+    one = [[0.0], [0.5]]
+    assert "'=1+1,'@chat,0.5,0.5" in Matrix(["=1+1"], ["@chat"], one, one, one, one).to_csv()
+
+
 def test_rows_are_stages_and_columns_their_tasks():
     matrix = Matrix.of(["chat", "sums"], [], ["learn", "learn"], reports())
     assert matrix.score == [[0.1, 0.0], [0.9, 0.25], [0.6, 1.0]]
