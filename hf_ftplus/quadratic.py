@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .weights import Adapter, local, over_shards, place, sharded
+from .weights import Adapter, canonical, local, over_shards, place, sharded
 
 PIECE = 2**17
 """Weights handled at a time on a CPU, so that temporaries stay in its cache."""
@@ -132,6 +132,27 @@ def no_importance(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter]) 
         found[f"rows.{name}"] = torch.zeros(adapter.B.shape[0], device=adapter.B.device)
         found[f"columns.{name}"] = torch.zeros(adapter.A.shape[1], device=adapter.A.device)
     return found
+
+
+def fitted(
+    importance: dict[str, Tensor], plain: dict[str, nn.Parameter], adapters: dict[str, Adapter], model: nn.Module
+) -> dict[str, Tensor]:
+    """What of a memory serves what this run trains, in fp32.
+
+    A LoRA target takes the row and column sums of the importances of its whole weight, where those are remembered;
+    what is remembered of weights that are frozen here is left out. What is still missing or unknown stays so.
+    """
+    found = dict(importance)
+    for name, adapter in adapters.items():
+        whole = found.pop(f"diagonal.{name}.weight", None)
+        if whole is not None and f"rows.{name}" not in found:
+            whole = whole.float().T if getattr(adapter.layer, "fan_in_fan_out", False) else whole.float()  # GPT-2's
+            found[f"rows.{name}"], found[f"columns.{name}"] = whole.sum(1), whole.sum(0)
+    known = {canonical(name) for name, _ in model.named_parameters()}
+    wanted = set(importance_names(plain, adapters))
+    idle = {f"diagonal.{name}" for name in known}
+    idle |= {f"{kind}.{name.removesuffix('.weight')}" for name in known for kind in ("rows", "columns")}
+    return {name: tensor.float() for name, tensor in found.items() if name in wanted or name not in idle}
 
 
 def share_held(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter], importance: dict[str, Tensor]) -> float:

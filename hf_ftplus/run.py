@@ -29,6 +29,7 @@ from .report import Report, history
 from .report.tracked import hold_open, track
 from .row_checks import check_supervised
 from .rows import Rows, find, tokenizer_of, write
+from .shared import base
 from .trainer import SaveOnInterrupt, SFTTrainer, sft_trainer
 
 OUTPUTS = (
@@ -95,6 +96,8 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     refuse_several_devices(config.training)
     refuse(config.strategies, config.training)
     to_train(config.model.model_name_or_path)
+    if config.memory is not None:
+        base.check(config.memory, config.model.model_name_or_path)
     rows = find(config)
     trainer = stopping.trainer_of(config, rows, sft_trainer)
     check_supervised(rows.learn, trainer)

@@ -13,10 +13,11 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, 
 from reference import drift, lora_penalty
 from tiny import tiny_llama
 from training import LEARN, PROTECT, far, sequence, trainer, weights_of
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_ftplus import EWC, Run, Strategy, state
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
-from hf_ftplus.quadratic import importance_names
+from hf_ftplus.quadratic import fitted, importance_names
 from hf_ftplus.strategy import Memory
 from hf_ftplus.weights import split, trainable
 
@@ -586,15 +587,37 @@ def test_memory_of_an_adapter_serves_a_new_adapter_on_the_merged_model(tmp_path)
     assert set(two.ftplus.strategies[0].importance) == set(importance_names(*split(two.model)))
 
 
-def test_memory_of_full_fine_tuning_does_not_fit_an_adapter(tmp_path):
-    it = trainer(tmp_path / "one", "ewc", max_steps=1)
-    it.train()
+def test_memory_of_full_fine_tuning_serves_an_adapter_as_its_own_pass_would(tmp_path):
+    """Row and column sums of the diagonal are what a pass under LoRA estimates: exactly so on short batches."""
+    batches = padded(random_rows(8, 384), 1)
+    whole, run = prepared(tiny_llama(), EWC(remember=False), batches, Memory(write=tmp_path))
+    whole.finish(run)
+    adapted, _ = prepared(get_peft_model(tiny_llama(), LoraConfig(**LORA)), EWC(remember=False), batches)
+    without = Memory(read=tmp_path)
+    given, _ = prepared(get_peft_model(tiny_llama(), LoraConfig(**LORA)), EWC(remember=False), [], without)
+    assert given.importance.keys() == adapted.importance.keys()
+    for name, sums in given.importance.items():
+        kind, _, module = name.partition(".")
+        diagonal = whole.importance[f"diagonal.{module}.weight"]
+        assert torch.allclose(sums, diagonal.sum(1 if kind == "rows" else 0), rtol=1e-5)
+        # both are random estimates of the same sums
+        assert (sums.sum() / adapted.importance[name].sum()).log().abs() < 0.5
+
+
+def test_memory_of_a_model_whose_weights_are_turned_serves_an_adapter():
+    """GPT-2 keeps its weights as [in, out]."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    diagonal = torch.rand(32, 96)  # of c_attn, which makes 96 of 32
+    name = "transformer.h.0.attn.c_attn"
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    found = fitted({f"diagonal.{name}.weight": diagonal}, *split(adapted), adapted)
+    assert torch.equal(found[f"rows.{name}"], diagonal.sum(0))
+    assert torch.equal(found[f"columns.{name}"], diagonal.sum(1))
+
+
+def test_memory_of_an_adapter_does_not_fit_full_fine_tuning(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(**LORA))
+    adapted, run = prepared(model, EWC(remember=False), memory=Memory(write=tmp_path))
+    adapted.finish(run)
     with pytest.raises(IncompatibleError, match="The memory of ewc fits 0 of"):
-        trainer(
-            tmp_path / "two",
-            "ewc",
-            model=it.model,
-            peft_config=LoraConfig(**LORA),
-            memory=tmp_path / "one" / "ftplus" / "memory",
-            protect=None,
-        ).train()
+        prepared(tiny_llama(), EWC(), [], Memory(read=tmp_path))

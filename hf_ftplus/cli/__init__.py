@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "Make the page of a run again, or join several on one.",
     "generate": "Try a trained model on prompts of your own, beside another one.",
     "merge": "Put an adapter into its base: one model to deploy.",
+    "memory": "Make, publish and fetch what protects a model: others need no data.",
     "plugins": "List strategies, or the settings of one; plugin new, plugin test: write your own.",
     "doctor": "Show versions, devices, and which fast paths are active.",
 }

@@ -10,7 +10,8 @@ and the same strength at any batch layout.
 LoRA moves a weight through scale * B A, so the penalty is on that change, never on A and B, whose split is arbitrary
 and whose Fisher is zero on a fresh adapter (`quadratic.py`).
 
-Across runs (`--memory`) the importances add up: F <- decay * F of the memory + F of this run's protect data.
+Across runs (`--memory`) the importances add up: F <- decay * F of the memory + F of this run's protect data. What was
+remembered of whole weights serves an adapter, too.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class EWC(Strategy):
 
     def prepare(self, run: Run) -> None:
         """Note the starting weights and estimate how much the protect data depends on each."""
-        from ..quadratic import no_importance, placed, starting, state_bytes
+        from ..quadratic import fitted, no_importance, placed, starting, state_bytes
 
         self.refuse(run)
         self._bind(run)
@@ -99,7 +100,8 @@ class EWC(Strategy):
             memory = no_importance(self.plain, self.adapters)
         if self.remember and run.memory.write:
             self._check_learnt(run.learn(self.rows))
-        importance = {name: self.decay * tensor for name, tensor in (memory or {}).items()}
+        memory = fitted(memory or {}, self.plain, self.adapters, run.model)
+        importance = {name: self.decay * tensor for name, tensor in memory.items()}
         importance = placed(importance, self.plain, self.adapters, "diagonal.")
         if run.protect:
             tasks = {task: _first(batches, self.rows) for task, batches in run.protect.items()}

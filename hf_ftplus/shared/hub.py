@@ -1,0 +1,148 @@
+"""A memory to the Hub and from it: safetensors, JSON and a card, every byte verified."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import jinja2
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from .. import disk
+from ..errors import StorageError, UsageError
+from . import base as bases
+from .base import CHUNK, Base
+
+MANIFEST, CARD = "manifest.json", "README.md"
+FILES = (MANIFEST, bases.FILE, CARD, "*.safetensors")
+"""All that travels: nothing else is uploaded, and nothing else downloaded."""
+OF_RUN = "ftplus/memory"
+"""Where a run leaves its memory in its output, and so in what it pushes."""
+
+
+def push(folder: Path, repo: str, *, base: str | None = None, private: bool = False) -> str:
+    """Upload a memory with a card; the address of the repository.
+
+    Args:
+        folder: what `make` wrote, or OUTPUT/ftplus/memory of a run.
+        base: for what a run left: the name under which others get the model that it saved.
+
+    Raises:
+        UsageError: a run's memory, and no `base`.
+        StorageError: a damaged memory, or the Hub refused it.
+    """
+    sizes = verify(folder)
+    known = bases.read(folder) or _of_output(folder, base)
+    (folder / CARD).write_text(card(known, repo, sizes), encoding="utf-8")
+    with _said_of(repo):
+        api = HfApi(library_name="hf_ftplus")
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(FILES), commit_message="Memory for EWC")
+    return f"https://huggingface.co/{name}"
+
+
+def _of_output(folder: Path, name: str | None) -> Base:
+    """The base of what a run left: the model that it saved two folders above."""
+    if name is None:
+        raise UsageError(
+            f"{folder} does not say which model it is of, as a run left it. Type --base NAME: the name on the Hub of "
+            "the model that the run saved."
+        )
+    whole = folder.resolve()
+    inside = whole.as_posix().endswith(OF_RUN)
+    known = bases.look(name, str(whole.parents[1]) if inside else None)
+    bases.write(folder, known)
+    return known
+
+
+def pull(repo: str, folder: Path, *, revision: str | None = None) -> Base:
+    """Download a memory and verify every byte; the model that it is of.
+
+    A model that was pushed with its memory under ftplus/memory is its base; of that only the memory is downloaded.
+
+    Raises:
+        StorageError: no such repository, no memory in it, or a damaged one; nothing is left behind.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        with _said_of(repo):
+            inside = "" if HfApi().file_exists(repo, MANIFEST, revision=revision) else f"{OF_RUN}/"
+            wanted = [f"{inside}{name}" for name in FILES]
+            snapshot_download(repo, revision=revision, local_dir=scratch, allow_patterns=wanted)
+        found = scratch / inside
+        if not (found / MANIFEST).is_file():
+            raise StorageError(f"{repo} holds no memory: neither {MANIFEST} nor {OF_RUN}/{MANIFEST}.")
+        verify(found)
+        shutil.rmtree(found / ".cache", ignore_errors=True)
+        base = bases.read(found)
+        if base is None:
+            base = Base(repo, None, version=metadata.version("hf-ftplus"))
+            bases.write(found, base)
+        found.chmod(0o755)
+        found.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return base
+
+
+def verify(folder: Path) -> dict[str, int]:
+    """The bytes of each strategy's memory in `folder`, all of them read and compared with the manifest.
+
+    Raises:
+        StorageError: no memory there, or a damaged one.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise StorageError(f"{folder} holds no {MANIFEST}; expected what `ftplus memory make`, or a run, left there.")
+    try:
+        entries = disk.read_json(file)["files"]
+        named = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise StorageError(f"{file} is damaged; expected what `ftplus memory` writes. Get it again.") from None
+    for name, (_, sha256) in named.items():
+        path = folder / f"{name}.safetensors"
+        if not re.fullmatch(r"[\w-]+", name) or not path.is_file() or _sha256(path) != sha256:
+            raise StorageError(f"{path} is missing or not what was written there (sha256 differs). Get it again.")
+    return {name: size for name, (size, _) in named.items()}
+
+
+def _sha256(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as content:
+        while part := content.read(CHUNK):
+            total.update(part)
+    return total.hexdigest()
+
+
+@contextmanager
+def _said_of(repo: str) -> Iterator[None]:
+    """What the Hub answers, in one sentence and the code of the error."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise UsageError(f"{repo!r} is no name on the Hub; expected OWNER/NAME.") from error
+    except OfflineModeIsEnabled as error:
+        raise StorageError("HF_HUB_OFFLINE is set, so the Hub cannot be asked. Unset it.") from error
+    except HfHubHTTPError as error:
+        code = getattr(error.response, "status_code", "no code")
+        unknown = code in (401, 403, 404)
+        hint = "Look whether the name is right, and type `hf auth login`." if unknown else "Try again in a while."
+        raise StorageError(f"The Hub refused {repo} ({type(error).__name__}, {code}). {hint}") from error
+    except OSError as error:  # no network, no space
+        raise StorageError(f"{repo}: {' '.join(str(error).split())} Look after network and disk.") from error
+
+
+def card(base: Base, repo: str, sizes: dict[str, int]) -> str:
+    """The card of a memory, in Markdown."""
+    file = Path(__file__).with_name("card.md.jinja")
+    place = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    template = place.from_string(file.read_text(encoding="utf-8"))
+    return template.render(base=base, repo=repo, sizes=sizes, megabytes=sum(sizes.values()) / 1e6)

@@ -1,0 +1,82 @@
+"""Estimate once what EWC needs to protect a model, for whoever trains it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from peft import LoraConfig, get_peft_model
+
+from ..callback import StrategyCallback
+from ..data import parse_all
+from ..errors import StorageError
+from ..model import to_train
+from ..strategies.ewc import EWC
+from ..strategy import Memory
+from ..trained import load
+from . import base
+from .base import Base
+
+STORED = {"full": torch.bfloat16, "lora": torch.float32}
+"""Importances of single weights need their size, not their digits: rounding changes each by 0.4 % at most."""
+
+
+def make(
+    model: str,
+    protect: list[str],
+    folder: Path,
+    *,
+    form: str = "full",
+    rows: int = 256,
+    max_length: int = 1024,
+    batch_size: int = 4,
+    dtype: str = "auto",
+    device: str | None = None,
+    bf16: bool = False,
+    seed: int = 0,
+) -> Base:
+    """Estimate the importances of EWC on protect data and write them into `folder`.
+
+    Args:
+        model: a folder, a Hub name, or demo; no adapter.
+        protect: as for `--protect`.
+        form: `full`: two bytes for each weight, for full fine-tuning and for adapters on any layer. `lora`: row and
+            column sums of every linear layer, d + k numbers for d x k weights, for adapters alone.
+        rows, max_length, batch_size: of the protect data; smaller batches are steadier.
+
+    Raises:
+        StorageError: the folder holds something.
+        DataError, UsageError: no such model or data.
+    """
+    specs = parse_all(protect)
+    refuse_full(folder)
+    to_train(model)
+    found = load(model, dtype, device)
+    args = trl.SFTConfig(
+        str(folder), use_cpu=found.model.device.type == "cpu", bf16=bf16, max_length=max_length, seed=seed,
+        per_device_train_batch_size=batch_size, report_to="none", gradient_checkpointing=False,
+    )  # fmt: skip
+    ewc = EWC(rows=rows, remember=False)
+    callback = StrategyCallback(ewc, protect={spec.name: spec for spec in specs})
+    run = callback.setup(adapted(found.model) if form == "lora" else found.model, args, found.tokenizer, None)
+    ewc.prepare(run)
+    importance = {name: tensor.to(STORED[form]) for name, tensor in ewc.importance.items()}
+    Memory(write=folder).save(ewc.name, importance, run)
+    used = {name: min(rows, sum(len(batch["labels"]) for batch in part)) for name, part in run.protect.items()}
+    words = tuple(f"{spec}, {used[spec.name]} rows" for spec in specs)
+    known = base.look(model, form=form, protect=words)
+    base.write(folder, known)
+    return known
+
+
+def adapted(model: Any) -> Any:
+    """The model with the smallest adapter that covers every linear layer: EWC then keeps sums over rows and columns."""
+    return get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def refuse_full(folder: Path) -> None:
+    """Raise StorageError for a folder that holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StorageError(f"--out {folder} holds something already; expected an empty folder, or none.")
