@@ -43,7 +43,7 @@ def dry_run(config: RunConfig) -> None:
         if config.training.process_index == 0:
             click.echo(line)
 
-    with no_empty_folder(config):
+    with no_empty_folder(config.training.output_dir):
         claim(config, probe=False)
         trainer, rows = prepare(config)
         learn = trainer.train_dataset

@@ -53,7 +53,7 @@ def sft(config: RunConfig) -> Report:
     """
     speak(config)
     seconds: dict[str, float] = {}
-    with timed(seconds, "preparing"), no_empty_folder(config, unless_done=True):
+    with timed(seconds, "preparing"), no_empty_folder(config.training.output_dir, unless_done=True):
         claim(config)
         trainer, rows = prepare(config)
         start = Start(config, trainer, rows, seconds)
@@ -204,9 +204,9 @@ def refuse_several_devices(args: TrainingArguments) -> None:
 
 
 @contextmanager
-def no_empty_folder(config: RunConfig, unless_done: bool = False) -> Iterator[None]:
-    """The Trainer makes its folder at once; take an empty one away again that was not there before."""
-    folder, done = Path(config.training.output_dir), False
+def no_empty_folder(folder: str | Path, unless_done: bool = False) -> Iterator[None]:
+    """What is about to start makes its folder at once; take an empty one away again that was not there before."""
+    folder, done = Path(folder), False
     existed = folder.exists()
     try:
         yield

@@ -140,6 +140,16 @@ class Strategy:
         """Figures of the logging window that just ended; logged as `NAME/key`."""
         return {}
 
+    def usual_strength(self, lora: bool, protects: bool) -> float | None:
+        """What `strength` is in a run, also where nothing was said: what `ftplus compare --strengths auto` multiplies.
+        None for a strategy that has none.
+
+        Args:
+            lora: adapters are trained, not all weights.
+            protects: there is protect data.
+        """
+        return getattr(self, "strength", None)
+
     def overrides(self, hook: str) -> bool:
         """Whether this strategy acts at `hook`."""
         return getattr(type(self), hook) is not getattr(Strategy, hook)

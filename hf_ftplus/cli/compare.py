@@ -76,20 +76,14 @@ def compare(
     from ..compared.saved import save
     from ..compared.shown import table
     from ..page import leave_page
+    from ..run import no_empty_folder
 
     console = Console(highlight=False, stderr=as_json)
-    asked = Asked(
-        given,
-        plugins,
-        writable(out, "--out"),
-        seeds,
-        strengths,
-        learning_rates,
-        limit,
-        yes,
-        shlex.join([*words, "--yes"]),
-    )
-    found = compare(asked, console.print, lambda said: click.echo(said, err=True))
+    again = shlex.join([*words, "--yes"])
+    with no_empty_folder(out, unless_done=True):
+        out = writable(out, "--out")
+        asked = Asked(given, plugins, out, seeds, strengths, learning_rates, limit, yes, again)
+        found = compare(asked, console.print, lambda said: click.echo(said, err=True))
     facts = save(found, out, shlex.join(words))
     if as_json:
         click.echo(json.dumps(facts, indent=1))

@@ -168,23 +168,13 @@ def _settings(strategy: Strategy) -> dict[str, Any]:
 
 
 def usual(strategy: Strategy, config: RunConfig) -> float:
-    """The strength that a strategy has when nothing is said; of ours, some choose it by what is trained.
+    """The strength that a strategy has when nothing is said.
 
     Raises:
         UsageError: it has no number of its own.
     """
-    if strategy.strength:
-        return strategy.strength
-    home = type(strategy).__module__
-    if home == "hf_ftplus.strategies.ewc":
-        from ..strategies.ewc import FULL, LORA
-
-        return LORA if config.model.use_peft else FULL
-    if home == "hf_ftplus.strategies.distill":
-        from ..strategies.distill import ON_LEARN, ON_PROTECT
-
-        protects = strategy.on in ("protect", "both") or (strategy.on == "auto" and config.protect)
-        return ON_PROTECT if protects else ON_LEARN
+    if found := strategy.usual_strength(bool(config.model.use_peft), bool(config.protect)):
+        return found
     raise UsageError(
         f"--strengths auto: {strategy.name} has no strength above 0 to multiply. Type the numbers: --strengths 0.1,1,10"
     )

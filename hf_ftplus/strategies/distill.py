@@ -227,12 +227,21 @@ class Distill(Strategy):
 
     # ---- what it stands on -------------------------------------------------------------------------------------------
 
+    def usual_strength(self, lora: bool, protects: bool) -> float:
+        """On protect tokens, where it acts on both."""
+        return (
+            self.strength if self.strength is not None else ON_LEARN if self._tokens(protects) == "learn" else ON_PROTECT
+        )
+
+    def _tokens(self, protects: bool) -> str:
+        return self.on if self.on != "auto" else "protect" if protects else "learn"
+
     def _bind(self, run: Run) -> None:
         """Decide where to compare and how much it counts, and take the protect data apart."""
         from ..beside import Examples
         from ..weights import sharded
 
-        on = self.on if self.on != "auto" else "protect" if run.protect else "learn"
+        on = self._tokens(bool(run.protect))
         default = {"learn": ON_LEARN, "protect": ON_PROTECT}
         self.strengths = {
             place: default[place] if self.strength is None else self.strength

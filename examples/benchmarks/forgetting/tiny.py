@@ -132,7 +132,7 @@ def small_llama(seed: int, symbols: PreTrainedTokenizerFast) -> LlamaForCausalLM
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(symbols), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            max_position_embeddings=32, initializer_range=0.08, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip
 
