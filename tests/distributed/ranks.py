@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from lawful import Deaf, SmallLogits, Sorry
 from safetensors.torch import save_file
 from tiny import tiny_llama
 from torch import Tensor
+from two import meet
 
 from hf_ftplus import EWC, logits, state
 from hf_ftplus.errors import PluginError
@@ -264,14 +264,9 @@ def stopping(folder: Path, rank: int) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     logits.CHUNK = 2 * 384  # of rows of unlike length, so that ranks have unlike numbers of chunks
     what, folder, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    assert torch.distributed.get_world_size() == 2
-    assert torch.distributed.get_backend() == "gloo"
+    meet(folder, rank)
     save_file(
         {"ddp": ddp, "fsdp": fsdp, "outputs": outputs, "si": si}[what](folder, rank), folder / f"rank{rank}.safetensors"
     )

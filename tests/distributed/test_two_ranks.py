@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import two
 from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
@@ -18,32 +16,9 @@ from hf_ftplus.sketch import compare, sketch
 
 pytestmark = pytest.mark.dist
 SCRIPT = Path(__file__).with_name("ranks.py")
-SECONDS = 120
 
 
-def launch(what: str, folder: Path) -> list[dict[str, torch.Tensor]]:
-    """What both ranks found; no process of ours outlives the call."""
-    ranks = []
-    try:
-        for rank in range(2):
-            inside = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-            environment = {
-                **os.environ,
-                **{key: str(value) for key, value in inside.items()},
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            }
-            command = [sys.executable, str(SCRIPT), what, str(folder), str(rank)]
-            ranks.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            )
-        for process in ranks:
-            errors = process.communicate(timeout=SECONDS)[1]
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+launch = partial(two.launch, SCRIPT)
 
 
 def alone():
