@@ -16,6 +16,8 @@ import click
 from ..errors import FTPlusError, UsageError, nearest
 
 COMMANDS = {
+    "init": "Write the YAML of a run: four questions, or their flags.",
+    "advise": "Say which strategy to begin with, in four situations.",
     "sft": "Fine-tune as `trl sft` does, and keep what the model knows.",
     "sequence": "Train one stage after another; every task is measured after each.",
     "data": "Look at the rows of a run, or find every fault in them, before any model loads.",
@@ -78,15 +80,22 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Fine-tune without forgetting, on the trainer you already use.
 
     \b
     ftplus sft --plugin ewc --model_name_or_path demo --dataset_name learn.jsonl --protect old.jsonl
+
+    Without a command: what to type next.
     """
+    if ctx.invoked_subcommand is None:
+        from .begin import next_steps
+
+        click.echo(next_steps())
 
 
 def main(args: Sequence[str] | None = None) -> int:

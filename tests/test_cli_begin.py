@@ -1,0 +1,201 @@
+"""The first ten minutes: `ftplus` alone, `ftplus init`, `ftplus advise`, and the shell that completes them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import command, make_place
+
+from hf_ftplus.advice import TABLE, markdown
+from hf_ftplus.cli import COMMANDS, main
+from hf_ftplus.cli.init import MARK, QUESTIONS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def init(*more, hardware="cpu", protect="protect.jsonl"):
+    words = ["--model", "model", "--learn", "learn.jsonl", "--protect", protect, "--hardware", hardware]
+    return main(["init", *words, *more])
+
+
+# ---- ftplus alone ----------------------------------------------------------------------------------------------------
+
+
+def test_alone_in_an_empty_folder_it_says_how_to_begin(here, capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "ftplus init" in said
+    assert "What next?" in said
+    named = {line.split()[1] for line in said.splitlines() if line.startswith("  ftplus ")}
+    assert named <= set(COMMANDS)
+
+
+def test_alone_it_knows_what_init_wrote_and_what_was_trained(here, capsys):
+    assert init() == 0
+    capsys.readouterr()
+    assert main([]) == 0
+    assert "ftplus sft --config run.yaml --dry-run" in capsys.readouterr().out
+    report = here / "out" / "ftplus" / "report.json"
+    report.parent.mkdir(parents=True)
+    report.touch()
+    assert main([]) == 0
+    assert "ftplus generate --model out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "output_dir: [", "- 1", "output_dir:"])
+def test_a_file_that_it_cannot_read_does_not_stop_it(here, capsys, text):
+    (here / "run.yaml").write_text(f"{MARK}\n{text}")
+    assert main([]) == 0
+    assert "ftplus init" in capsys.readouterr().out
+
+
+# ---- init ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "small", "large"])
+def test_what_init_writes_trains_as_it_is(here, capsys, hardware):
+    make_place(here)
+    assert init(hardware=hardware) == 0
+    assert "Next: ftplus data preview --config run.yaml" in capsys.readouterr().out
+    assert main(["data", "preview", "--config", "run.yaml"]) == 0
+    assert main(["sft", "--config", "run.yaml", "--max_steps", "1", "--measure_rows", "2"]) == 0
+    report = json.loads((here / "out" / "ftplus" / "report.json").read_text())
+    assert "ewc" in report["facts"]["strategies"]
+
+
+def test_several_gpus_are_launched(here):
+    from hf_ftplus.cli.sft import configured
+
+    assert init(hardware="4") == 0
+    _, launch, _ = configured({}, [], yaml.safe_load((here / "run.yaml").read_text()))
+    assert launch == ["--num_processes", "4", "--accelerate_config", "multi_gpu"]
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "small", "large", "2"])
+def test_every_key_is_explained_or_speaks_for_itself(here, hardware):
+    assert init(hardware=hardware) == 0
+    lines = (here / "run.yaml").read_text().splitlines()
+    assert max(map(len, lines)) <= 120
+    assert sum("#" in line for line in lines) >= 10
+
+
+def test_it_asks_what_it_was_not_told(here):
+    """On a terminal: enter takes what is proposed."""
+    ours, theirs = pty.openpty()
+    line = command("init", "--learn", "learn.jsonl")
+    process = subprocess.Popen(line, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here)
+    os.write(ours, b"some/model\n\ncpu\n")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    asked = [name for name, (question, _) in QUESTIONS.items() if question in error]
+    assert asked == ["model", "protect", "hardware"]
+    assert "learn.jsonl is not there yet" in error
+    found = yaml.safe_load((here / "run.yaml").read_text())
+    assert (found["model_name_or_path"], found["protect"], found["use_cpu"]) == ("some/model", ["self:64"], True)
+
+
+def test_names_that_yaml_would_misread_come_back_as_typed(here):
+    words = [
+        "--model",
+        "a: b",
+        "--learn",
+        "#x",
+        "--protect",
+        "no",
+        "--protect",
+        "ä=s.jsonl:train[:5]",
+        "--hardware",
+        "cpu",
+    ]
+    assert main(["init", *words]) == 0
+    found = yaml.safe_load((here / "run.yaml").read_text(encoding="utf-8"))
+    assert (found["model_name_or_path"], found["dataset_name"]) == ("a: b", "#x")
+    assert found["protect"] == ["no", "ä=s.jsonl:train[:5]"]
+
+
+def test_what_is_wrong_is_said(here, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(["init", "--model", "demo"]) == 2
+    assert "Type --learn ... --protect ... --hardware ..." in capsys.readouterr().err
+    assert init(hardware="toaster") == 2
+    assert "--hardware 'toaster'; expected cpu, small" in capsys.readouterr().err
+    assert not (here / "run.yaml").exists()
+    assert init() == 0
+    assert init() == 6
+    assert "run.yaml exists" in capsys.readouterr().err
+
+
+# ---- advise ----------------------------------------------------------------------------------------------------------
+
+
+def test_advise_has_the_table_of_the_readme(capsys):
+    assert main(["advise", "--json"]) == 0
+    assert [row["key"] for row in json.loads(capsys.readouterr().out)] == ["data", "none", "sequence", "memory"]
+    assert markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_advise_answers_one_situation(capsys):
+    assert main(["advise", "none"]) == 0
+    said = capsys.readouterr().out
+    assert "--protect self:64" in said
+    assert "sequence" not in said
+    assert main(["advise", "nothing"]) == 2
+
+
+def test_what_is_advised_can_be_typed():
+    from hf_ftplus.cli.sft import configured
+    from hf_ftplus.config import OPTIONS
+
+    ours = {f"--{option.name}": option for option in OPTIONS}
+    for item in TABLE:
+        words = item.take.partition("#")[0].split()[2:]
+        if item.take.startswith("ftplus sft"):
+            flags = {option.name: [] for option in OPTIONS if option.many}
+            rest = []
+            while words:
+                word = words.pop(0)
+                if word in ours:
+                    flags[ours[word].name].append(words.pop(0).replace("FILE", "self:1"))
+                else:
+                    rest.append(word)
+            config, _, _ = configured(flags, [*rest, "--model_name_or_path", "x", "--dataset_name", "y"], {})
+            assert len(config.strategies) == len(flags["plugin"])
+            assert config.protect
+
+
+# ---- light -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["advise"], ["init", "--model", "m", "--learn", "l", "--protect", "p", "--hardware", "cpu", "--out", "-"]],
+)
+def test_beginning_imports_nothing_heavy(here, words):
+    code = (
+        "import sys; from hf_ftplus.cli import main; code = main(sys.argv[1:]); "
+        "print([name for name in ('torch', 'trl', 'transformers', 'datasets') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(("typed", "found"), [("ftplus se", "sequence"), ("ftplus sft --prot", "--protect")])
+def test_the_shell_completes(typed, found):
+    """As bash asks for it once `eval "$(_FTPLUS_COMPLETE=bash_source ftplus)"` stands in ~/.bashrc."""
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_FTPLUS_COMPLETE": "bash_complete"}
+    done = subprocess.run(command(), capture_output=True, text=True, env={**os.environ, **words})
+    assert f"plain,{found}" in done.stdout.splitlines()
