@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from . import compat
 from .callback import StrategyCallback, refuse
 from .data import reason
 from .errors import DataError, FTPlusError, IncompatibleError, StorageError, UsageError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .config import RunConfig
 
 logger = logging.getLogger("hf_ftplus")
+compat.check()
 
 ONE_PRESS = 1.0
 """Seconds within which signals are one and the same Ctrl-C: launchers pass on what the terminal sent as well."""

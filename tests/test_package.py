@@ -59,6 +59,32 @@ def test_every_bound_says_why():
     assert [line for line in lines if not re.fullmatch(r'    "[\w-]+[<>=.,\d]+", +# \S.*', line)] == []
 
 
+def test_a_transformers_below_the_bound_is_refused_in_one_sentence(monkeypatch):
+    from hf_ftplus import compat
+    from hf_ftplus.errors import IncompatibleError
+
+    assert f'"transformers>={compat.TRANSFORMERS}"' in read("pyproject.toml")
+    compat.check()
+    monkeypatch.setattr(metadata, "version", lambda name: "5.2.0")
+    with pytest.raises(IncompatibleError, match=r"transformers 5\.2\.0 is installed; hf-ftplus needs 5\.3"):
+        compat.check()
+
+
+def test_what_we_override_of_the_trainer_is_there():
+    """An override that the Trainer never calls would do nothing in silence."""
+    from transformers import Trainer
+
+    from hf_ftplus.mixing import MixingMixin
+    from hf_ftplus.trainer import StrategyMixin
+
+    private = {name for cls in (StrategyMixin, MixingMixin) for name in vars(cls) if re.match(r"_[a-z]", name)}
+    calls_super = {
+        name for name in private if f"super().{name}(" in read("hf_ftplus/trainer.py") + read("hf_ftplus/mixing.py")
+    }
+    assert {"_run_epoch", "_clip_grad_norm", "_save_checkpoint"} <= calls_super
+    assert [name for name in calls_super if not hasattr(Trainer, name)] == []
+
+
 def test_the_doctor_and_the_constraints_name_the_same_tested_versions():
     from hf_ftplus.cli.doctor import TESTED
 

@@ -230,7 +230,11 @@ class Distill(Strategy):
     def usual_strength(self, lora: bool, protects: bool) -> float:
         """On protect tokens, where it acts on both."""
         return (
-            self.strength if self.strength is not None else ON_LEARN if self._tokens(protects) == "learn" else ON_PROTECT
+            self.strength
+            if self.strength is not None
+            else ON_LEARN
+            if self._tokens(protects) == "learn"
+            else ON_PROTECT
         )
 
     def _tokens(self, protects: bool) -> str:
