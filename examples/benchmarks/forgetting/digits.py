@@ -43,7 +43,7 @@ from hf_ftplus.quadratic import pull, starting, wells
 KEPT = Path(__file__).with_suffix(".json")
 WIDTH, STEPS, BATCH, RATE = 100, 300, 128, 1e-2
 SEEDS = range(5)
-STRENGTHS = tuple(10.0**power for power in range(11))
+STRENGTHS = tuple(10.0**power for power in range(13))
 TASKS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
 
 Split = tuple[Tensor, Tensor]
