@@ -338,6 +338,11 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
             "auto_find_batch_size starts training again from weights that already moved, which strategies would take "
             "for the starting model. Set per_device_train_batch_size instead."
         )
+    if strategies and getattr(args, "enable_jit_checkpoint", False):
+        raise IncompatibleError(
+            "enable_jit_checkpoint saves within a step, from which no run goes on as it would have. Leave it out: "
+            "ftplus sft saves after the step when it is told to stop."
+        )
     for strategy in strategies if not args.resume_from_checkpoint else ():
         strategy.refuse(None)
 

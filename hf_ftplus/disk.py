@@ -1,13 +1,26 @@
-"""Write a file whole or not at all; read JSON as it was written."""
+"""Write a file whole or not at all; read JSON as it was written; keep a folder for one run at a time."""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import platform
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .errors import StorageError
+
+logger = logging.getLogger("hf_ftplus")
+
+MOST = 64 * 2**20
+"""Bytes of a manifest; that of a model with a million weights is smaller."""
+LOCK = ".ftplus.lock"
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -21,15 +34,108 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """What was written to a file, or the names in a folder, out of the system's memory and onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_json(path: Path) -> Any:
     """What a file of strict JSON holds.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: not JSON, or with NaN or Infinity, which nothing here writes and no figure may be.
+        ValueError: not JSON, or with NaN or Infinity, which nothing here writes and no figure may be; or nested deeper
+            than Python reads.
     """
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A mapping that this package wrote, of a size that it would write.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: anything else than such a mapping.
+    """
+    size = path.stat().st_size
+    if size > MOST:
+        raise ValueError(f"it has {size:,} bytes; expected at most {MOST:,}")
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}; expected a mapping")
+    return found
 
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number that JSON knows")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else writes to `folder` meanwhile; it is made if need be. The system lets go of it when a process dies.
+
+    Where the file system knows no locks (some network ones), a warning says so.
+
+    Raises:
+        StorageError: another run has it, which is named; or it cannot be made or written.
+    """
+    existed, path = folder.exists(), folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _take(path)
+    except BlockingIOError:
+        raise StorageError(
+            f"{folder} is in use by another run ({_holder(path)}). Wait for it, stop it, or choose another "
+            "--output_dir."
+        ) from None
+    except OSError as error:
+        raise StorageError(f"--output_dir {folder} cannot be written: {error.strerror}. Choose another.") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(handle)
+        if not existed:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _take(path: Path) -> int:
+    """An open file that is locked and stands at `path`.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    import fcntl
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(handle), path.stat()):  # its holder took it away in between
+                raise FileNotFoundError
+        except FileNotFoundError:
+            os.close(handle)
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                os.close(handle)
+                raise
+            logger.warning("%s: no locks on this file system; nothing keeps two runs apart.", path.parent)
+        os.ftruncate(handle, 0)
+        os.write(handle, f"pid {os.getpid()} on {platform.node()} since {time.ctime()}".encode())
+        return handle
+
+
+def _holder(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace")[:200] or "not named"
+    return "not named"

@@ -7,19 +7,21 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 from datasets import disable_progress_bars
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from . import stopping
+from . import commit, stopping
 from .callback import STATE_FOLDER, autocast, give_back_memory, refuse
 from .config import SECRETS, RunConfig
+from .disk import flush, locked, replace
 from .errors import IncompatibleError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
 from .measured import keep_apart, tasks
@@ -52,9 +54,15 @@ def sft(config: RunConfig) -> Report:
         FTPlusError: see the exit codes in `errors.py`; RetentionError when all is saved but too little was kept.
     """
     speak(config)
+    with alone(config):
+        return already_done(config) or _sft(config)
+
+
+def _sft(config: RunConfig) -> Report:
     seconds: dict[str, float] = {}
     with timed(seconds, "preparing"), no_empty_folder(config.training.output_dir, unless_done=True):
         claim(config)
+        settle(config)
         trainer, rows = prepare(config)
         start = Start(config, trainer, rows, seconds)
         trainer.add_callback(start)
@@ -66,7 +74,7 @@ def sft(config: RunConfig) -> Report:
     close_trackers = hold_open(trainer)
     with timed(seconds, "training"):
         train(trainer, config)
-    with timed(seconds, "saving"):
+    with timed(seconds, "saving"), on_the_disk(f"The trained model could not be saved in {config.training.output_dir}"):
         trainer.save_model(config.training.output_dir)
     let_go_of_optimizer(trainer)
     with timed(seconds, "measuring after"):
@@ -85,9 +93,7 @@ def sft(config: RunConfig) -> Report:
         trainer.push_to_hub(dataset_name=config.script.dataset_name)
     trainer.accelerator.wait_for_everyone()  # a launcher ends all processes when the first fails, as by the gate below
     trainer.end()
-    lost = retention_gate(results, config.fail_if_retention_below) if config.fail_if_retention_below is not None else []
-    if lost:
-        raise RetentionError("\n".join(lost))
+    judge(config, results)
     return report
 
 
@@ -244,22 +250,92 @@ def let_go_of_optimizer(trainer: SFTTrainer) -> None:
 
 
 def resume_point(config: RunConfig) -> str | bool | None:
-    """`true` as a word, a path as it is."""
+    """`true` as a word, a path as it is; None to begin, as `auto` does where there is nothing to go on from."""
     given = config.training.resume_from_checkpoint
     if not given:
         return None
+    folder = Path(config.training.output_dir)
+    there = any(folder.glob("checkpoint-*"))
+    if str(given).lower() == "auto":
+        return there or None
     if str(given).lower() == "true":
-        folder = Path(config.training.output_dir)
-        if not any(folder.glob("checkpoint-*")):
+        if not there:
             raise StorageError(
-                f"--resume_from_checkpoint true: {folder} holds no checkpoint-N. Leave the flag out to start."
+                f"--resume_from_checkpoint true: {folder} holds no checkpoint-N. Leave the flag out to start, or type "
+                "auto, which does either."
             )
         return True
     if not Path(given).is_dir():
         raise StorageError(
-            f"--resume_from_checkpoint {given}: no such folder; expected a checkpoint-N folder, or true."
+            f"--resume_from_checkpoint {given}: no such folder; expected a checkpoint-N folder, true or auto."
         )
     return given
+
+
+def settle(config: RunConfig) -> None:
+    """Choose the checkpoint to go on from, before anything is made of it: `true` and `auto` become a path, or None.
+
+    Raises:
+        StorageError: `true`, and no checkpoint is whole.
+    """
+    if resume_point(config) is not True:
+        config.training.resume_from_checkpoint = resume_point(config)
+        return
+    folder = Path(config.training.output_dir)
+    found = commit.on_first_rank(lambda: commit.newest(folder))
+    if found is None and str(config.training.resume_from_checkpoint).lower() != "auto":
+        raise StorageError(
+            f"{folder} holds no whole checkpoint: the run ended before its first was written. Start again without "
+            "--resume_from_checkpoint, or with auto."
+        )
+    config.training.resume_from_checkpoint = None if found is None else str(found)
+
+
+@contextmanager
+def alone(config: RunConfig) -> Iterator[None]:
+    """No other run writes to the output folder meanwhile; of several processes the first speaks for all."""
+    first = config.training.process_index == 0
+    with locked(Path(config.training.output_dir)) if first else nullcontext():
+        yield
+
+
+def already_done(config: RunConfig) -> Report | None:
+    """The report of a run that is asked to go on and has nothing left to do; nothing is written.
+
+    Raises:
+        RetentionError: its retention gate did not pass, then as now.
+    """
+    training = config.training
+    file = Path(training.output_dir) / STATE_FOLDER / "report.json"
+    if str(training.resume_from_checkpoint).lower() not in ("true", "auto") or not file.is_file():
+        return None
+    report = Report.load(file)
+    was = report.facts.get("config", {}).get("training", {})
+    if any(was.get(key) != getattr(training, key) for key in ("max_steps", "num_train_epochs")):
+        return None  # it is to train longer
+    if training.process_index == 0:
+        click.echo(f"Already complete: {report.facts.get('steps')} steps, {file}. More: --max_steps N.", err=True)
+    judge(config, report.tasks)
+    return report
+
+
+def judge(config: RunConfig, results: list[Any]) -> None:
+    gate = config.fail_if_retention_below
+    if gate is not None and (lost := retention_gate(results, gate)):
+        raise RetentionError("\n".join(lost))
+
+
+@contextmanager
+def on_the_disk(said: str) -> Iterator[None]:
+    """Turn errors of the disk into ours, which say what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not commit.of_the_disk(error):
+            raise
+        raise StorageError(
+            f"{said}: {error}. Free some space, then go on with --resume_from_checkpoint true."
+        ) from error
 
 
 def claim(config: RunConfig, probe: bool = True) -> None:
@@ -282,7 +358,7 @@ def claim(config: RunConfig, probe: bool = True) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / f".ftplus-{platform.node()}-{time.monotonic_ns()}"
-        trial.touch()
+        replace(trial, lambda file: (file.write_bytes(b"?"), flush(file)))
         trial.unlink()
     except OSError as error:
         raise StorageError(f"--output_dir {folder} cannot be written: {error.strerror}. Choose another.") from None

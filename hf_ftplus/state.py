@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .disk import replace
+from .disk import read_manifest, replace
 from .errors import IncompatibleError, StorageError
 from .sketch import compare, sketch
 from .weights import match, trainable
@@ -64,7 +64,7 @@ def load_checkpoint(
             f"{folder} was written with the strategies {saved or 'none'}; this run has {sorted(names)}. "
             "Resume with the same --plugin names, or start a new run."
         )
-    _same_identity(manifest["model"], identity(model), folder)
+    same_identity(manifest["model"], identity(model), folder)
     if step is not None and manifest["step"] != step:
         raise IncompatibleError(f"{folder} is of step {manifest['step']}; the trainer resumes at step {step}.")
     return {name: _read(folder, name, manifest) for name in names}
@@ -118,7 +118,12 @@ def _adapter_facts(config: Any) -> dict[str, Any]:
     return {**facts, "target_modules": sorted(targets) if isinstance(targets, (set, list)) else targets}
 
 
-def _same_identity(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+def same_identity(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    """Raise where weights, shapes or adapters differ from those that were saved.
+
+    Raises:
+        IncompatibleError: lists what does.
+    """
     match(now["weights"], saved["weights"], f"The state in {where}")
     reshaped = [
         f"{name} {saved['weights'][name]} there, {shape} here"
@@ -192,18 +197,35 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_manifest(path)
         version = manifest["format"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         raise StorageError(f"{path} is damaged. Use an earlier checkpoint, or another run's memory.") from None
     if version != FORMAT:
         raise IncompatibleError(
             f"{path} has format {version}; this hf_ftplus reads format {FORMAT}. Upgrade hf-ftplus."
         )
+    if not _sound(manifest):
+        raise StorageError(f"{path} is damaged. Use an earlier checkpoint, or another run's memory.")
     return manifest
 
 
+def _sound(manifest: dict[str, Any]) -> bool:
+    """Whether it holds what `_write` puts there, of the right types: a damaged one may still be JSON."""
+    files, model = manifest.get("files"), manifest.get("model")
+    return (
+        type(manifest.get("step")) is int
+        and isinstance(files, dict)
+        and all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in files.values())
+        and isinstance(model, dict)
+        and isinstance(model.get("weights"), dict)
+        and isinstance(model.get("adapters"), dict)
+        and all(isinstance(facts, dict) for facts in model["adapters"].values())
+    )
+
+
 def _read(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / f"{name}.safetensors"
@@ -212,7 +234,10 @@ def _read(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor
             f"{path} is missing or not what was written there (sha256 differs). Use an earlier checkpoint, or another "
             "run's memory."
         )
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:  # somebody wrote both anew
+        raise StorageError(f"{path} is no safetensors file: {error}. Use an earlier checkpoint.") from None
 
 
 def _sha256(path: Path) -> str:

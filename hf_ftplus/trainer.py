@@ -25,17 +25,19 @@ import torch
 import trl
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import compat
+from . import commit, compat
 from .callback import StrategyCallback, refuse
 from .data import reason
 from .errors import DataError, FTPlusError, IncompatibleError, StorageError, UsageError
 from .logits import causal_lm, lm_head, supervised
 from .mixing import MixingMixin, TasksMixin
 from .model import to_train
+from .origin import origin, refuse_other
 from .pools import EVALUATED, together
 from .strategy import Batch, Strategy
+from .weights import local, trainable
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -55,6 +57,8 @@ class StrategyMixin(MixingMixin):
     """What a Trainer must do for strategies beyond its events. Every override calls `super()`; else that is all."""
 
     ftplus: StrategyCallback | None = None
+    _origin: dict[str, Any]
+    """Which run this is, as its checkpoints say it."""
     _hidden: list[Tensor]
 
     def install(
@@ -82,14 +86,24 @@ class StrategyMixin(MixingMixin):
             self._mix(shares)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if self.ftplus is not None and resume_from_checkpoint:
-            path = resume_from_checkpoint
-            path = get_last_checkpoint(self.args.output_dir) if path is True else path
-            if path is not None:
-                self.ftplus.verify(path, self.model)
-                self.ftplus.resumed_from = path
+        self._origin = origin(self)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._verified(resume_from_checkpoint)
         with self._watching():
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _verified(self, checkpoint: str | bool) -> str | bool:
+        """The checkpoint to go on from, whole and of this run; `True` asks for the newest that is whole."""
+        found = commit.on_first_rank(lambda: commit.newest(Path(self.args.output_dir))) if checkpoint is True else None
+        path = Path(found or checkpoint) if found or checkpoint is not True else None
+        if path is None or not path.is_dir():
+            return checkpoint  # the Trainer says so
+        commit.on_first_rank(lambda: commit.refuse_broken(path))
+        if self.ftplus is not None:
+            self.ftplus.verify(str(path), self.model)
+            self.ftplus.resumed_from = str(path)
+        refuse_other(commit.read_commit(path).get("run", {}), self._origin, path)
+        return str(path)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -178,10 +192,32 @@ class StrategyMixin(MixingMixin):
             logs = {**logs, **self.ftplus.metrics()}
         super().log(logs, *args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """As the Trainer does, but an older checkpoint is deleted only when this one is known to be whole."""
         if self.ftplus is not None:
-            self.ftplus.save(self.args, self.state.global_step)
-        super()._save_checkpoint(*args, **kwargs)
+            refuse_not_finite(self.model, self.state.global_step)
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with commit.writing(checkpoint):
+                if self.ftplus is not None:
+                    self.ftplus.save(self.args, self.state.global_step)
+                super()._save_checkpoint(model, trial)
+                self._commit(checkpoint)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            commit.rotate(checkpoint, limit, best=self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._commit(Path(checkpoint_folder))  # the Hub gets it, too
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _commit(self, checkpoint: Path) -> None:
+        self.accelerator.wait_for_everyone()  # until all have written theirs
+        step, whole = self.state.global_step, not self.args.save_only_model
+        commit.on_first_rank(lambda: commit.commit(checkpoint, step, whole, self._origin))
 
 
 class SFTTrainer(StrategyMixin, TasksMixin, trl.SFTTrainer):
@@ -242,6 +278,17 @@ def stay_differentiable(model: torch.nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def refuse_not_finite(model: torch.nn.Module, step: int) -> None:
+    """Raise rather than put a broken model among the checkpoints, where it would take the place of a good one."""
+    broken = [name for name, weight in trainable(model).items() if not torch.isfinite(local(weight)).all()]
+    if broken:
+        raise IncompatibleError(
+            f"{len(broken)} weights are not finite at step {step} (the first is {broken[0]}), so no checkpoint of them "
+            "is written; the last one is intact. Lower the learning rate or the strength, or train in bf16 or fp32 "
+            "instead of fp16."
+        )
+
+
 def not_finite(what: str, value: float, step: int, then: str) -> FTPlusError:
     return IncompatibleError(
         f"The {what} is {value} at step {step}. {then} Lower the learning rate or the strength, or train in bf16 or "
@@ -252,10 +299,10 @@ def not_finite(what: str, value: float, step: int, then: str) -> FTPlusError:
 class SaveOnInterrupt(TrainerCallback):
     """Ctrl-C or SIGTERM while training: finish the step, save a checkpoint to resume from, stop with 130 or 143.
 
-    A second Ctrl-C stops at once. In a launched run a rank may be told a step before another, and a save needs all of
-    them: so at the end of each step the ranks agree on whether any was told, which costs such a run one number over
-    the network per step and a wait for the device (where the Trainer waits anyway, unless logging_nan_inf_filter is
-    off).
+    A second one stops at once; the last whole checkpoint stays. In a launched run a rank may be told a step before
+    another, and a save needs all of them: so at the end of each step the ranks agree on whether any was told, which
+    costs such a run one number over the network per step and a wait for the device (where the Trainer waits anyway,
+    unless logging_nan_inf_filter is off).
     """
 
     def __init__(self) -> None:
@@ -274,11 +321,11 @@ class SaveOnInterrupt(TrainerCallback):
     def _tell(self, number: int, frame: Any) -> None:
         if self._over:  # no step is left to save after
             raise KeyboardInterrupt(128 + number)
-        if number == signal.SIGINT and self._told and time.monotonic() - self._since > ONE_PRESS:
-            raise KeyboardInterrupt
+        if self._told and time.monotonic() - self._since > ONE_PRESS:
+            raise KeyboardInterrupt(128 + number)
         if not self._told:
             self._told, self._since = number, time.monotonic()
-            logger.warning("%s: saving after this step; another Ctrl-C stops at once.", signal.Signals(number).name)
+            logger.warning("%s: saving after this step; another one stops at once.", signal.Signals(number).name)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.agreed = self._told

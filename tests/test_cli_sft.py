@@ -331,6 +331,65 @@ def test_a_run_killed_before_its_report_is_only_measured_when_it_is_resumed(plac
     assert same_file(weights, out / "model.safetensors")
 
 
+def test_the_same_command_with_auto_begins_goes_on_and_then_has_nothing_to_do(place, tmp_path, capsys):
+    out, steps = tmp_path / "out", ["--max_steps", "4", "--save_steps", "2", "--resume_from_checkpoint", "auto"]
+    again = words(place, out, *steps, "--measure_rows", "0")
+    assert main(again) == 0
+    weights = (out / "model.safetensors").rename(tmp_path / "ended.safetensors")
+    (out / "ftplus" / "report.json").unlink()
+    (out / "checkpoint-4" / "ftplus" / "commit.json").unlink()
+    (out / "checkpoint-4" / "trainer_state.json").unlink()
+    assert main(again) == 0
+    assert same_file(weights, out / "model.safetensors")
+    assert (out / ".incomplete-checkpoint-4").is_dir()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "Already complete: 4 steps" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert main([*again, "--max_steps", "5"]) == 0
+    assert (out / "checkpoint-5").is_dir()
+
+
+def test_auto_begins_anew_where_the_first_checkpoint_was_never_finished_and_true_says_so(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "checkpoint-2").mkdir(parents=True)
+    again = words(place, out, "--measure_rows", "0", "--max_steps", "2", "--resume_from_checkpoint")
+    assert main([*again, "true"]) == 6
+    assert "holds no whole checkpoint" in capsys.readouterr().err
+    (out / "checkpoint-2").mkdir()
+    assert main([*again, "auto"]) == 0
+    assert (out / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_the_gate_of_a_finished_run_still_judges_it(place, tmp_path):
+    gate = ["--fail-if-retention-below", "1e9", "--max_steps", "2", "--resume_from_checkpoint", "auto"]
+    for _ in range(2):
+        assert main(words(place, tmp_path / "out", *gate)) == 5
+
+
+def test_a_folder_is_for_one_run_at_a_time(place, tmp_path, capsys):
+    from hf_ftplus.disk import LOCK, locked
+
+    holder = [sys.executable, "-c", f"import fcntl; f = open({str(tmp_path / 'out' / LOCK)!r}, 'w'); fcntl.flock(f, 2); "
+              "f.write('pid 1 on elsewhere'); f.flush(); print(flush=True); input()"]  # fmt: skip
+    (tmp_path / "out").mkdir()
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline()
+            assert main(words(place, tmp_path / "out")) == 6
+            assert "is in use by another run (pid 1 on elsewhere)" in capsys.readouterr().err
+        finally:
+            process.kill()
+    with locked(tmp_path / "out"):  # nobody holds it who was killed
+        assert (tmp_path / "out" / LOCK).is_file()
+    assert not (tmp_path / "out" / LOCK).exists()
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "out" / LOCK).symlink_to(tmp_path / "precious")
+    assert main(words(place, tmp_path / "out")) == 6
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 def test_a_strategy_from_a_file_runs_with_its_settings(place, tmp_path):
     (tmp_path / "idea.py").write_text(
         "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom hf_ftplus import Strategy, setting\n\n\n"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -16,7 +18,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, PROTECT, Diary, arguments, far, moved, same, trainer, weights_of
 from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_ftplus import EWC, SFTTrainer, Strategy, StrategyCallback, attach, setting
+from hf_ftplus import EWC, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
 from hf_ftplus.batches import examples_of
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 
@@ -346,24 +348,22 @@ def test_shares_that_do_not_sum_to_one_are_the_plugins_fault(tmp_path):
 
 
 def test_state_lies_in_the_checkpoint_before_an_older_one_is_deleted(tmp_path, monkeypatch):
-    seen = []
-    import transformers.trainer as inside
+    seen, whole, remove = [], [], shutil.rmtree
 
-    rotate = inside.rotate_checkpoints
-
-    def watch(*args, **kwargs):
-        newest = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    def watch(path, **kwargs):
+        newest = max(Path(path).parent.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         seen.append((newest / "ftplus" / "manifest.json").is_file())
-        return rotate(*args, **kwargs)
+        whole.append((newest / commit.COMMIT).is_file() and not commit.fault(newest))
+        remove(path, **kwargs)
 
-    monkeypatch.setattr(inside, "rotate_checkpoints", watch)
+    monkeypatch.setattr(shutil, "rmtree", watch)
     for cls, kwargs in ((SFTTrainer, {}), (trl.SFTTrainer, {"callbacks": [StrategyCallback("ewc", protect=PROTECT)]})):
-        seen.clear()
-        strategies = ["ewc"] if cls is SFTTrainer else []
-        trainer(
-            tmp_path, *strategies, cls=cls, save_strategy="steps", save_steps=2, save_total_limit=1, **kwargs
-        ).train()
-        assert seen == [True] * 3
+        seen.clear(), whole.clear()
+        strategies, folder = ["ewc"] if cls is SFTTrainer else [], tmp_path / cls.__module__
+        trainer(folder, *strategies, cls=cls, save_strategy="steps", save_steps=2, save_total_limit=1, **kwargs).train()
+        assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+        assert seen == [True] * 2
+        assert whole == [cls is SFTTrainer] * 2
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])

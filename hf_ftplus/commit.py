@@ -1,0 +1,325 @@
+"""Which checkpoints are whole: each gets a commit, written last, and is compared with it before it is believed.
+
+    checkpoint-N/                        weights, optimizer, scheduler, generators, trainer_state.json   by the Trainer
+    checkpoint-N/ftplus/                 strategies and their manifest                                    by state.py
+    checkpoint-N/ftplus/commit.json      size and sha256 of every file above, and which run they are of   last of all
+
+Older checkpoints are deleted only when the commit of the new one is on the disk, so whatever kills a run leaves one
+that can be resumed. Resuming with `true` takes the newest that is whole; what is not is set aside under a name that no
+Trainer reads (`.incomplete-checkpoint-N`), and said. Whoever names a checkpoint gets that one or an error. What a power
+failure leaves was never tried: everything is flushed, in this order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from .disk import flush, read_manifest, replace
+from .errors import FTPlusError, IncompatibleError, StorageError
+
+logger = logging.getLogger("hf_ftplus")
+
+FORMAT = 1
+COMMIT = "ftplus/commit.json"
+INCOMPLETE, DAMAGED = ".incomplete-", ".damaged-"
+BLOCK = 2**22
+_seen_whole: dict[Path, tuple] = {}
+"""Checkpoints that this process found whole, with sizes and times of their files: none is read twice for nothing."""
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def commit(checkpoint: Path, step: int, resumable: bool, facts: dict[str, Any]) -> None:
+    """Put every file of a checkpoint on the disk, then the list of them with their sums.
+
+    Args:
+        checkpoint: the folder; nothing is written to it afterwards.
+        step: of the trainer.
+        resumable: whether it has more than weights.
+        facts: which run it is of (see `facts.py`).
+
+    Raises:
+        OSError: the disk failed.
+    """
+    if (checkpoint / COMMIT).is_file():
+        return  # `writing` takes an old one away
+    files = sorted(_files(checkpoint))
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        sums = list(pool.map(_flushed_sum, files))
+    for folder in {file.parent for file in files}:
+        flush(folder)
+    found = {
+        file.relative_to(checkpoint).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
+        for file, digest in zip(files, sums, strict=True)
+    }
+    text = json.dumps({"format": FORMAT, "step": step, "resumable": resumable, "run": facts, "files": found}, indent=1)
+    replace(checkpoint / COMMIT, lambda file: (file.write_text(text, encoding="utf-8"), flush(file)))
+    flush((checkpoint / COMMIT).parent)
+    flush(checkpoint.parent)
+
+
+def rotate(checkpoint: Path, limit: int | None, best: str | None = None) -> None:
+    """Delete the oldest checkpoints but `limit`; neither the one just committed nor the best one, if any."""
+    kept = {checkpoint.resolve(), Path(best or checkpoint).resolve()}
+    there = sorted(filter(_numbered, checkpoint.parent.glob("checkpoint-*")), key=_step)
+    spare = len(there) - max(limit, len(kept)) if limit and limit > 0 else 0
+    for old in [path for path in there if path.resolve() not in kept][: max(spare, 0)]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def writing(checkpoint: Path) -> Iterator[None]:
+    """While a checkpoint is written. One that the disk has no room for is taken away again.
+
+    Raises:
+        StorageError: the disk failed; says which checkpoint is the last whole one.
+    """
+    (checkpoint / COMMIT).unlink(missing_ok=True)  # written again, it is not whole until the end
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, StorageError) as error:
+        if not of_the_disk(error):
+            raise
+        left = None
+        if _rank() == 0:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            left = newest(checkpoint.parent)
+        raise StorageError(
+            f"{checkpoint.name} could not be written: {error}. "
+            + (f"{left} is the last whole one. " if left else "There is no earlier one. ")
+            + "Free some space, then go on with --resume_from_checkpoint "
+            + ("true." if left else "auto.")
+        ) from error
+
+
+def of_the_disk(error: Exception) -> bool:
+    """Whether it is the disk that failed. torch and safetensors have errors of their own for it, without a number."""
+    if isinstance(error, StorageError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno is not None
+    said = str(error)
+    return isinstance(error, SafetensorError) or "PytorchStreamWriter" in said or "unexpected pos" in said
+
+
+def _files(checkpoint: Path) -> Iterator[Path]:
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path != checkpoint / COMMIT and not path.name.startswith(".commit.json."):
+            yield path
+
+
+def _flushed_sum(path: Path) -> str:
+    flush(path)
+    return _sum(path)
+
+
+def _sum(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def newest(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None where there is none. Broken ones that are newer are set aside."""
+    found = {_step(path): path for path in output.glob("checkpoint-*") if _numbered(path)}
+    for step in sorted(found, reverse=True):
+        earlier = [path for other, path in found.items() if other < step]
+        why = fault(found[step], [path for path in earlier if (path / COMMIT).is_file()])
+        if not why:
+            return found[step]
+        _set_aside(found[step], why)
+    return None
+
+
+def fault(checkpoint: Path, committed: list[Path] | None = None) -> str:
+    """What is wrong with a checkpoint, as half a sentence; empty if nothing is.
+
+    Args:
+        checkpoint: the folder.
+        committed: older checkpoints of the run that have a commit: then this one must have one, too.
+    """
+    file = checkpoint / COMMIT
+    if not file.is_file():
+        return "it was being written when the run ended" if committed else _fault_of_uncommitted(checkpoint)
+    try:
+        if _seen_whole.get(file) == (stamp := _stamp(checkpoint)):
+            return ""
+        why = _fault_of_committed(checkpoint, read_commit(checkpoint))
+    except (OSError, StorageError) as error:
+        return str(error)
+    if not why:
+        _seen_whole[file] = stamp
+    return why
+
+
+def _stamp(checkpoint: Path) -> tuple:
+    found = ((path, path.stat()) for path in sorted(checkpoint.rglob("*")))
+    return tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in found)
+
+
+def read_commit(checkpoint: Path) -> dict[str, Any]:
+    """The commit of a checkpoint; empty if it has none.
+
+    Raises:
+        StorageError: it is damaged.
+        IncompatibleError: a newer version wrote it.
+    """
+    path = checkpoint / COMMIT
+    if not path.is_file():
+        return {}
+    try:
+        found = read_manifest(path)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} is damaged: {error}. Use an earlier checkpoint.") from None
+    if type(found.get("format")) is int and found["format"] > FORMAT:
+        raise IncompatibleError(
+            f"{path} has format {found['format']}; this hf_ftplus reads format {FORMAT}. Upgrade hf-ftplus."
+        )
+    files = found.get("files")
+    sound = (
+        found.get("format") == FORMAT
+        and type(found.get("step")) is int
+        and isinstance(found.get("run"), dict)
+        and isinstance(files, dict)
+        and all(isinstance(entry, dict) and _inside(name) for name, entry in files.items())
+    )
+    if not sound:
+        raise StorageError(f"{path} is damaged: not what a commit holds. Use an earlier checkpoint.")
+    return found
+
+
+def _inside(name: str) -> bool:
+    return not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name
+
+
+def _fault_of_committed(checkpoint: Path, found: dict[str, Any]) -> str:
+    for name, entry in found["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry.get("bytes"):
+            return f"{name} has {path.stat().st_size:,} bytes; {entry.get('bytes')} were written"
+    names = list(found["files"])
+    with ThreadPoolExecutor() as pool:
+        for name, digest in zip(names, pool.map(lambda name: _sum(checkpoint / name), names), strict=True):
+            if digest != found["files"][name].get("sha256"):
+                return f"{name} is not what was written there (sha256 differs)"
+    if _numbered(checkpoint) and found["step"] != _step(checkpoint):
+        return f"it holds step {found['step']}"
+    return ""
+
+
+def _fault_of_uncommitted(checkpoint: Path) -> str:
+    """Of a folder that `trl sft`, a callback or an older version wrote: a Trainer writes its state last."""
+    try:
+        state = read_manifest(checkpoint / TRAINER_STATE_NAME)
+        int(state["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{TRAINER_STATE_NAME}, which is written last, is missing or damaged"
+    weights = list(checkpoint.glob("*.safetensors"))
+    for file in weights:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file.name} is damaged: {error}"
+    if not weights and not any(checkpoint.glob("*model*")):
+        return "it holds no weights"
+    return ""
+
+
+def lacks(checkpoint: Path) -> str:
+    """Which part of what a run goes on from is missing, without which a Trainer would begin it anew in silence."""
+    parts = {
+        "the optimizer": (f"{Path(OPTIMIZER_NAME).stem}*", "global_step*", "rank*optimizer*"),
+        "the learning-rate schedule": (SCHEDULER_NAME, "global_step*"),
+        "the random generators": ("rng_state*",),
+    }
+    missing = [part for part, names in parts.items() if not any(any(checkpoint.glob(name)) for name in names)]
+    return " and ".join(missing)
+
+
+def refuse_broken(checkpoint: Path) -> None:
+    """Raise for a checkpoint that was asked for by name and is not whole, or cannot be gone on from.
+
+    Raises:
+        StorageError: says what is wrong with it.
+        IncompatibleError: it holds weights alone.
+    """
+    if why := fault(checkpoint):
+        raise StorageError(
+            f"{checkpoint} cannot be resumed: {why}. Name an earlier checkpoint, or type --resume_from_checkpoint true "
+            "for the newest whole one."
+        )
+    if why := lacks(checkpoint):
+        raise IncompatibleError(
+            f"{checkpoint} lacks {why} (save_only_model, or deleted), so the run would not go on where it stopped. "
+            f"Name another checkpoint; or start a new run from its weights: --model_name_or_path {checkpoint}"
+        )
+
+
+def _numbered(path: Path) -> bool:
+    return bool(re.fullmatch(r"checkpoint-\d+", path.name)) and path.is_dir()
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _set_aside(checkpoint: Path, why: str) -> None:
+    """Rename a broken checkpoint; of those that were never finished only the last is kept."""
+    was_whole = (checkpoint / COMMIT).is_file()
+    aside = checkpoint.with_name(f"{DAMAGED if was_whole else INCOMPLETE}{checkpoint.name}")
+    for old in checkpoint.parent.glob(f"{INCOMPLETE}checkpoint-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+    logger.warning("%s is not whole: %s. It is now %s.", checkpoint, why, aside.name)
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def on_first_rank(call: Callable[[], Any]) -> Any:
+    """What `call` returns on the first process, on all of them; where it raises an error of ours, all raise it."""
+    if not _several():
+        return call()
+    found: list[Any] = [None, None]
+    if _rank() == 0:
+        try:
+            found[0] = call()
+        except (FTPlusError, OSError) as error:
+            found[1] = (type(error) if isinstance(error, FTPlusError) else StorageError, str(error))
+    torch.distributed.broadcast_object_list(found)
+    if found[1]:
+        raise found[1][0](found[1][1])
+    return found[0]
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if _several() else 0

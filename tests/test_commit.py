@@ -1,0 +1,225 @@
+"""Which checkpoint a run goes on from: the newest that is whole and of this run, whatever happened to the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import tiny_llama
+from training import LEARN, same, trainer, weights_of
+
+from hf_ftplus import commit
+from hf_ftplus.errors import IncompatibleError, StorageError
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A run of six steps with three checkpoints, and the weights it ended with."""
+    folder = tmp_path_factory.mktemp("ended")
+    it = trainer(folder, "ewc", **SAVING)
+    it.train()
+    return folder, weights_of(it)
+
+
+@pytest.fixture
+def run(ended, tmp_path):
+    shutil.copytree(ended[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+# ---- what is whole ---------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_lists_every_file_and_what_run_it_is_of(run):
+    found = json.loads((run / "checkpoint-2" / commit.COMMIT).read_text())
+    there = {path.relative_to(run / "checkpoint-2").as_posix() for path in (run / "checkpoint-2").rglob("*.*")}
+    assert set(found["files"]) == there - {commit.COMMIT}
+    assert {"optimizer.pt", "rng_state.pth", "trainer_state.json", "ftplus/ewc.safetensors"} <= set(found["files"])
+    assert found["step"] == 2
+    assert found["resumable"] is True
+    assert found["run"]["batch"] == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "ftplus/ewc.safetensors",
+        "ftplus/manifest.json",
+    ],
+)
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_a_file_that_is_not_what_was_written_is_seen(run, name, harm):
+    file = run / "checkpoint-6" / name
+    if harm == "flip":
+        flip(file)
+    elif harm == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        file.unlink()
+    assert name in commit.fault(run / "checkpoint-6")
+    assert commit.newest(run) == run / "checkpoint-4"
+    assert (run / ".damaged-checkpoint-6").is_dir()
+    assert not commit.fault(run / "checkpoint-4")
+
+
+def test_what_was_never_finished_is_set_aside_and_one_of_it_kept(run, caplog):
+    for step in (4, 6):
+        (run / f"checkpoint-{step}" / commit.COMMIT).unlink()
+    assert commit.newest(run) == run / "checkpoint-2"
+    assert sorted(path.name for path in run.glob(".*")) == [".incomplete-checkpoint-4"]
+    assert "checkpoint-6 is not whole: it was being written when the run ended" in caplog.text
+
+
+def test_the_first_checkpoint_may_be_broken_too(run):
+    for step in (2, 4):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    (run / "checkpoint-6" / commit.COMMIT).unlink()
+    (run / "checkpoint-6" / "trainer_state.json").unlink()
+    assert commit.newest(run) is None
+
+
+def test_checkpoints_without_commits_are_whole_when_what_is_written_last_is_there(run):
+    for step in (2, 4, 6):
+        (run / f"checkpoint-{step}" / commit.COMMIT).unlink()
+    assert commit.newest(run) == run / "checkpoint-6"
+    os.truncate(run / "checkpoint-6" / "model.safetensors", 1000)
+    assert commit.newest(run) == run / "checkpoint-4"
+    (run / "checkpoint-4" / "trainer_state.json").write_text("{")
+    assert commit.newest(run) == run / "checkpoint-2"
+
+
+def test_a_commit_of_the_future_is_not_taken_for_damage(run):
+    file = run / "checkpoint-6" / commit.COMMIT
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
+    with pytest.raises(IncompatibleError, match=r"format 99.*Upgrade hf-ftplus"):
+        commit.newest(run)
+    assert (run / "checkpoint-6").is_dir()
+
+
+def test_a_commit_that_names_files_elsewhere_is_damaged(run):
+    file = run / "checkpoint-6" / commit.COMMIT
+    found = json.loads(file.read_text())
+    for name in ("../checkpoint-4/model.safetensors", "/etc/passwd"):
+        file.write_text(json.dumps({**found, "files": {name: found["files"]["model.safetensors"]}}))
+        assert "damaged" in commit.fault(run / "checkpoint-6")
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_resuming_takes_the_newest_whole_checkpoint_and_ends_with_the_same_bits(run, ended, caplog):
+    flip(run / "checkpoint-6" / "model.safetensors")
+    (run / "checkpoint-4" / commit.COMMIT).unlink()
+    it = trainer(run, "ewc", **SAVING)
+    it.train(resume_from_checkpoint=True)
+    assert it.ftplus.resumed_from == str(run / "checkpoint-2")
+    assert same(weights_of(it), ended[1])
+    assert "model.safetensors is not what was written there (sha256 differs)" in caplog.text
+
+
+def test_a_checkpoint_asked_for_by_name_is_that_one_or_an_error(run):
+    flip(run / "checkpoint-6" / "optimizer.pt")
+    with pytest.raises(StorageError, match=r"checkpoint-6 cannot be resumed: optimizer\.pt is not what was written"):
+        trainer(run, "ewc", **SAVING).train(resume_from_checkpoint=str(run / "checkpoint-6"))
+    assert (run / "checkpoint-6").is_dir()
+
+
+def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path):
+    trainer(tmp_path, "ewc", save_only_model=True, **SAVING).train()
+    with pytest.raises(IncompatibleError, match=r"lacks the optimizer and the learning-rate schedule and the random"):
+        trainer(tmp_path, "ewc", **SAVING).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"seed": 6}, r"another seed \(\[5, None\] there, \[6, None\] here\)"),
+        ({"per_device_train_batch_size": 2}, r"another number of rows per step \(4 there, 2 here\)"),
+        ({"learn": LEARN[:-1]}, r"another number or order of them \(24 there, 23 here\)"),
+        ({"learn": LEARN[1:] + LEARN[:1]}, "other training rows, or another number or order of them"),
+        ({"template": "{{ messages }}"}, "another tokenizer or chat template"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("strategies", [(), ("ewc",)], ids=["plain", "EWC"])
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(ended, tmp_path, changed, says, strategies):
+    run = ended[0]
+    if not strategies:
+        run = tmp_path
+        trainer(run, max_steps=2, **SAVING).train()
+    it = trainer(tmp_path / "other", *strategies, **{**SAVING, **changed})
+    start = weights_of(it)
+    with pytest.raises(IncompatibleError, match=says):
+        it.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert same(weights_of(it), start)
+
+
+def test_another_model_below_an_adapter_is_refused_and_another_dtype_of_it(tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer(tmp_path, peft_config=lora, max_steps=2, **SAVING).train()
+    for other in (tiny_llama(seed=1), tiny_llama(dtype=torch.bfloat16)):
+        with pytest.raises(IncompatibleError, match="other weights below the adapter"):
+            trainer(tmp_path, peft_config=lora, model=other, **SAVING).train(resume_from_checkpoint=True)
+    again = trainer(tmp_path, peft_config=lora, max_steps=3, **SAVING)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+
+
+def test_without_strategies_other_targets_of_an_adapter_and_full_weights_are_refused_too(tmp_path):
+    """The Trainer would load another adapter's optimizer, and fused AdamW then writes where it must not."""
+    saving = {"max_steps": 2, **SAVING}
+    trainer(tmp_path / "lora", peft_config=LoraConfig(r=2, target_modules=["q_proj"]), **saving).train()
+    trainer(tmp_path / "full", **saving).train()
+    other = LoraConfig(r=2, target_modules=["v_proj"])
+    for there, here in (("lora", other), ("lora", None), ("full", other)):
+        with pytest.raises(IncompatibleError, match="Missing there"):
+            trainer(tmp_path, peft_config=here, **saving).train(
+                resume_from_checkpoint=str(tmp_path / there / "checkpoint-2")
+            )
+
+
+def test_rows_of_a_step_may_be_shared_out_otherwise_and_it_is_said(tmp_path, caplog):
+    trainer(tmp_path, max_steps=2, **SAVING).train()
+    again = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trainer(tmp_path, **SAVING, **again).train(resume_from_checkpoint=True)
+    assert "the rows of a step shared out otherwise: the run goes on, but not bit for bit" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_not_committed(tmp_path):
+    it = trainer(tmp_path, "ewc", **SAVING)
+    it.train()
+    with torch.no_grad():
+        next(it.model.parameters())[0, 0] = float("nan")
+    it.state.global_step = 8
+    with pytest.raises(IncompatibleError, match="1 weights are not finite at step 8"):
+        it._save_checkpoint(it.model)
+    assert not (tmp_path / "checkpoint-8").exists()
+    assert commit.newest(tmp_path) == tmp_path / "checkpoint-6"
+
+
+def test_a_checkpoint_written_again_is_not_whole_until_it_is(run, monkeypatch):
+    it = trainer(run, "ewc", **SAVING)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(it, "_save_rng_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        it.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert "was being written" in commit.fault(run / "checkpoint-4", [run / "checkpoint-2"])
+    assert commit.newest(run) == run / "checkpoint-6"
