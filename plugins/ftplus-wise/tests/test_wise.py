@@ -1,0 +1,238 @@
+"""wise keeps the laws, its averages are those of a slow loop, and ftplus repair brings back what was forgotten."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from ftplus_wise import Wise
+from ftplus_wise.curve import Point, choose, learnt, table
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny import tiny_llama, tiny_tokenizer
+from training import LEARN, PROTECT, Diary, far, sequence, trainer
+from transformers import LlamaForCausalLM
+
+from hf_ftplus import plugins
+from hf_ftplus.cli import main
+from hf_ftplus.errors import DataError, IncompatibleError
+from hf_ftplus.testing import check_strategy
+
+OFF = {"decay": 0.0, "keep": 1.0}
+
+
+def test_it_keeps_every_law():
+    check_strategy(Wise(keep=0.8), from_start=False, zero=OFF, finish="moves")
+
+
+# ---- the average and the line, slowly --------------------------------------------------------------------------------
+
+
+@dataclass
+class Noting(Diary):
+    """Keeps the weights of every step."""
+
+    def after_step(self, run):
+        self.note("after_step", run)
+        self.kept = [*getattr(self, "kept", []), {name: weight.clone() for name, weight in run.weights.items()}]
+
+
+def test_the_result_is_the_average_of_the_steps(tmp_path):
+    it = trainer(tmp_path, Wise(decay=0.5, keep=1.0), Noting())
+    it.train()
+    average = {name: weight.detach() for name, weight in tiny_llama().named_parameters()}
+    for step, weights in enumerate(it.ftplus.strategies[1].kept):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = {name: decay * average[name] + (1 - decay) * weight for name, weight in weights.items()}
+    assert far(average, dict(it.model.named_parameters())) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["whole", "adapter"])
+def test_it_stays_at_the_chosen_point_of_the_line(place, tmp_path, name):
+    base = LlamaForCausalLM.from_pretrained(place / "base")
+    held = tuned(place, tmp_path, name, Wise(decay=0.0, keep=0.5))
+    plain = tuned(place, tmp_path / "plain", name)
+    alpha = json.loads((tmp_path / "ftplus" / "wise.json").read_text())["chosen"]
+    assert 0 < alpha < 1
+    ids = torch.arange(5, 35)[None]
+    end = plain.model.merge_and_unload() if name == "adapter" else plain.model
+    start, end = base.state_dict(), end.state_dict()
+    base.load_state_dict({key: start[key].lerp(end[key], alpha) for key in start})
+    torch.testing.assert_close(held.model.eval()(ids).logits, base.eval()(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_on_a_second_task_less_is_forgotten_and_nearly_all_is_learnt(tmp_path):
+    known, kept, learned = sequence(tmp_path / "wise", Wise(keep=0.8), steps=30)
+    _, plain, learned_plain = sequence(tmp_path / "plain", steps=30)
+    assert kept - known < 0.8 * (plain - known)
+    assert learned < learned_plain + 0.25 * (6 - learned_plain)
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_loss_on_protect_among_those_that_learnt_enough():
+    points = [
+        Point(1.0, 1.0, {"a": 3.0}),
+        Point(0.5, 1.2, {"a": 2.0}),
+        Point(0.2, 2.0, {"a": 1.5}),
+        Point(0.0, 3.0, {"a": 1.0}),
+    ]
+    assert [learnt(point, points) for point in points] == [1.0, 0.9, 0.5, 0.0]
+    assert [choose(points, keep).alpha for keep in (1.0, 0.9, 0.5, 0.0)] == [1.0, 0.5, 0.2, 0.0]
+    mended = Point(1.0, 1.1, {"a": 1.2}, "intruders 0.75")
+    assert choose([*points, mended], 0.9) is mended
+    assert "intruders 0.75" in table([*points, mended], mended).splitlines()[-1]
+    assert table(points, points[1]).splitlines()[2].endswith("<- taken")
+
+
+def test_where_nothing_was_learnt_the_result_stays():
+    points = [Point(1.0, 3.0, {"a": 3.0}), Point(0.0, 3.0, {"a": 1.0})]
+    assert choose(points, 0.5) is points[0]
+    assert " - " in table(points, points[0])
+
+
+# ---- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"there is none. Type --protect.*--set wise\.keep=1"):
+        trainer(tmp_path, Wise(), protect=None)
+    before = trainer(tmp_path / "b", peft_config=LoraConfig(r=3, target_modules=["q_proj"]), max_steps=2)
+    before.train()
+    with pytest.raises(IncompatibleError, match=r"was trained before. Merge it"):
+        trainer(tmp_path, Wise(), model=before.model)
+    it = trainer(tmp_path, Wise(), max_steps=1)
+    it.train_dataset = it.train_dataset.to_iterable_dataset()
+    with pytest.raises(IncompatibleError, match=r"a stream, DPO.*--set wise\.keep=1"):
+        it.train()
+
+
+def test_memory_of_the_others_is_of_the_averaged_weights(tmp_path):
+    it = trainer(tmp_path / "first", Wise(keep=1.0), "ewc")
+    it.train()
+    again = trainer(tmp_path / "second", "ewc", model=it.model, memory=tmp_path / "first" / "ftplus" / "memory")
+    again.train()  # refuses memory of other weights
+
+
+def test_a_strategy_that_remembers_before_weights_move_is_warned_of(tmp_path, caplog):
+    trainer(tmp_path, "ewc", Wise(), max_steps=1).train()
+    said = [record.getMessage() for record in caplog.records if "Give wise first" in record.getMessage()]
+    assert len(said) == 1
+    assert "ewc remembers them before that" in said[0]
+    assert "--plugin wise --plugin ewc" in said[0]
+
+
+# ---- ftplus repair ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base that knows PROTECT, and two models that learnt LEARN from it: whole, and a LoRA."""
+    folder = tmp_path_factory.mktemp("repair")
+    base = trainer(folder / "run", learn=PROTECT, protect=None, max_steps=40, learning_rate=5e-3)
+    base.train()
+    for name, rows in (("learn", LEARN), ("protect", PROTECT)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fresh = tiny_llama()
+    fresh.load_state_dict(base.model.state_dict())
+    fresh.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    for name in ("whole", "adapter"):
+        tuned(folder, folder / f"run {name}", name).save_model(str(folder / name))
+    return folder
+
+
+def tuned(place, folder, name, *strategies):
+    """The base after 40 steps on LEARN."""
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if name == "adapter" else None
+    model, rate = LlamaForCausalLM.from_pretrained(place / "base"), 1e-2 if lora else 5e-3
+    it = trainer(folder, *strategies, model=model, peft_config=lora, max_steps=40, learning_rate=rate)
+    it.train()
+    return it
+
+
+def mend(capsys, place, name, *more):
+    line = [
+        "repair",
+        str(place / name),
+        "--learn",
+        str(place / "learn.jsonl"),
+        "--protect",
+        str(place / "protect.jsonl"),
+    ]
+    code = main([*line, *more])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("name", ["whole", "adapter"])
+def test_a_damaged_model_is_repaired_and_the_table_says_how(capsys, place, tmp_path, name):
+    more = ["--keep", "0.7", "--points", "5", "--out", str(tmp_path / "mended")]
+    base = ["--base", str(place / "base")] if name == "whole" else []
+    code, out, err = mend(capsys, place, name, *base, *more)
+    assert (code, "<- taken" in out) == (0, True), err
+    assert "before, " in out
+    assert f"ftplus eval {place / name} {tmp_path / 'mended'}" in out
+    code, again, _ = mend(capsys, place, str(tmp_path / "mended"), *base, "--points", "1", "--json")
+    code, first, _ = mend(capsys, place, name, *base, "--keep", "0.7", "--points", "5", "--json")
+    points = json.loads(first)
+    (taken,) = [point for point in points if point["taken"]]
+    written = json.loads(again)[0]
+    assert written["learn"] == pytest.approx(taken["learn"], rel=1e-4)
+    assert written["protect"] == pytest.approx(taken["protect"], rel=1e-4)
+    assert taken["learnt"] >= 0.7
+    assert taken["protect"]["protect"] < points[0]["protect"]["protect"] - 0.1
+    assert ("intruders 0.75" in [point["point"] for point in points]) == (name == "adapter")
+
+
+def test_a_repaired_adapter_is_the_scaled_one(capsys, place, tmp_path):
+    code, out, _ = mend(
+        capsys,
+        place,
+        "adapter",
+        "--keep",
+        "0",
+        "--points",
+        "2",
+        "--mitigation",
+        "0",
+        "--out",
+        str(tmp_path / "m"),
+        "--json",
+    )
+    assert code == 0
+    (alpha,) = [point["alpha"] for point in json.loads(out) if point["taken"]]
+    then, now = (load_file(folder / "adapter_model.safetensors") for folder in (place / "adapter", tmp_path / "m"))
+    assert then.keys() == now.keys()
+    for key in then:
+        torch.testing.assert_close(now[key], then[key] * (alpha if "lora_B" in key else 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "code", "said"),
+    [
+        ("whole", [], 2, "name the one that it was trained from: --base MODEL"),
+        ("adapter", ["--base", "other"], 2, "Leave --base out."),
+        ("whole", ["--base", "odd"], 4, "Name the model that it was trained from."),
+        ("adapter", ["--out", "adapter"], 6, "is not an empty folder"),
+        ("adapter", ["--learn", "self:4"], 2, "Give held-out rows of what the model learnt"),
+    ],
+)
+def test_a_mistake_is_a_sentence(capsys, monkeypatch, place, name, more, code, said):
+    monkeypatch.chdir(place)
+    tiny_llama(hidden=16).save_pretrained(place / "odd")
+    found, _, err = mend(capsys, place, name, *more)
+    assert (found, said in err) == (code, True), err
+
+
+def test_nothing_to_repair_for_is_said(capsys, place):
+    assert main(["repair", str(place / "whole"), "--learn", str(place / "learn.jsonl")]) == 3
+    assert "--protect self:64" in capsys.readouterr().err
+
+
+def test_the_command_line_finds_it():
+    assert plugins.load("wise") is Wise
+    assert ("repair", "ftplus-wise") in [(offer.name, offer.distribution) for offer in plugins.commands()]
