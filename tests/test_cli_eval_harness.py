@@ -42,6 +42,7 @@ def place(tmp_path_factory):
     silent = [{"prompt": row["prompt"], "completion": tiny_tokenizer().eos_token} for row in ASKED]
     save(that_says(silent, steps=60), place / "empty")
     write(place / "rows.jsonl", CHOICES)
+    write(place / "odd.jsonl", [{**row, "completion": " no, it is odd"} for row in ASKED])
     (place / "tasks").mkdir()
     for name, (kind, metric, how, better, more) in KINDS.items():
         target = "{{ 0 if 'yes' in completion else 1 }}" if name in ("even", "shown") else "{{completion}}"
@@ -79,6 +80,23 @@ def test_scores_are_those_of_the_harness_alone_and_are_compared_as_others_are(pl
     assert [row["row"] for row in worse["right_only_first"]] == [row["row"] for row in rows if not row["score"]]
     assert scored(place, tmp_path / "out", ["base", "worse", "empty"], *flags)["results"] == found["results"]
     assert "0 of 8 cells" in capsys.readouterr().err
+
+
+def test_our_tasks_are_scored_there_as_they_are_here(place, tmp_path, capsys):
+    chat = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}]
+    write(tmp_path / "chat.jsonl", chat)
+    flags = ["--measure", f"even={place / 'rows.jsonl'}", "--measure", f"my quiz={place / 'odd.jsonl'}"]
+    flags += ["--metric", "my quiz=f1:(?:no|yes), (.+)", "--measure", f"chat={tmp_path / 'chat.jsonl'}"]
+    assert main(["eval", *flags, "--export", str(tmp_path / "tasks")]) == 0
+    assert "--tasks ftplus_even,ftplus_my_quiz,ftplus_chat" in capsys.readouterr().err
+    there = ["--lm-eval", "ftplus_even,ftplus_my_quiz", "--lm-eval-include", tmp_path / "tasks"]
+    found = scored(place, tmp_path / "out", ["base", "worse", "empty"], *flags[:6], *there)  # the second rambles
+    values = [[entry["after"]["metric"]["value"] for entry in model] for model in found["results"]]
+    for even, quiz, even_there, quiz_there in (values[0], values[2]):
+        assert even_there == even
+        assert quiz_there == pytest.approx(quiz)
+    assert 0.5 < values[0][1] < 1  # `it is` for `it is odd`
+    assert values[0][0] > values[1][0]
 
 
 def test_the_same_model_twice_kept_a_benchmark_and_other_rows_are_another_task(place, tmp_path, capsys):

@@ -63,6 +63,12 @@ HELP = {
     type=click.Path(path_type=Path),
     help="YAML files of your own tasks for --lm-eval.",
 )
+@click.option(
+    "--export",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Write the tasks for lm-evaluation-harness there; without MODEL nothing else is done.",
+)
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Keep eval.json, and every row, here.")
 @click.option(
     "--cache",
@@ -90,7 +96,7 @@ HELP = {
 def eval(
     models: tuple[str, ...], config_file: str | None, out: Path | None, cache: Path | None, margin: float,
     max_length: int | None, seed: int | None, batch_size: int, dtype: str, device: str | None,
-    lm_eval: tuple[str, ...], lm_eval_include: Path | None, **flags: Any,
+    lm_eval: tuple[str, ...], lm_eval_include: Path | None, export: Path | None, **flags: Any,
 ) -> None:  # fmt: skip
     """Score models on the same rows, and compare each with the first.
 
@@ -99,8 +105,9 @@ def eval(
     \b
     ftplus eval demo OUTPUT --measure chat=chat.jsonl --measure quiz=quiz.jsonl --metric quiz=exact_match
     ftplus eval BASE OUTPUT OUTPUT/checkpoint-* --config run.yaml --out scores
+    ftplus eval --config run.yaml --export tasks
     """
-    if not models:
+    if not models and not export:
         raise UsageError(
             "There is no model. Type ftplus eval MODEL [MODEL...] --measure NAME=DATA, the first to compare with."
         )
@@ -110,7 +117,7 @@ def eval(
     how = {key: _whole(key, typed[key] if typed[key] is not None else yaml.get(key)) for key in NUMBERS}
     if typed["max_length"] is None and "max_length" in yaml and yaml["max_length"] is None:
         how["max_length"] = None  # the run of this file cut nothing either
-    for folder, flag in ((out, "--out"), (cache, "--cache")):
+    for folder, flag in ((out, "--out"), (cache, "--cache"), (export, "--export")):
         if folder:
             writable(folder, flag)
 
@@ -129,12 +136,14 @@ def eval(
     benchmarks = load(names, lm_eval_include, how["measure_rows"]) if names else []
     if {"dataset_name", "datasets"} & rest.keys() and "learn" not in [task.name for task in tasks]:
         click.echo("What the run learnt is not scored. To score it, too, type --measure learn=DATA.", err=True)
-    run(
-        Plan(list(models), tasks, batch_size=batch_size, dtype=dtype, device=device, margin=margin / 100, **how),
-        Cells(cache or writable(own() / "eval", "--cache")),
-        out,
-        benchmarks,
-    )
+    plan = Plan(list(models), tasks, batch_size=batch_size, dtype=dtype, device=device, margin=margin / 100, **how)
+    if export:
+        from ..scored.export import export as write
+
+        names = ",".join(write(plan, export))
+        click.echo(f"For the harness: lm-eval run --include_path {export} --tasks {names}", err=True)
+    if models:
+        run(plan, Cells(cache or writable(own() / "eval", "--cache")), out, benchmarks)
 
 
 def run(plan: Plan, kept: Any, out: Path | None, benchmarks: list[Any]) -> None:

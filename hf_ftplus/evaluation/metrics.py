@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..examples import tokenize
+from ..metric import Metric
 from .found import positions, warn_of_cut
 from .scoring import Autocast, score
 from .tasks import EvalTask, answered, expected
@@ -59,17 +60,19 @@ def _right(row: dict, likelihoods: list[float]) -> bool:
 
 
 def written(answers: list[str], task: EvalTask) -> tuple[NDArray, int]:
-    """The score of each written answer, and in how many of them the metric's pattern found nothing.
+    """The score of each written answer, and in how many of them the metric's pattern found nothing."""
+    pairs = zip(answers, task.rows, strict=True)
+    found = [graded(answer, expected(row), task.scored_by) for answer, row in pairs]
+    return np.array([score or 0.0 for score in found]), found.count(None)
+
+
+def graded(answer: str, wanted: str, metric: Metric) -> float | None:
+    """The score of one written answer, from 0 to 1; None where the metric's pattern finds nothing in it.
 
     The pattern reads the expected answer as well, where it matches there: a reference may end in "the answer is 42".
     """
-    score, pattern = SCORES[task.scored_by.name], task.scored_by.pattern
-    read = [extracted(answer, pattern) for answer in answers]
-    wanted = [expected(row) for row in task.rows]
-    wanted = [whole if (part := extracted(whole, pattern)) is None else part for whole in wanted]
-    pairs = zip(read, wanted, strict=True)
-    scores = [0.0 if answer is None else float(score(answer, right)) for answer, right in pairs]
-    return np.array(scores), read.count(None)
+    said, part = extracted(answer, metric.pattern), extracted(wanted, metric.pattern)
+    return None if said is None else float(SCORES[metric.name](said, wanted if part is None else part))
 
 
 def extracted(text: str, pattern: str) -> str | None:

@@ -99,7 +99,7 @@ def question(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of what comes before the answer: a template opened at the assistant's turn, or the prompt as it is."""
     if "input_ids" in row:
         return row["input_ids"][: _first_label(row)]
-    asked = _asked(row)
+    asked = opening(row)
     if isinstance(asked, str):
         ids = list(tokenizer(text=asked)["input_ids"])
         # some tokenizers close every text, also one that goes on
@@ -117,7 +117,7 @@ def asked_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     """The question as a person would read it."""
     if "input_ids" in row:
         return tokenizer.decode(question(row, tokenizer), skip_special_tokens=True)
-    asked = _asked(row)
+    asked = opening(row)
     if isinstance(asked, str):
         return asked
     if len(asked) == 1:
@@ -155,7 +155,8 @@ def _options(row: Row) -> Row:
     return {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key) is not None}
 
 
-def _asked(row: Row) -> Any:
+def opening(row: Row) -> Any:
+    """What stands before the answer: text, or messages."""
     if "messages" in row:
         return row["messages"][: _last_answer(row)]
     return row["text"][: _middle(row["text"])] if "text" in row and "prompt" not in row else row["prompt"]
