@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
@@ -37,6 +38,8 @@ FORMAT = 1
 COMMIT = "ftplus/commit.json"
 INCOMPLETE, DAMAGED = ".incomplete-", ".damaged-"
 BLOCK = 2**22
+SAFE_TORCH = "2.10"
+"""First whose torch.load(weights_only=True), by which the Trainer reads optimizer and generators, has no known hole."""
 _seen_whole: dict[Path, tuple] = {}
 """Checkpoints that this process found whole, with sizes and times of their files: none is read twice for nothing."""
 
@@ -270,6 +273,13 @@ def refuse_broken(checkpoint: Path) -> None:
         raise StorageError(
             f"{checkpoint} cannot be resumed: {why}. Name an earlier checkpoint, or type --resume_from_checkpoint true "
             "for the newest whole one."
+        )
+    if Version(torch.__version__) < Version(SAFE_TORCH):
+        logger.warning(
+            "torch %s may run code that a checkpoint of somebody else's brings (CVE-2026-24747); go on with your own "
+            "only, or type: pip install 'torch>=%s'",
+            torch.__version__,
+            SAFE_TORCH,
         )
     if why := lacks(checkpoint):
         raise IncompatibleError(

@@ -23,11 +23,16 @@ MOST = 64 * 2**20
 LOCK = ".ftplus.lock"
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write(file)` beside `path`, then move it into place: whoever reads `path` never sees half of it."""
+def replace(path: Path, write: Callable[[Path], Any], private: bool = False) -> None:
+    """`write(file)` beside `path`, then move it into place: whoever reads `path` never sees half of it.
+
+    A `private` file, which holds text of a user's, is for that user alone to read.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        if private:
+            temporary.touch(mode=0o600)
         write(temporary)
         os.replace(temporary, path)
     finally:

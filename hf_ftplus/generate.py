@@ -354,6 +354,6 @@ def _cached(file: Path, count: int) -> Dataset | None:
 
 
 def store(file: Path, rows: list[Row]) -> None:
-    """Rows as JSON lines."""
+    """Rows as JSON lines, for their owner alone: a model may say what it was trained on."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    replace(file, lambda scratch: scratch.write_text("".join(lines), encoding="utf-8"))
+    replace(file, lambda scratch: scratch.write_text("".join(lines), encoding="utf-8"), private=True)

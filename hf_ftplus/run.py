@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from datasets import disable_progress_bars
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,7 +25,7 @@ from . import commit, stopping
 from .callback import STATE_FOLDER, autocast, give_back_memory, refuse
 from .config import SECRETS, RunConfig
 from .disk import flush, locked, replace
-from .errors import IncompatibleError, RetentionError, StorageError
+from .errors import IncompatibleError, PluginError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
 from .measured import keep_apart, tasks
 from .model import to_train
@@ -54,6 +57,7 @@ def sft(config: RunConfig) -> Report:
         FTPlusError: see the exit codes in `errors.py`; RetentionError when all is saved but too little was kept.
     """
     speak(config)
+    keep_secret(config)
     with alone(config):
         return already_done(config) or _sft(config)
 
@@ -227,8 +231,11 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
     """Train, or go on from a checkpoint. Ctrl-C finishes the step, saves, and is raised again."""
     interrupt = SaveOnInterrupt()
     trainer.add_callback(interrupt)
+    refuse_full_disk(trainer, Path(config.training.output_dir))
     try:
         trainer.train(resume_from_checkpoint=resume_point(config))
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(trainer, error) from error
     except StorageError:
         if trainer.state.global_step >= trainer.state.max_steps > 0:  # trained to the end: its last checkpoint failed
             trainer.save_model(config.training.output_dir)
@@ -239,6 +246,22 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
         raise
     finally:
         interrupt.restore()
+
+
+def out_of_memory(trainer: SFTTrainer, error: Exception) -> IncompatibleError:
+    """What was full, what strategies hold of it, and what to type."""
+    held: dict[str, int] = {}
+    with suppress(PluginError):  # before it was prepared, a strategy may hold nothing yet
+        held = trainer.ftplus.bytes() if trainer.ftplus else {}
+    weights = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    each = ((name, size / 1e6, size / weights) for name, size in held.items())
+    parts = [f" {name} holds {mega:,.1f} MB, {per:.1f} bytes per trained weight." for name, mega, per in each]
+    what = str(error).partition("\n")[0]
+    return IncompatibleError(
+        f"Out of memory at step {trainer.state.global_step + 1}: {what}{''.join(parts)} Lower "
+        "--per_device_train_batch_size (and raise --gradient_accumulation_steps), or type --gradient_checkpointing "
+        "true, or --use_peft. Checkpoints are intact."
+    )
 
 
 def let_go_of_optimizer(trainer: SFTTrainer) -> None:
@@ -270,6 +293,38 @@ def resume_point(config: RunConfig) -> str | bool | None:
             f"--resume_from_checkpoint {given}: no such folder; expected a checkpoint-N folder, true or auto."
         )
     return given
+
+
+def keep_secret(config: RunConfig) -> None:
+    """Hand the Hub's token to the Hub's own library: the Trainer writes its arguments, token included, to files."""
+    if token := config.training.hub_token:
+        os.environ["HF_TOKEN"] = token
+        config.training.hub_token = None
+
+
+def refuse_full_disk(trainer: SFTTrainer, folder: Path) -> None:
+    """Raise before the first step where not even the trained weights will find room; warn where a checkpoint will not.
+
+    Raises:
+        StorageError: says how much there is and how much it takes.
+    """
+    adapted = bool(getattr(trainer.model, "peft_config", None))  # then the adapter alone is saved
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not adapted]
+    least = sum(weight.numel() * weight.element_size() for weight in weights)
+    moments = 8 * sum(weight.numel() for weight in weights if weight.requires_grad)  # AdamW's, in fp32
+    free = shutil.disk_usage(folder).free
+    if free < least:
+        raise StorageError(
+            f"{folder} has room for {free / 1e6:,.0f} MB, and the trained weights alone take {least / 1e6:,.0f} MB. "
+            "Free some space, or choose another --output_dir."
+        )
+    if trainer.args.save_strategy != "no" and free < least + moments:
+        logger.warning(
+            "%s has room for %.0f MB; a checkpoint takes about %.0f MB. Free some space, or type --save_strategy no.",
+            folder,
+            free / 1e6,
+            (least + moments) / 1e6,
+        )
 
 
 def settle(config: RunConfig) -> None:

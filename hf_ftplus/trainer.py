@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_ftplus")
 compat.check()
 
+UNTOUCHED = "Training stopped before the update; the last checkpoint is intact."
 ONE_PRESS = 1.0
 """Seconds within which signals are one and the same Ctrl-C: launchers pass on what the terminal sent as well."""
 
@@ -137,7 +138,7 @@ class StrategyMixin(MixingMixin):
                 "loss",
                 loss.item(),
                 self.state.global_step + 1,
-                "Training stopped before the update; the last checkpoint is intact.",
+                UNTOUCHED,
             )
         return loss
 
@@ -145,6 +146,12 @@ class StrategyMixin(MixingMixin):
         norm = super()._clip_grad_norm(model)
         if self.ftplus is not None and self.ftplus.run is not None:
             self.ftplus.run.clip = (self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6)).clamp(max=1.0)  # as torch
+        return norm
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if self.ftplus is not None and not self.args.fp16 and not math.isfinite(norm):  # fp16 skips such steps
+            raise not_finite("gradient's norm", norm, self.state.global_step + 1, UNTOUCHED)
         return norm
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -357,6 +364,7 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
 
     Raises:
         DataError: the model cannot be found or loaded, or has no template for chats.
+        UsageError: it brings code that was not allowed to run.
         StorageError: the disk failed (full, or not to be read or written).
     """
     training, model = config.training, config.model
@@ -384,6 +392,11 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
             "on the Hub, or demo."
         ) from error
     except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"The model {model.model_name_or_path!r} brings code of its own, which may do anything. Read it, then "
+                "type --trust_remote_code to let it run."
+            ) from error
         if "chat template" not in str(error):
             raise
         raise DataError(

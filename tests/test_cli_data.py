@@ -60,6 +60,7 @@ def file(place, tmp_path, tasks=None, **more) -> str:
     return str(tmp_path / "run.yaml")
 
 
+@pytest.mark.fault("E11")
 def test_the_preview_shows_rendered_rows_masks_and_counts(place, tmp_path, capsys):
     assert main(["data", "preview", "--config", file(place, tmp_path), "--rows", "2"]) == 0
     shown = capsys.readouterr().out
@@ -77,6 +78,7 @@ def test_the_preview_shows_rendered_rows_masks_and_counts(place, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fault("E8")
 def test_it_takes_the_words_of_sft_and_counts_what_truncation_takes(place, tmp_path, capsys):
     taken = ["data", "check", *words(place, tmp_path / "out", "--dry-run", "--max_length", "40")[1:]]
     long = {"prompt": "Question " * 40, "completion": "It is."}
@@ -159,6 +161,7 @@ def test_every_fault_of_every_task_is_listed_at_once_and_sft_says_the_same(place
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fault("E9")
 def test_what_is_no_fault_of_a_task_ends_as_it_does_in_sft(place, tmp_path, capsys):
     assert main(["data", "check", "--config", str(tmp_path / "nothing.yaml")]) == 2
     assert main(["data", "check", "--config", file(place, tmp_path, dataset_name="x.jsonl")]) == 2

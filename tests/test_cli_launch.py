@@ -36,6 +36,7 @@ def run(line) -> subprocess.CompletedProcess:
     return subprocess.run(line, capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.fault("D9")
 def test_deepspeed_is_refused_before_anything_is_launched(place, tmp_path, capsys):
     assert main(words(place, tmp_path / "out", "--accelerate_config", "zero2", "--num_processes", "2")) == 4
     assert "fsdp2 or multi_gpu" in capsys.readouterr().err
@@ -143,6 +144,7 @@ def test_the_exit_code_of_the_ranks_reaches_the_shell_and_their_sentence_is_said
     assert (tmp_path / "out" / "ftplus" / "report.json").is_file() == (code == 5)
 
 
+@pytest.mark.fault("A3")
 @pytest.mark.dist
 def test_ctrl_c_saves_on_all_ranks_and_a_resumed_run_ends_with_the_same_weights(place, whole, tmp_path):
     cut = tmp_path / "cut"
@@ -166,6 +168,7 @@ def test_ctrl_c_saves_on_all_ranks_and_a_resumed_run_ends_with_the_same_weights(
     assert same_file(whole / "model.safetensors", cut / "model.safetensors")
 
 
+@pytest.mark.fault("A3")
 @pytest.mark.dist
 def test_a_signal_to_one_rank_alone_saves_on_all_of_them(place, tmp_path):
     steps = [*STEPS, "--max_steps", "4000", *TWO]
@@ -179,6 +182,7 @@ def test_a_signal_to_one_rank_alone_saves_on_all_of_them(place, tmp_path):
     assert (saved / "ftplus" / "manifest.json").is_file()
 
 
+@pytest.mark.fault("A2")
 @pytest.mark.dist
 def test_a_second_ctrl_c_stops_at_once_also_a_rank_that_hangs(place, tmp_path):
     steps = [*STEPS, "--max_steps", "4000", *TWO]

@@ -226,6 +226,7 @@ def test_bad_input_is_one_clear_line_an_exit_code_and_no_file(place, tmp_path, c
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+@pytest.mark.fault("E2")
 def test_bad_rows_are_named_by_file_and_line(place, tmp_path, capsys):
     bad = jsonl(tmp_path / "bad.jsonl", '{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion" "b"}')
     assert main(words(place, tmp_path / "out", "--dataset_name", bad)) == 3
@@ -237,6 +238,7 @@ def test_bad_rows_are_named_by_file_and_line(place, tmp_path, capsys):
     assert "Did you mean 'prompt'" in capsys.readouterr().err
 
 
+@pytest.mark.fault("E7")
 def test_chats_without_a_chat_template_are_refused(place, tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path / "base")
     tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "base")
@@ -258,6 +260,7 @@ def test_nothing_to_protect_is_said_before_the_model_loads(place, tmp_path, caps
     assert "self:256" in capsys.readouterr().err
 
 
+@pytest.mark.fault("A7")
 def test_another_runs_folder_is_not_overwritten(place, tmp_path, capsys):
     assert main(words(place, tmp_path / "out")) == 0
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -266,6 +269,7 @@ def test_another_runs_folder_is_not_overwritten(place, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.fault("A7")
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "config.json", "ftplus/memory"])
 def test_what_trl_or_an_older_run_left_is_not_overwritten(place, tmp_path, capsys, name):
     (tmp_path / "out" / name).parent.mkdir(parents=True)
@@ -283,6 +287,7 @@ def test_the_model_is_not_overwritten_by_its_own_training(place, tmp_path, capsy
     assert (place / "model" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.fault("A5")
 def test_an_output_that_is_no_folder_is_refused(place, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(words(place, tmp_path / "file")) == 6
@@ -305,6 +310,7 @@ def test_an_unknown_yaml_key_gets_its_nearest(place, tmp_path, capsys):
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("A2")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_saves_and_can_be_resumed_to_the_same_weights(place, tmp_path, number, code):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -321,6 +327,7 @@ def test_a_stopped_run_saves_and_can_be_resumed_to_the_same_weights(place, tmp_p
     assert same_file(whole / "model.safetensors", cut / "model.safetensors")
 
 
+@pytest.mark.fault("A8")
 def test_a_run_killed_before_its_report_is_only_measured_when_it_is_resumed(place, tmp_path):
     out, steps = tmp_path / "out", ["--max_steps", "3", "--save_strategy", "steps", "--save_steps", "3"]
     assert main(words(place, out, *steps)) == 0
@@ -331,6 +338,7 @@ def test_a_run_killed_before_its_report_is_only_measured_when_it_is_resumed(plac
     assert same_file(weights, out / "model.safetensors")
 
 
+@pytest.mark.fault("A8")
 def test_the_same_command_with_auto_begins_goes_on_and_then_has_nothing_to_do(place, tmp_path, capsys):
     out, steps = tmp_path / "out", ["--max_steps", "4", "--save_steps", "2", "--resume_from_checkpoint", "auto"]
     again = words(place, out, *steps, "--measure_rows", "0")
@@ -351,6 +359,7 @@ def test_the_same_command_with_auto_begins_goes_on_and_then_has_nothing_to_do(pl
     assert (out / "checkpoint-5").is_dir()
 
 
+@pytest.mark.fault("A1")
 def test_auto_begins_anew_where_the_first_checkpoint_was_never_finished_and_true_says_so(place, tmp_path, capsys):
     out = tmp_path / "out"
     (out / "checkpoint-2").mkdir(parents=True)
@@ -362,12 +371,14 @@ def test_auto_begins_anew_where_the_first_checkpoint_was_never_finished_and_true
     assert (out / "checkpoint-2" / "trainer_state.json").is_file()
 
 
+@pytest.mark.fault("A8")
 def test_the_gate_of_a_finished_run_still_judges_it(place, tmp_path):
     gate = ["--fail-if-retention-below", "1e9", "--max_steps", "2", "--resume_from_checkpoint", "auto"]
     for _ in range(2):
         assert main(words(place, tmp_path / "out", *gate)) == 5
 
 
+@pytest.mark.fault("A6")
 def test_a_folder_is_for_one_run_at_a_time(place, tmp_path, capsys):
     from hf_ftplus.disk import LOCK, locked
 
@@ -458,6 +469,7 @@ def test_a_text_field_of_another_name_trains_and_is_measured_as_trl_reads_it(pla
     assert report["tasks"][0]["after"]["loss"]["value"] < report["tasks"][0]["before"]["loss"]["value"]
 
 
+@pytest.mark.fault("A4")
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [

@@ -76,6 +76,7 @@ CELLS = [(row, kind) for row in ROWS for kind in KINDS]
 NUMBERED = [{**row, "task": "odd" if i % 2 else "even"} for i, row in enumerate(LEARN[:8])]
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize(("row", "kind"), CELLS, ids=lambda word: word.replace(" ", "-"))
 def test_it_trains_or_is_refused(tmp_path, row, kind):
     def made():
@@ -224,6 +225,7 @@ def test_replayed_rows_in_packed_pieces_find_their_answers_or_say_that_they_cann
 # ---- several at once -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C8")
 def test_all_of_them_at_once_act_and_end_alike_in_any_order(tmp_path):
     """Without any one of those that pull, the end is another: the others do not undo it."""
     taught = trainer(tmp_path / "first", "si", "ewc")
@@ -254,6 +256,7 @@ def test_a_share_of_tokens_is_counted_after_all_others_have_mixed(tmp_path):
         trainer(tmp_path, tokens, "multitask", learn=NUMBERED)
 
 
+@pytest.mark.fault("C8")
 def test_a_strategy_may_refuse_another_by_name_before_anything_is_read(tmp_path):
     @dataclass
     class Alone(Strategy):

@@ -52,6 +52,7 @@ def test_a_commit_lists_every_file_and_what_run_it_is_of(run):
     assert found["run"]["batch"] == 4
 
 
+@pytest.mark.fault("B1", "B10")
 @pytest.mark.parametrize(
     "name",
     [
@@ -78,6 +79,7 @@ def test_a_file_that_is_not_what_was_written_is_seen(run, name, harm):
     assert not commit.fault(run / "checkpoint-4")
 
 
+@pytest.mark.fault("A1")
 def test_what_was_never_finished_is_set_aside_and_one_of_it_kept(run, caplog):
     for step in (4, 6):
         (run / f"checkpoint-{step}" / commit.COMMIT).unlink()
@@ -104,6 +106,7 @@ def test_checkpoints_without_commits_are_whole_when_what_is_written_last_is_ther
     assert commit.newest(run) == run / "checkpoint-2"
 
 
+@pytest.mark.fault("B12")
 def test_a_commit_of_the_future_is_not_taken_for_damage(run):
     file = run / "checkpoint-6" / commit.COMMIT
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
@@ -112,6 +115,7 @@ def test_a_commit_of_the_future_is_not_taken_for_damage(run):
     assert (run / "checkpoint-6").is_dir()
 
 
+@pytest.mark.fault("F7")
 def test_a_commit_that_names_files_elsewhere_is_damaged(run):
     file = run / "checkpoint-6" / commit.COMMIT
     found = json.loads(file.read_text())
@@ -123,6 +127,7 @@ def test_a_commit_that_names_files_elsewhere_is_damaged(run):
 # ---- going on --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("A1")
 def test_resuming_takes_the_newest_whole_checkpoint_and_ends_with_the_same_bits(run, ended, caplog):
     flip(run / "checkpoint-6" / "model.safetensors")
     (run / "checkpoint-4" / commit.COMMIT).unlink()
@@ -133,6 +138,7 @@ def test_resuming_takes_the_newest_whole_checkpoint_and_ends_with_the_same_bits(
     assert "model.safetensors is not what was written there (sha256 differs)" in caplog.text
 
 
+@pytest.mark.fault("B1")
 def test_a_checkpoint_asked_for_by_name_is_that_one_or_an_error(run):
     flip(run / "checkpoint-6" / "optimizer.pt")
     with pytest.raises(StorageError, match=r"checkpoint-6 cannot be resumed: optimizer\.pt is not what was written"):
@@ -140,12 +146,14 @@ def test_a_checkpoint_asked_for_by_name_is_that_one_or_an_error(run):
     assert (run / "checkpoint-6").is_dir()
 
 
+@pytest.mark.fault("B10")
 def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path):
     trainer(tmp_path, "ewc", save_only_model=True, **SAVING).train()
     with pytest.raises(IncompatibleError, match=r"lacks the optimizer and the learning-rate schedule and the random"):
         trainer(tmp_path, "ewc", **SAVING).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.fault("B4", "B9")
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -169,6 +177,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(ended, tmp_path,
     assert same(weights_of(it), start)
 
 
+@pytest.mark.fault("B2", "B6", "B7")
 def test_another_model_below_an_adapter_is_refused_and_another_dtype_of_it(tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     trainer(tmp_path, peft_config=lora, max_steps=2, **SAVING).train()
@@ -180,6 +189,7 @@ def test_another_model_below_an_adapter_is_refused_and_another_dtype_of_it(tmp_p
     assert again.state.global_step == 3
 
 
+@pytest.mark.fault("B5", "B11")
 def test_without_strategies_other_targets_of_an_adapter_and_full_weights_are_refused_too(tmp_path):
     """The Trainer would load another adapter's optimizer, and fused AdamW then writes where it must not."""
     saving = {"max_steps": 2, **SAVING}
@@ -193,6 +203,7 @@ def test_without_strategies_other_targets_of_an_adapter_and_full_weights_are_ref
             )
 
 
+@pytest.mark.fault("B8")
 def test_rows_of_a_step_may_be_shared_out_otherwise_and_it_is_said(tmp_path, caplog):
     trainer(tmp_path, max_steps=2, **SAVING).train()
     again = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
@@ -200,6 +211,7 @@ def test_rows_of_a_step_may_be_shared_out_otherwise_and_it_is_said(tmp_path, cap
     assert "the rows of a step shared out otherwise: the run goes on, but not bit for bit" in caplog.text
 
 
+@pytest.mark.fault("D1")
 def test_weights_that_are_not_finite_are_not_committed(tmp_path):
     it = trainer(tmp_path, "ewc", **SAVING)
     it.train()
@@ -212,6 +224,7 @@ def test_weights_that_are_not_finite_are_not_committed(tmp_path):
     assert commit.newest(tmp_path) == tmp_path / "checkpoint-6"
 
 
+@pytest.mark.fault("A1")
 def test_a_checkpoint_written_again_is_not_whole_until_it_is(run, monkeypatch):
     it = trainer(run, "ewc", **SAVING)
 
@@ -223,3 +236,22 @@ def test_a_checkpoint_written_again_is_not_whole_until_it_is(run, monkeypatch):
         it.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert "was being written" in commit.fault(run / "checkpoint-4", [run / "checkpoint-2"])
     assert commit.newest(run) == run / "checkpoint-6"
+
+
+@pytest.mark.fault("A10")
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(None, None, [2, 4, 6]), (0, None, [2, 4, 6]), (1, None, [6]), (2, None, [4, 6]), (1, 2, [2, 6]), (2, 2, [2, 6]), (9, None, [2, 4, 6])],
+)  # fmt: skip
+def test_the_oldest_are_deleted_but_neither_the_newest_nor_the_best(run, limit, best, left):
+    (run / "checkpoint-later").mkdir()
+    commit.rotate(run / "checkpoint-6", limit, best and str(run / f"checkpoint-{best}"))
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+        *(f"checkpoint-{n}" for n in left),
+        "checkpoint-later",
+    ]
+
+
+def test_what_was_just_written_stays_though_older_runs_went_further(run):
+    commit.rotate(run / "checkpoint-2", 1)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]

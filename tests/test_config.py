@@ -30,6 +30,7 @@ def test_what_is_not_said_is_as_declared():
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
 
 
+@pytest.mark.fault("F8")
 def test_the_report_holds_the_whole_configuration_less_its_secrets(tmp_path):
     training = arguments(tmp_path, hub_token="hf_secret", eos_token="<|im_end|>")
     training.model_init_kwargs = {"token": "hf_secret", "revision": "main"}
@@ -44,6 +45,7 @@ def test_the_report_holds_the_whole_configuration_less_its_secrets(tmp_path):
     assert found["mixture"]["datasets"][0]["path"] == "trl-lib/tldr"
 
 
+@pytest.mark.fault("F8")
 def test_a_command_is_kept_without_its_secrets():
     assert without_secrets(["--hub_token", "hf_x", "--a", "b"]) == ["--hub_token", "***", "--a", "b"]
     assert without_secrets(["--hub_token=hf_x", "--eos_token", "</s>"]) == ["--hub_token=***", "--eos_token", "</s>"]

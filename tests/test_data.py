@@ -99,6 +99,7 @@ def test_tokens_are_those_of_trl_with_a_template_that_takes_arguments(tmp_path):
     assert "[dry]" in tiny_tokenizer().decode(ours[0]["input_ids"])
 
 
+@pytest.mark.fault("E11")
 def test_every_assistant_turn_of_messages_is_supervised_and_nothing_else(tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, *chat("Why?", "Hm."), *chat("Who?", "Odile.")]
     example = tokenize([{"messages": messages}], tokenizer, None, "two turns").examples[0]
@@ -130,11 +131,13 @@ def test_a_template_that_refuses_a_chat_is_quoted_with_the_row():
         tokenize(rows, tiny_tokenizer(strict), None, "odd")
 
 
+@pytest.mark.fault("E7")
 def test_chat_without_chat_template_names_tokenizer_and_option(chat_rows):
     with pytest.raises(DataError, match=r"chats, row 1 is a chat, and the tokenizer of tiny .*--chat_template_path"):
         tokenize(chat_rows, tiny_tokenizer(chat_template=None), 64, "chats")
 
 
+@pytest.mark.fault("E8", "E9")
 def test_no_supervised_token_left_names_task_and_counts(chat_rows, tokenizer):
     with pytest.raises(
         DataError, match=r"chats: no supervised token is left in 26 rows \(26 dropped\) at max_length=3; the longest"
@@ -155,6 +158,7 @@ def test_kept_rows_stay_in_step_with_their_examples(chat_rows, tokenizer):
         assert question in tokenizer.decode(example["input_ids"])
 
 
+@pytest.mark.fault("E12")
 def test_tokenized_rows_pass_and_foreign_ids_are_refused(tokenizer):
     good = normalise([{"input_ids": [5, 6], "labels": [-100, 6]}], "ids")
     assert tokenize(good, tokenizer, None, "ids").examples == [{"input_ids": [5, 6], "labels": [-100, 6]}]
@@ -307,6 +311,7 @@ def test_a_file_of_unknown_type_lists_the_known_ones(tmp_path):
     assert "is a .txt; expected one of .jsonl, .json, .csv, .parquet" in failure(str(tmp_path / "a.txt"))
 
 
+@pytest.mark.fault("E1")
 @pytest.mark.parametrize(
     ("name", "content"), [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", "prompt,completion\n"), ("b.jsonl", "\n\n")]
 )
@@ -315,6 +320,7 @@ def test_empty_file_says_zero_rows(name, content, tmp_path):
     assert failure(str(tmp_path / name)) == f"{tmp_path / name}: 0 rows; expected at least one."
 
 
+@pytest.mark.fault("E2")
 def test_malformed_lines_are_listed_with_line_column_and_escaped_excerpt(tmp_path):
     path = tmp_path / "bad.jsonl"
     good = json.dumps(ROW)
@@ -325,6 +331,7 @@ def test_malformed_lines_are_listed_with_line_column_and_escaped_excerpt(tmp_pat
     assert "\x1b" not in message[0]
 
 
+@pytest.mark.fault("E2")
 def test_only_the_first_malformed_lines_are_listed(tmp_path):
     path = lines(tmp_path / "bad.jsonl", *["nonsense"] * 50)
     (message,) = failure(path).splitlines()
@@ -337,6 +344,7 @@ def test_only_the_first_malformed_lines_are_listed(tmp_path):
     assert message[5] == "... and 45 more rows with other faults."
 
 
+@pytest.mark.fault("E2")
 def test_malformed_array_has_line_and_column(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[\n  {"text": "a"},\n  {"text" "b"}\n]')
@@ -351,6 +359,7 @@ def test_long_lines_are_cut_around_the_fault(tmp_path):
     assert len(message) < 300 + len(path)
 
 
+@pytest.mark.fault("E3")
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_bytes_that_are_not_utf8_have_a_line(name, tmp_path):
     opening = {"a.jsonl": b'{"text": "fine"}\n{"text": "caf', "a.json": b'[{"text": "fine"},\n{"text": "caf'}
@@ -359,6 +368,7 @@ def test_bytes_that_are_not_utf8_have_a_line(name, tmp_path):
     assert failure(str(path)).startswith(f"{path}:2:{4 if name == 'a.csv' else 14}: not UTF-8 (byte 0xe9)")
 
 
+@pytest.mark.fault("E3", "E4", "E6", "E10")
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -381,6 +391,7 @@ def test_a_bad_row_is_refused_with_its_line(row, reason, tmp_path):
     assert path + reason in failure(path) if reason.startswith(":") else reason in failure(path)
 
 
+@pytest.mark.fault("E6")
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -407,6 +418,7 @@ def test_a_bad_row_in_python_is_refused_with_its_number(row, reason):
     assert reason in str(caught.value)
 
 
+@pytest.mark.fault("E5")
 def test_unknown_columns_list_found_expected_and_nearest(tmp_path):
     path = lines(tmp_path / "qa.jsonl", {"Promt": "a", "answer": "b"})
     message = failure(path)
@@ -428,6 +440,7 @@ def test_csv_faults_have_lines(tmp_path):
     assert "has 'prompt' twice" in failure(str(path))
 
 
+@pytest.mark.fault("E1")
 def test_zero_rows_in_python_are_refused():
     for nothing in ([], Dataset.from_dict({"text": []})):
         with pytest.raises(DataError, match="mine: 0 rows"):
@@ -484,6 +497,7 @@ def test_self_needs_a_number_of_rows(text):
         TaskSpec.parse(text)
 
 
+@pytest.mark.fault("E13")
 def test_two_tasks_of_one_name_are_refused_however_they_are_spelt():
     for pair in (["a/old.jsonl", "b/OLD.jsonl"], ["\u00e9=x.csv", unicodedata.normalize("NFD", "É") + "=y.csv"]):
         with pytest.raises(UsageError, match="OTHER_NAME=FILE"):

@@ -102,6 +102,7 @@ def test_the_last_short_accumulation_window_is_no_exception(tmp_path):
     assert_autograds(steps[2], penalty_gradient(ewc, weights[2]))
 
 
+@pytest.mark.fault("D3")
 def test_clipping_applies_to_the_task_and_not_to_the_penalty(tmp_path):
     ewc = EWC(strength=1e5)
     steps, weights, it = added(tmp_path, ewc, max_grad_norm=1e-3)
@@ -156,6 +157,7 @@ def test_checkpointed_activations_change_nothing(tmp_path, reentrant):
     assert far(weights_of(saving), weights_of(plain)) < 1e-5
 
 
+@pytest.mark.fault("B7")
 def test_bf16_weights_are_held_by_fp32_arithmetic(tmp_path):
     """The pull of a small move would vanish in bf16: importances stay fp32, and only the sum is rounded."""
     ewc = EWC(strength=1000)
@@ -248,6 +250,7 @@ def test_modules_saved_whole_beside_an_adapter_are_held_too(tmp_path):
     assert_autograds({name: steps[2][name] for name in expected}, expected)
 
 
+@pytest.mark.fault("D7")
 def test_frozen_layers_cost_nothing_and_are_left_alone(tmp_path):
     model = tiny_llama()
     for layer in model.model.layers[:1]:
@@ -259,6 +262,7 @@ def test_frozen_layers_cost_nothing_and_are_left_alone(tmp_path):
     assert_autograds(steps[2], penalty_gradient(ewc, weights[2]))
 
 
+@pytest.mark.fault("D5")
 def test_a_tied_embedding_is_held_once(tmp_path):
     ewc = EWC(strength=1000)
     steps, weights, it = added(tmp_path, ewc)
@@ -344,6 +348,7 @@ def test_figures_are_penalty_over_strength_and_the_ratio_of_gradients(tmp_path):
     assert log["ewc/grad_ratio"] == pytest.approx(expected.item(), rel=1e-3)
 
 
+@pytest.mark.fault("D6")
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_held_weights_is_the_share_that_the_protect_data_says_something_about(lora):
     """Of an embedding that is not the head as well, only the rows of tokens that were seen."""
@@ -414,6 +419,7 @@ def test_no_alarm_while_it_acts(tmp_path, caplog):
     assert not [record for record in caplog.records if record.name == "hf_ftplus"]
 
 
+@pytest.mark.fault("D11")
 def test_protect_data_that_no_trained_weight_matters_for_is_refused():
     class Deaf(torch.nn.Module):
         """In front of the LM head: nothing below it matters."""
@@ -443,6 +449,7 @@ def test_adapters_that_cannot_be_held_are_refused_before_training(tmp_path, conf
         trainer(tmp_path, "ewc", peft_config=config)
 
 
+@pytest.mark.fault("D11")
 @pytest.mark.parametrize(
     ("setting", "value"), [("strength", -1), ("strength", "nan"), ("rows", 0), ("decay", 1.5), ("fisher", "exact")]
 )

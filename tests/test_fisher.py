@@ -156,6 +156,7 @@ def test_row_and_column_sums_are_exact_for_few_tokens_and_unbiased_for_many():
             torch.testing.assert_close(found, exact, rtol=tolerance, atol=0)
 
 
+@pytest.mark.fault("B7")
 def test_bf16_weights_are_accumulated_in_fp32_and_close_to_fp32(truth):
     model, rows, _ = truth
     half = small().to(torch.bfloat16)
@@ -193,6 +194,7 @@ def test_it_leaves_no_trace():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.fault("D2")
 def test_no_supervised_token_and_broken_weights_are_refused():
     model, batches = small(), padded(random_rows(2, VOCAB), 2)
     blank = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in batches]

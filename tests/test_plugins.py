@@ -87,6 +87,7 @@ def test_a_published_strategy_is_loaded_by_its_name(publish):
     assert row("pull") == plugins.Plugin("pull", "ftplus-pull", "1.2", "ok", "", {"pull": "Do pull things."})
 
 
+@pytest.mark.fault("C3")
 def test_loading_one_plugin_imports_no_other(publish, caplog):
     publish("ftplus-pull", "pull", module("pull"))
     publish("ftplus-other", "other", "raise RuntimeError('imported')")
@@ -108,6 +109,7 @@ def test_discovery_makes_no_object(publish):
         plugins.resolve("shy")
 
 
+@pytest.mark.fault("F4")
 def test_an_unknown_plugin_names_the_nearest_the_available_and_what_to_type():
     with pytest.raises(
         UsageError, match=r"No plugin 'ewcc'\. Did you mean 'ewc'\? Available: .*ewc.*pip install ftplus-ewcc"
@@ -120,6 +122,7 @@ def test_an_unknown_plugin_names_the_nearest_the_available_and_what_to_type():
 # ---- a stranger's mistakes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C3")
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -157,6 +160,7 @@ def test_damaged_metadata_hides_nobody_else(publish, caplog):
     assert ["ftplus_damaged" in item.getMessage() for item in caplog.records] == [True]  # loading pull imports no other
 
 
+@pytest.mark.fault("C4")
 def test_two_distributions_that_claim_one_name_are_an_error_naming_both(publish):
     publish("ftplus-pull", "pull", module("pull"))
     publish("their-pull", "pull", module("pull"), version="7.0")
@@ -183,6 +187,7 @@ def test_one_distribution_found_twice_on_the_path_is_one(publish, tmp_path, monk
     assert plugins.load("pull").name == "pull"
 
 
+@pytest.mark.fault("C5", "C6")
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -210,6 +215,7 @@ def test_a_wrong_hook_is_an_error_that_says_what_to_write(publish, wrong, said):
 # ---- leaving out -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C10")
 @pytest.mark.parametrize("blocked", ["pull", "ftplus-pull", "ftplus_pull", "ftplus-pull:pull"])
 def test_a_blocked_plugin_is_neither_imported_nor_used(publish, blocked):
     publish("ftplus-pull", "pull", module("pull"))
@@ -224,6 +230,7 @@ def test_blocking_a_name_that_nobody_has_is_said(caplog):
     assert ["Did you mean 'ewc'" in item.getMessage() for item in caplog.records] == [True]
 
 
+@pytest.mark.fault("C10")
 def test_without_autoload_only_the_built_ins_are_left(publish, monkeypatch):
     publish("ftplus-pull", "pull", module("pull"))
     monkeypatch.setenv("FTPLUS_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -336,6 +343,7 @@ def test_methods_of_its_own_are_welcome(idea):
 # ---- the API ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C7")
 @pytest.mark.parametrize(
     ("line", "cure"),
     [
@@ -394,6 +402,7 @@ def test_nothing_that_the_api_promised_is_gone():
         assert [name for name in FROZEN[kind.__name__] if name not in known] == [], kind
 
 
+@pytest.mark.fault("B12")
 def test_a_plugin_of_the_first_day_trains_resumes_and_is_listed_as_it_did(tmp_path, monkeypatch):
     from pathlib import Path
 

@@ -82,6 +82,7 @@ def test_a_look_in_eval_mode_leaves_the_gradient_as_it_was(place):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.fault("D4")
 @pytest.mark.parametrize("strategy", [("ewc", {"strength": 1e4}), "distill", "replay"], ids=str)
 def test_strategies_act_and_the_packed_weights_stay(place, tmp_path, strategy):
     model = quantised(place)
@@ -106,6 +107,7 @@ def test_the_starting_model_is_the_adapter_switched_off_and_costs_nothing(place,
     assert it.ftplus.bytes()["distill"] == 0
 
 
+@pytest.mark.fault("D4")
 def test_si_refuses_and_says_why(place, tmp_path):
     with pytest.raises(IncompatibleError, match="si"):
         trainer(tmp_path, "si", model=quantised(place), peft_config=copy.deepcopy(LORA)).train()

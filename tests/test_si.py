@@ -127,6 +127,7 @@ def test_omegas_sum_up_to_the_fall_of_the_loss_for_small_steps():
     assert si.metrics()["explained"] == pytest.approx(fall, rel=0.01)
 
 
+@pytest.mark.fault("D3")
 @pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_it_follows_adam_and_weight_decay_and_undoes_clipping(tmp_path, clip):
     found, truth = followed(tmp_path, SI(), max_grad_norm=clip, weight_decay=0.3, learning_rate=0.01)
@@ -228,6 +229,7 @@ def test_a_gradient_that_was_clipped_away_counts_for_nothing(clip):
     assert not any(tensor.any() for tensor in omega(si).values())
 
 
+@pytest.mark.fault("D7")
 def test_a_weight_without_gradient_in_some_steps_is_followed(tmp_path):
     weight = torch.nn.Parameter(torch.ones(3))
     line = Line(weight, torch.ones(3), torch.zeros(3), torch.zeros(3))
@@ -262,6 +264,7 @@ def as_callback(folder, **kwargs):
     return trainer(folder, cls=trl.SFTTrainer, callbacks=[StrategyCallback(SI(), **kwargs.pop("given", {}))], **kwargs)
 
 
+@pytest.mark.fault("D3")
 def test_a_callback_refuses_gradients_that_were_clipped(tmp_path):
     with pytest.raises(IncompatibleError, match=r"si needs the gradients .*attach\(trainer, 'si'.*--max_grad_norm 0"):
         as_callback(tmp_path, max_grad_norm=1.0).train()
@@ -360,6 +363,7 @@ def test_a_second_run_forgets_less_than_plain_sft_at_equal_learning(tmp_path):
     assert held_kept - before < 0.5 * (plain_kept - before), (before, held_kept, plain_kept, held_learnt, plain_learnt)
 
 
+@pytest.mark.fault("B2")
 def test_memory_of_another_model_or_of_another_strategy_is_refused(tmp_path):
     trainer(tmp_path / "one", SI(), max_steps=1).train()
     memory = tmp_path / "one" / "ftplus" / "memory"

@@ -47,6 +47,7 @@ def saved(tmp_path):
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("B7")
 def test_tensors_come_back_bit_for_bit_in_their_dtype(saved):
     found = state.load_checkpoint(saved, ["box"], tiny_llama(), step=3)["box"]
     for name, tensor in Box().held.items():
@@ -68,6 +69,7 @@ def test_only_safetensors_and_json_are_written_and_no_half_file_stays(saved):
     assert sorted(path.name for path in saved.iterdir()) == ["box.safetensors", "manifest.json"]
 
 
+@pytest.mark.fault("B1")
 def test_a_flipped_byte_is_noticed(saved):
     path = saved / "box.safetensors"
     content = bytearray(path.read_bytes())
@@ -77,12 +79,14 @@ def test_a_flipped_byte_is_noticed(saved):
         state.load_checkpoint(saved, ["box"], tiny_llama())
 
 
+@pytest.mark.fault("B1")
 def test_a_missing_file_is_noticed(saved):
     (saved / "box.safetensors").unlink()
     with pytest.raises(StorageError, match="is missing"):
         state.load_checkpoint(saved, ["box"], tiny_llama())
 
 
+@pytest.mark.fault("B1")
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "?"'])
 def test_a_damaged_manifest_is_told_as_such(saved, text):
     (saved / "manifest.json").write_text(text)
@@ -90,6 +94,7 @@ def test_a_damaged_manifest_is_told_as_such(saved, text):
         state.load_checkpoint(saved, ["box"], tiny_llama())
 
 
+@pytest.mark.fault("B12")
 def test_a_format_of_the_future_is_refused(saved):
     manifest = json.loads((saved / "manifest.json").read_text())
     (saved / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
@@ -106,6 +111,7 @@ def test_without_manifest_there_is_no_state_however_many_files(saved):
         state.load_checkpoint(saved, ["box"], tiny_llama())
 
 
+@pytest.mark.fault("B3", "B11", "B13")
 def test_another_step_other_strategies_and_another_model_are_refused(saved):
     with pytest.raises(IncompatibleError, match="is of step 3; the trainer resumes at step 4"):
         state.load_checkpoint(saved, ["box"], tiny_llama(), step=4)
@@ -159,6 +165,7 @@ def test_no_memory_says_what_is_there_and_what_to_give(tmp_path):
         state.load_memory(tmp_path, "ewc", run)
 
 
+@pytest.mark.fault("B2")
 def test_memory_knows_its_model_adapted_merged_or_in_bf16_and_no_other(tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     state.save_memory(tmp_path, "box", {"a": torch.ones(2)}, run_of(model))

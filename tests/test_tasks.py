@@ -272,6 +272,7 @@ def test_a_local_learn_file_keeps_the_names_of_its_tasks(place, tmp_path):
         rows.learn_rows(found)
 
 
+@pytest.mark.fault("E9")
 def test_what_is_wrong_with_rows_is_found_in_all_tasks(place, tmp_path):
     (tmp_path / "torn.jsonl").write_text('{"article": "x", "headline": ""}\nnonsense\n')
     protect = {"name": "old", "dataset": f"{place}/quiz.jsonl", "role": "protect"}

@@ -284,6 +284,7 @@ def test_every_trace_is_caught(trace, words):
     broken(Messy(), words, testing.law_leaves_no_trace, peft=False)
 
 
+@pytest.mark.fault("C9")
 def test_random_numbers_drawn_while_training_are_caught():
     @dataclass
     class Gambler(Idle):

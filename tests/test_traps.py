@@ -190,6 +190,7 @@ def test_the_hook_is_gone_after_a_crash(tmp_path):
     assert it._hidden == []
 
 
+@pytest.mark.fault("E9")
 def test_an_extra_loss_follows_packed_rows_by_their_labels(tmp_path):
     """A padding-free batch is one row without attention mask; supervised positions are told by labels alone."""
 
@@ -254,6 +255,7 @@ def test_nothing_of_a_strategy_goes_through_the_trainers_own_callback_state(tmp_
     assert callback in again.callback_handler.callbacks  # the very object, and where it was
 
 
+@pytest.mark.fault("C1")
 def test_a_strategy_that_is_new_on_resume_is_refused_rather_than_anchored_late(tmp_path):
     trainer(tmp_path, cls=trl.SFTTrainer, save_strategy="steps", save_steps=3).train()
     it = trainer(tmp_path, "ewc", save_strategy="steps", save_steps=3)
@@ -360,6 +362,7 @@ def test_a_callback_and_the_trainer_agree_under_clipping(tmp_path):
     assert same(weights_of(ours), weights_of(theirs))
 
 
+@pytest.mark.fault("D9")
 def test_deepspeed_is_refused_for_what_acts_between_backward_and_step_only():
     """There backward() already steps: an injected gradient would come too late, in silence."""
     with pytest.raises(IncompatibleError, match=r"ewc acts on weights between backward and optimizer step.*fsdp2"):

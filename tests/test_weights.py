@@ -41,11 +41,13 @@ def test_names_survive_peft_and_compile():
     assert all(name in plain for name in split(adapted)[0])
 
 
+@pytest.mark.fault("D11")
 def test_nothing_trainable_is_an_error():
     with pytest.raises(IncompatibleError, match="No weight of the model is trainable"):
         trainable(tiny_llama().requires_grad_(False))
 
 
+@pytest.mark.fault("B3")
 def test_a_partial_match_lists_the_misses():
     with pytest.raises(IncompatibleError, match=r"fits 1 of 2 .* Missing there: b\. Unknown here: c"):
         match(["a", "b"], ["a", "c"], "The state")

@@ -88,6 +88,7 @@ def test_two_processes_give_the_update_of_one(parallel, one, stack):
     agree(parallel, one, stack, 1e-6)
 
 
+@pytest.mark.fault("D8")
 @pytest.mark.parametrize("stack", ["all", "si"])
 def test_two_processes_that_hold_shards_give_the_update_of_one(shards, one, stack):
     agree(shards, one, stack, 1e-5)
@@ -118,6 +119,7 @@ def test_two_processes_resume_to_the_same_bits(kind, stack, request):
             assert torch.equal(again[name], tensor), name
 
 
+@pytest.mark.fault("B8")
 def test_what_two_processes_saved_of_shards_one_process_takes_over(shards, shards_folder, folder):
     """And is what one process saves: a state file does not tell on how many ranks it was written."""
     names = [strategy.name for strategy in module().STACKS["all"]()]

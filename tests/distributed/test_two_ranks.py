@@ -129,6 +129,7 @@ def test_the_sketch_of_a_sharded_model_is_that_of_a_whole_one(sharded):
         assert compare(sketch(tiny_llama()), part(found, "sketch.")).differing == 0
 
 
+@pytest.mark.fault("D8")
 @pytest.mark.parametrize("what", ["pull.", "figure.", "saved."])
 def test_pulls_figures_and_saved_state_of_a_sharded_model_are_those_of_a_whole_one(sharded, what):
     (first, second), one = sharded
@@ -146,6 +147,7 @@ def test_weights_that_every_rank_holds_alike_count_once(sharded, what):
             assert torch.allclose(part(found, f"copies.{what}")[name], tensor, rtol=1e-3, atol=1e-7), name
 
 
+@pytest.mark.fault("D8")
 def test_a_sharded_model_resumes_from_gathered_state_bit_for_bit(sharded):
     (first, _), _ = sharded
     before, after = part(first, "pull."), part(first, "pull after resume.")

@@ -33,6 +33,7 @@ def shown(matrix):
     return console.export_text()
 
 
+@pytest.mark.fault("F6")
 def test_no_name_becomes_a_formula_of_a_spreadsheet():
     one = [[0.0], [0.5]]
     assert "'=1+1,'@chat,0.5,0.5" in Matrix(["=1+1"], ["@chat"], one, one, one, one).to_csv()

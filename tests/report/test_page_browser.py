@@ -36,6 +36,7 @@ def opened(html: str, folder: Path) -> tuple[str, list[str], list[str]]:
     return done.stdout, console, sorted(url for url in asked if "bad.invalid" in url)
 
 
+@pytest.mark.fault("F5")
 def test_hostile_text_does_nothing_in_a_browser(tmp_path):
     dom, console, asked = opened(page(full(" ".join(PAYLOADS)), "ftplus report out"), tmp_path)
     assert "<title>What was learnt, what was kept</title>" in dom

@@ -72,6 +72,7 @@ def test_notes_are_printed():
     )
 
 
+@pytest.mark.fault("F5")
 @pytest.mark.parametrize("view", ["table", "completions", "joined", "joined completions"])
 @pytest.mark.parametrize("colour", [False, True])
 def test_text_from_data_is_shown_and_not_obeyed(view, colour):
@@ -91,6 +92,7 @@ def test_text_from_data_is_shown_and_not_obeyed(view, colour):
     assert "\U0001f604" not in text  # :smile: is five letters and two colons
 
 
+@pytest.mark.fault("E14")
 def test_control_characters_are_spelt_out_and_lines_kept():
     assert shown("a\x1b[2Jb\u202ec").plain == "a\\x1b[2Jb\\u202ec"
     assert shown("def f():\n\treturn 1").plain == "def f():\n    return 1"
