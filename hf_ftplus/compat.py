@@ -1,21 +1,25 @@
-"""What the stack must have for ours to work on it, refused in one sentence instead of failing in silence later."""
+"""What the stack must have for ours to work on it, and what we do because of one version of it.
+
+Each with the version and a link, so that it can be deleted one day. What passes where: `.ci/compat`.
+"""
 
 from __future__ import annotations
 
 from importlib import metadata
+from typing import Any
 
 from packaging.version import Version
 
 from .errors import IncompatibleError
 
-TRANSFORMERS = "5.3"
-"""First whose Trainer has `_run_epoch` and `_clip_grad_norm`: below it overrides (trainer.py) would never be called,
-so that a run resumed at its end takes a step too many, and clipping is unknown to strategies.
-https://github.com/huggingface/transformers/releases/tag/v5.3.0"""
+TRANSFORMERS = "5.10.1"
+"""Below it the laws fail. Before 5.3 its Trainer lacks `_run_epoch` and `_clip_grad_norm`, so that our overrides are
+never called; in 5.3 batches of 8x1 and 2x4 give different updates; up to 5.9 distill's gradient is another one on rows
+packed with `wrapped`. https://github.com/huggingface/transformers/releases/tag/v5.10.1"""
 
 
 def check() -> None:
-    """Refuse a transformers that lacks what `trainer.py` overrides.
+    """Refuse a transformers on which training would go wrong in silence.
 
     Raises:
         IncompatibleError: names the version found, the one that is needed, and what to type.
@@ -23,6 +27,15 @@ def check() -> None:
     found = metadata.version("transformers")
     if Version(found) < Version(TRANSFORMERS):
         raise IncompatibleError(
-            f"transformers {found} is installed; hf-ftplus needs {TRANSFORMERS} or newer, whose Trainer has what it "
-            f"overrides. Type: pip install 'transformers>={TRANSFORMERS}'"
+            f"transformers {found} is installed; hf-ftplus needs {TRANSFORMERS} or newer: with older ones its tests "
+            f"fail. Type: pip install 'transformers>={TRANSFORMERS}'"
         )
+
+
+def end(trainer: Any) -> None:
+    """Finish the trackers and the process group. Trainers can since transformers 5.18, as TRL's sft.py knows, too.
+
+    https://github.com/huggingface/transformers/releases/tag/v5.18.0
+    """
+    if hasattr(trainer, "end"):
+        trainer.end()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from . import commit, stopping
+from . import commit, compat, stopping
 from .callback import STATE_FOLDER, autocast, give_back_memory, refuse
 from .config import SECRETS, RunConfig
 from .disk import flush, locked, replace
@@ -35,6 +35,7 @@ from .report.tracked import hold_open, track
 from .row_checks import check_supervised
 from .rows import Rows, find, tokenizer_of, write
 from .shared import base
+from .shared.hub import said_of
 from .trainer import SaveOnInterrupt, SFTTrainer, sft_trainer
 
 OUTPUTS = (
@@ -79,7 +80,7 @@ def _sft(config: RunConfig) -> Report:
     with timed(seconds, "training"):
         train(trainer, config)
     with timed(seconds, "saving"), on_the_disk(f"The trained model could not be saved in {config.training.output_dir}"):
-        trainer.save_model(config.training.output_dir)
+        trainer.save_model(config.training.output_dir, _internal_call=True)  # else it pushes, before there is a report
     let_go_of_optimizer(trainer)
     with timed(seconds, "measuring after"):
         results = start.evaluation.after(trainer.model)
@@ -94,9 +95,9 @@ def _sft(config: RunConfig) -> Report:
         leave_page(file)
         leave_card(file, trainer)
     if config.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=config.script.dataset_name)
+        push(trainer, config)
     trainer.accelerator.wait_for_everyone()  # a launcher ends all processes when the first fails, as by the gate below
-    trainer.end()
+    compat.end(trainer)
     judge(config, results)
     return report
 
@@ -117,6 +118,17 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
         write(rows, config, trainer)
     keep_apart(rows, config)
     return trainer, rows
+
+
+def push(trainer: SFTTrainer, config: RunConfig) -> None:
+    """Model, card, report and memory to the Hub.
+
+    Raises:
+        StorageError: the Hub refused them, or is not to be reached; all is saved, and says how to try again.
+    """
+    out, repo = config.training.output_dir, trainer.hub_model_id or config.training.hub_model_id
+    with said_of(repo, f" All is saved in {out}; push it later: hf upload {repo} {out}"):
+        trainer.push_to_hub(dataset_name=config.script.dataset_name)
 
 
 class Start(TrainerCallback):

@@ -36,6 +36,7 @@ from .mixing import MixingMixin, TasksMixin
 from .model import to_train
 from .origin import origin, refuse_other
 from .pools import EVALUATED, together
+from .shared.hub import of_push, refusal
 from .strategy import Batch, Strategy
 from .weights import local, trainable
 
@@ -385,6 +386,8 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
             peft_config=trl.get_peft_config(model),
         )
     except OSError as error:
+        if of_push(error):
+            raise StorageError(refusal(training.hub_model_id or training.output_dir, error)) from error
         if error.errno is not None:  # of the system; what transformers raises about a model has no number
             raise StorageError(f"Preparing the run failed: {error}. Free some space, or mind who may write.") from error
         raise DataError(

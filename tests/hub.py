@@ -21,9 +21,13 @@ class Hub:
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.forbidden = ""
+        """Part of the addresses that are answered with 403."""
 
     def answer(self, request: Any) -> Any:
         path, method = request.url.path, request.method
+        if self.forbidden and self.forbidden in path:
+            return http.Response(403, json={"error": "no rights"})
         if path == "/api/repos/create":
             asked = json.loads(request.content)
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"

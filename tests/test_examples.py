@@ -164,6 +164,21 @@ def test_model_card_and_memory_reach_the_hub(model, tmp_path, monkeypatch):
     assert "retention" in card
 
 
+@pytest.mark.parametrize(("asked", "said"), [("create", ""), ("commit", "push it later: hf upload me/x")])
+def test_a_hub_that_refuses_is_one_sentence_and_costs_no_model(model, tmp_path, monkeypatch, capsys, asked, said):
+    monkeypatch.chdir(ROOT)
+    words = ["--config", "examples/push.yaml", "--model_name_or_path", str(model), "--hub_model_id", "me/x"]
+    with hub(monkeypatch, tmp_path / "cache") as there:
+        there.forbidden = asked
+        few = ["--max_steps", "1", "--measure_rows", "0"]
+        assert main(["sft", *words, *few, "--output_dir", str(tmp_path / "out")]) == 6
+    error = capsys.readouterr().err
+    assert "The Hub refused me/x (HfHubHTTPError, 403)" in error
+    assert "hf auth login" in error
+    assert said in error
+    assert (tmp_path / "out" / "model.safetensors").is_file() == (asked == "commit")
+
+
 def test_the_notebook_draws_what_each_strategy_learns_and_loses(model, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for key, value in {"MODEL": model, "OUT": tmp_path, "STEPS": 2, "MPLBACKEND": "agg"}.items():

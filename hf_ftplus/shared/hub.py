@@ -41,7 +41,7 @@ def push(folder: Path, repo: str, *, base: str | None = None, private: bool = Fa
     sizes = verify(folder)
     known = bases.read(folder) or _of_output(folder, base)
     (folder / CARD).write_text(card(known, repo, sizes), encoding="utf-8")
-    with _said_of(repo):
+    with said_of(repo):
         api = HfApi(library_name="hf_ftplus")
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(FILES), commit_message="Memory for EWC")
@@ -73,7 +73,7 @@ def pull(repo: str, folder: Path, *, revision: str | None = None) -> Base:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        with _said_of(repo):
+        with said_of(repo):
             inside = "" if HfApi().file_exists(repo, MANIFEST, revision=revision) else f"{OF_RUN}/"
             wanted = [f"{inside}{name}" for name in FILES]
             snapshot_download(repo, revision=revision, local_dir=scratch, allow_patterns=wanted)
@@ -123,21 +123,36 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _said_of(repo: str) -> Iterator[None]:
-    """What the Hub answers, in one sentence and the code of the error."""
+def said_of(repo: str, then: str = "") -> Iterator[None]:
+    """What the Hub answers, in one sentence and the code of the error; `then` says what is left to do.
+
+    Raises:
+        UsageError: no such name can be.
+        StorageError: everything else.
+    """
     try:
         yield
     except HFValidationError as error:
-        raise UsageError(f"{repo!r} is no name on the Hub; expected OWNER/NAME.") from error
+        raise UsageError(f"{repo!r} is no name on the Hub; expected OWNER/NAME.{then}") from error
     except OfflineModeIsEnabled as error:
-        raise StorageError("HF_HUB_OFFLINE is set, so the Hub cannot be asked. Unset it.") from error
+        raise StorageError(f"HF_HUB_OFFLINE is set, so the Hub cannot be asked. Unset it.{then}") from error
     except HfHubHTTPError as error:
-        code = getattr(error.response, "status_code", "no code")
-        unknown = code in (401, 403, 404)
-        hint = "Look whether the name is right, and type `hf auth login`." if unknown else "Try again in a while."
-        raise StorageError(f"The Hub refused {repo} ({type(error).__name__}, {code}). {hint}") from error
+        raise StorageError(refusal(repo, error) + then) from error
     except OSError as error:  # no network, no space
-        raise StorageError(f"{repo}: {' '.join(str(error).split())} Look after network and disk.") from error
+        raise StorageError(f"{repo}: {' '.join(str(error).split())} Look after network and disk.{then}") from error
+
+
+def refusal(repo: str, error: HfHubHTTPError) -> str:
+    """What a refusal of the Hub means, and what to try."""
+    code = getattr(error.response, "status_code", "no code")
+    unknown = code in (401, 403, 404)
+    hint = "Look whether the name is right, and type `hf auth login`." if unknown else "Try again in a while."
+    return f"The Hub refused {repo} ({type(error).__name__}, {code}). {hint}"
+
+
+def of_push(error: Exception) -> bool:
+    """Whether an error is the Hub's answer to a new repository."""
+    return isinstance(error, HfHubHTTPError) and "/api/repos/" in str(getattr(error.response, "url", ""))
 
 
 def card(base: Base, repo: str, sizes: dict[str, int]) -> str:
