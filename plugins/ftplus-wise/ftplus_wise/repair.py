@@ -21,8 +21,9 @@ from hf_ftplus import Run
 from hf_ftplus.data import TaskSpec, collate, tokenize
 from hf_ftplus.errors import DataError, IncompatibleError, StorageError, UsageError
 from hf_ftplus.generate import pad_id, self_generate
+from hf_ftplus.model import resolve
 from hf_ftplus.strategy import Memory
-from hf_ftplus.trained import Trained, base_of, load, weights
+from hf_ftplus.trained import Trained, base_of, began_with, load, weights
 from hf_ftplus.weights import match
 
 from .curve import Point, choose, loss
@@ -107,14 +108,17 @@ def repair(
 
 def _damaged(name: str, base: str | None, dtype: str, device: str | None) -> Damaged:
     if base_of(name) is not None:
-        if base is not None and base != base_of(name):
+        if base is not None and resolve(base) != base_of(name):
             raise UsageError(f"{name} is an adapter of {base_of(name)}, not of {base}. Leave --base out.")
         it = load(name, dtype, device)
         return _adapted(it)
     if base is None:
-        raise UsageError(f"{name} is a whole model; name the one that it was trained from: --base MODEL.")
+        try:
+            base = began_with(name)
+        except DataError:
+            raise UsageError(f"{name} is a whole model; name the one that it was trained from: --base MODEL.") from None
     it = load(name, dtype, device)
-    return Damaged(it, _between(it.model, weights(base, dtype), name, base))
+    return Damaged(it, _between(it.model, weights(resolve(base), dtype), name, base))
 
 
 def _between(model: nn.Module, start: nn.Module, name: str, base: str) -> Callable[[float], None]:

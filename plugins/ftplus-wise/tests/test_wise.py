@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -24,7 +25,7 @@ OFF = {"decay": 0.0, "keep": 1.0}
 
 
 def test_it_keeps_every_law():
-    check_strategy(Wise(keep=0.8), from_start=False, zero=OFF, finish="moves")
+    check_strategy(Wise(keep=0.8), from_start=False, zero=OFF, finish="moves", processes=False)
 
 
 # ---- the average and the line, slowly --------------------------------------------------------------------------------
@@ -205,6 +206,7 @@ def test_a_repaired_adapter_is_the_scaled_one(capsys, place, tmp_path):
     )
     assert code == 0
     (alpha,) = [point["alpha"] for point in json.loads(out) if point["taken"]]
+    assert alpha < 1
     then, now = (load_file(folder / "adapter_model.safetensors") for folder in (place / "adapter", tmp_path / "m"))
     assert then.keys() == now.keys()
     for key in then:
@@ -236,3 +238,15 @@ def test_nothing_to_repair_for_is_said(capsys, place):
 def test_the_command_line_finds_it():
     assert plugins.load("wise") is Wise
     assert ("repair", "ftplus-wise") in [(offer.name, offer.distribution) for offer in plugins.commands()]
+
+
+def test_a_run_of_ours_says_what_it_began_with(capsys, place, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(place / "whole", run)
+    (run / "ftplus").mkdir()
+    config = {"model": {"model_name_or_path": str(place / "base")}}
+    (run / "ftplus" / "report.json").write_text(json.dumps({"facts": {"config": config}}))
+    code, out, err = mend(capsys, place, str(run), "--points", "1", "--json")
+    assert code == 0, err
+    base = json.loads(out)[-1]
+    assert base["protect"]["protect"] < json.loads(out)[0]["protect"]["protect"]
