@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -194,6 +195,20 @@ def test_the_notebook_draws_what_each_strategy_learns_and_loses(model, tmp_path,
     assert len({points[0] for points in curves.values()}) == 1
     assert len({points[-1] for points in curves.values()}) == 3
     assert (tmp_path / "retention.png").stat().st_size > 10_000
+
+
+def test_the_picture_of_the_readme_is_what_was_measured(run, tmp_path):
+    def marks(file):
+        found = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', file.read_text(encoding="utf-8"))
+        return sorted((round(float(x)), round(float(y))) for x, y in found)
+
+    pytest.importorskip("matplotlib")
+    run("picture.py", OUT=tmp_path / "picture.svg")
+    rows = json.loads((EXAMPLES / "benchmarks" / "strategies.json").read_text(encoding="utf-8"))
+    assert len(marks(tmp_path / "picture.svg")) > len(rows)
+    assert marks(EXAMPLES / "picture.svg") == marks(tmp_path / "picture.svg"), (
+        "Draw it again: python examples/picture.py"
+    )
 
 
 def test_every_example_is_run_by_a_test():
