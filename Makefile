@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint compat clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo/run.py
@@ -16,6 +16,10 @@ test: .venv/demo .venv/test
 
 lint: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# what touches TRL, transformers and PEFT, on the lowest and the newest versions allowed; needs uv, minutes and a network
+compat:
+	.ci/compat lowest && .ci/compat newest
 
 .venv/installed: pyproject.toml .ci/constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -15,12 +15,13 @@ HERE = Path(__file__).parent
 OUT = Path(os.environ.get("OUT", HERE / "picture.svg"))
 KINDS = {"plain": ("#b5302a", "X"), "replay": ("#4d7a2f", "s"), "distill": ("#2b6cb0", "o"), "EWC": ("#8a5a00", "D")}
 STACKED = ("distill + EWC", "#5b3a9b", "*")
+OTHER = ("other", "#777777", ".")
 
 rows = json.loads((HERE / "benchmarks" / "strategies.json").read_text(encoding="utf-8"))
 points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
 for name, seeds in rows.items():
     stacked = name.startswith("distill") and "EWC" in name
-    kind = STACKED if stacked else next((k, *KINDS[k]) for k in KINDS if name.startswith(k))
+    kind = STACKED if stacked else next(((k, *KINDS[k]) for k in KINDS if name.startswith(k)), OTHER)
     learnt = mean(run["learnt"] for run in seeds.values())
     rise = mean((run["chat"] + run["python"]) / 2 for run in seeds.values())
     points.setdefault(kind, []).append((100 * learnt, rise))

@@ -3,8 +3,8 @@
     plugins: [axolotl_ftplus.FTPlusPlugin]
     ftplus: {strategies: [ewc, distill], protect: protect.jsonl}
 
-Written for axolotl 0.19, which pins TRL 1.9 and transformers 5.16: below what hf-ftplus is tested with, so pip cannot
-resolve both (`pip install --no-deps hf-ftplus` puts it there). What was tried: see examples/README.md.
+Written for axolotl 0.19, which pins TRL 1.9, where hf-ftplus asks for 1.16: pip cannot resolve both (`pip install
+--no-deps hf-ftplus` puts it there). What was tried: see examples/README.md.
 """
 
 from axolotl.integrations.base import BasePlugin
