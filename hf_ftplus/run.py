@@ -115,6 +115,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     if trainer.is_fsdp_enabled:
         refuse_fsdp(config, trainer)
     else:
+        warn_unsharded(trainer)
         write(rows, config, trainer)
     keep_apart(rows, config)
     return trainer, rows
@@ -213,6 +214,16 @@ def refuse_fsdp(config: RunConfig, trainer: SFTTrainer) -> None:
         raise IncompatibleError(
             f"{mixing[0]} mixes rows before training starts, and under FSDP the model can write none until then. Give "
             "protect data that exists instead of self:N."
+        )
+
+
+def warn_unsharded(trainer: SFTTrainer) -> None:
+    """Say that FSDP was asked for where accelerate leaves it out without a word: on CPUs."""
+    if trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        logger.warning(
+            "FSDP was asked for, but accelerate shards on no CPU: each of %d processes holds the whole model and all "
+            "strategy state (DDP). Results are the same, memory is not; `ftplus doctor --distributed` shows it.",
+            trainer.args.world_size,
         )
 
 

@@ -19,6 +19,7 @@ from hf_ftplus.cli import launch, main
 TWO = [
     "--num_processes", "2", "--num_machines", "1", "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
+NO_PORT = ["--main_process_port", "0"]  # of nobody else
 STEPS = ["--max_steps", "40", "--save_strategy", "no", "--measure_rows", "0", "--logging_steps", "1"]
 
 
@@ -131,15 +132,20 @@ def test_two_processes_may_be_launched_from_outside(place, tmp_path, way):
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("code", "more", "says"),
-    [(3, ["--max_length", "3"], "supervised token"), (5, ["--fail-if-retention-below", "1e9"], "protect: retention")],
+    ("config", "code", "more", "says"),
+    [
+        ("multi_gpu", 3, ["--max_length", "3"], "supervised token"),
+        ("fsdp2", 5, ["--fail-if-retention-below", "1e9"], "protect: retention"),
+    ],
 )
-def test_the_exit_code_of_the_ranks_reaches_the_shell_and_their_sentence_is_said_once(
-    place, tmp_path, code, more, says
+def test_a_named_config_launches_and_exit_codes_reach_the_shell_with_one_sentence(
+    place, tmp_path, config, code, more, says
 ):
-    done = run(command(*on_cpu(place, tmp_path / "out", *more), *TWO))
+    """And FSDP, which accelerate leaves out on CPUs without a word, is missed."""
+    done = run(command(*on_cpu(place, tmp_path / "out", *more), "--accelerate_config", config, *TWO[:2], *NO_PORT))
     assert done.returncode == code, done.stderr[-3000:]
     assert done.stderr.count(says) == 1
+    assert done.stderr.count("accelerate shards on no CPU: each of 2 processes") == (config == "fsdp2")
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out" / "ftplus" / "report.json").is_file() == (code == 5)
 
