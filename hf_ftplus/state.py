@@ -145,15 +145,26 @@ def _write(
     folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None = None
 ) -> None:
     """All tensors, then the manifest; every rank calls, rank 0 writes, and all of them fail if it does."""
-    files = {name: _apart({key: whole(tensor) for key, tensor in tensors.items()}) for name, tensors in files.items()}
     several = torch.distributed.is_initialized()
-    failed = [""] if several and torch.distributed.get_rank() else [_written(folder, files, facts, kept)]
+    writes = not (several and torch.distributed.get_rank())
+    files = {name: _apart(_gathered(tensors, writes)) for name, tensors in files.items()}
+    failed = [_written(folder, files, facts, kept) if writes else ""]
     if several:
         torch.distributed.broadcast_object_list(failed)
     if failed[0]:
         raise StorageError(
             f"Could not write strategy state to {folder}: {failed[0]}. Free some space or choose another --output_dir."
         )
+
+
+def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Each tensor whole, one after another: all ranks take part, and those that write nothing `keep` nothing."""
+    found = {}
+    for key, tensor in tensors.items():
+        if keep or hasattr(tensor, "full_tensor"):
+            all_of_it = whole(tensor)
+            found |= {key: all_of_it} if keep else {}
+    return found
 
 
 def _written(

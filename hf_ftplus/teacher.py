@@ -224,7 +224,8 @@ def adapter_is_zero(model: nn.Module, weights: dict[str, nn.Parameter]) -> bool:
     active = [(layer, key) for layer in layers for key in layer.active_adapters]
     plain = all(not layer.merged and layer.lora_variant.get(key) is None for layer, key in active)
     outputs = [parts[key] for layer, key in active for parts in (layer.lora_B, layer.lora_embedding_B) if key in parts]
-    zero = not any(bool(tensor.any()) for part in outputs for tensor in _tensors_of(part))
+    tensors = [tensor for part in outputs for tensor in _tensors_of(part)]
+    zero = not any(bool(tensor.any()) for tensor in tensors if not tensor.is_meta)  # of a plan: as it will be made
     return plain and zero and bool(active) and only_lora(weights)
 
 

@@ -31,7 +31,7 @@ class Sft(click.Command):
 def _dashed(word: str) -> str:
     """Our flags may be written with underscores, as TRL's are."""
     name, equals, value = word.partition("=")
-    ours = {f"--{option.name}" for option in OPTIONS} | {"--dry_run", "--help_all"}
+    ours = {f"--{option.name}" for option in OPTIONS} | {"--dry_run", "--as_if", "--help_all"}
     return name.replace("_", "-") + equals + value if name in ours else word
 
 
@@ -56,9 +56,16 @@ def our_options(command: Any) -> Any:
     help="YAML of any of these options, ours and TRL's, and of tasks (`ftplus data --help`). Flags win.",
 )
 @click.option("--dry-run", is_flag=True, help="Resolve everything, show three rows and the cost, train nothing.")
+@click.option(
+    "--as-if",
+    metavar="model=CONFIG,world=N,sharding=fsdp2",
+    help="With --dry-run: the plan on N ranks for a model of which only the config is read; no data is needed.",
+)
 @click.option("--help-all", is_flag=True, help="Also list every flag of `trl sft`.")
 @click.pass_context
-def sft(ctx: click.Context, config_file: str | None, dry_run: bool, help_all: bool, **flags: Any) -> None:
+def sft(
+    ctx: click.Context, config_file: str | None, dry_run: bool, as_if: str | None, help_all: bool, **flags: Any
+) -> None:
     """Fine-tune as `trl sft` does, and keep what the model knows.
 
     \b
@@ -67,6 +74,15 @@ def sft(ctx: click.Context, config_file: str | None, dry_run: bool, help_all: bo
     if help_all:
         click.echo(ctx.get_help())
         _trl_parser().print_help()
+        return
+    if as_if is not None:
+        if not dry_run:
+            raise UsageError("--as-if plans a run and trains nothing. Type --dry-run as well.")
+        from ..as_if import AsIf, plan
+
+        asked = AsIf.parse(as_if)
+        words = ctx.args if not asked.model else [*ctx.args, "--model_name_or_path", asked.model]
+        plan(configured(flags, words, take_environment(read_yaml(config_file)), no_data=True)[0], asked)
         return
     config, launch_yaml, launch_words = configured(flags, ctx.args, take_environment(read_yaml(config_file)))
     if not launch.launched():
@@ -86,18 +102,18 @@ def sft(ctx: click.Context, config_file: str | None, dry_run: bool, help_all: bo
 
 
 def configured(
-    flags: dict[str, Any], words: Sequence[str], yaml: dict[str, Any]
+    flags: dict[str, Any], words: Sequence[str], yaml: dict[str, Any], no_data: bool = False
 ) -> tuple[RunConfig, list[str], list[str]]:
     """One run from our flags, the other words of the command line and a YAML mapping; and what is accelerate's."""
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)  # TRL 1.16's own default
     ours, rest = merge(flags, yaml)
     config = build(ours)
-    trl, launch_yaml, launch_words = parse_trl(words, rest, bool(config.tasks))
+    trl, launch_yaml, launch_words = parse_trl(words, rest, bool(config.tasks), no_data)
     return replace(config, **trl), launch_yaml, launch_words
 
 
 def parse_trl(
-    words: Sequence[str], yaml: dict[str, Any], tasks: bool = False
+    words: Sequence[str], yaml: dict[str, Any], tasks: bool = False, no_data: bool = False
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """TRL's argument objects from its flags and YAML keys, and what of YAML and of the words is accelerate's.
 
@@ -105,6 +121,7 @@ def parse_trl(
         words: of the command line.
         yaml: what TRL and accelerate may find in it.
         tasks: whether what is learnt is declared under `tasks:`.
+        no_data: nothing will be trained, so there may be nothing to learn.
 
     Raises:
         UsageError: a flag or key that neither knows, with the nearest one that they do; or a bad value.
@@ -129,7 +146,7 @@ def parse_trl(
     if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
         model.lora_target_modules = [model.lora_target_modules]  # TRL unpacks one name, and PEFT takes it for a pattern
     learn = {"dataset_name": script.dataset_name, "datasets": mixture.datasets, "tasks": tasks}
-    if not any(learn.values()):
+    if not any(learn.values()) and not no_data:
         raise UsageError(
             "There is nothing to learn: no --dataset_name, and no tasks or datasets in YAML. Type --dataset_name "
             "FILE_OR_HUB."
