@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -12,6 +13,8 @@ import click
 from ..errors import PluginError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ..strategy import Strategy
     from ..testing import Verdict
 
@@ -62,14 +65,16 @@ def _judged(
     from ..testing import judge
     from ..testing.judged import refused_lora
 
-    _be_quiet()
-    refused = refused_lora(strategy, **world) if lora else ""
     published = " ".join(origin(type(strategy))).strip()
     found: list[Verdict] = []
-    for verdict in judge(strategy, laws=laws, peft=lora and not refused, **world, **asked):
-        found.append(verdict)
-        if not silent and sys.stderr.isatty():
-            click.echo(f"\r{len(found)} laws tried", nl=False, err=True)
+    with _silence():
+        refused = refused_lora(strategy, **world) if lora else ""
+        for verdict in judge(strategy, laws=laws, peft=lora and not refused, **world, **asked):
+            found.append(verdict)
+            if not silent and sys.stderr.isatty():
+                click.echo(f"\r{len(found)} laws tried", nl=False, err=True)
+    if not silent and sys.stderr.isatty():
+        click.echo("\r" + " " * 16 + "\r", nl=False, err=True)
     if not silent:
         _show(strategy, published, found, refused)
     return {
@@ -105,17 +110,28 @@ def _show(strategy: Strategy, published: str, found: list[Verdict], refused: str
         console.print(plain(f"Not judged on a LoRA adapter, which it refuses: {refused}"), soft_wrap=True)
 
 
-def _be_quiet() -> None:
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
     """The laws train dozens of tiny models: what each of them would say is not for the author."""
     import logging
     import warnings
 
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("hf_ftplus").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    ours, level, bars = logging.getLogger("hf_ftplus"), transformers_logging.get_verbosity(), sys.stderr.isatty()
+    ours_level = ours.level
+    try:
+        ours.setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ours.setLevel(ours_level)
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _laws(only: tuple[str, ...]) -> list[Any] | None:
