@@ -63,6 +63,7 @@ def make(model: str, protect: tuple[str, ...], out: Path, **how: Any) -> None:
     """Estimate how much each weight matters for what is protected, once."""
     import logging
     import sys
+    import warnings
 
     from transformers.utils import logging as transformers_logging
 
@@ -72,6 +73,9 @@ def make(model: str, protect: tuple[str, ...], out: Path, **how: Any) -> None:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     logging.getLogger("hf_ftplus").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+    )  # PEFT 0.21 asks for it
     base = make(model, list(protect), out, **how)
     size = sum(verify(out).values()) / 1e6
     click.echo(f"{size:.1f} MB in {out}: {'; '.join(base.protect)}.")
@@ -109,7 +113,6 @@ def pull(repo: str, out: Path, revision: str | None) -> None:
 def _next(base: Base, folder: Path) -> None:
     from .plugins import plain
 
-    adapter = " --use_peft" if base.form == "lora" else ""
-    click.echo(
-        f"Train with it: ftplus sft --plugin ewc --memory {folder} --model_name_or_path {plain(base.name)}{adapter} ..."
-    )
+    words = f"--memory {folder} --model_name_or_path {plain(base.name)}"
+    words += " --use_peft" if base.form == "lora" else ""
+    click.echo(f"Train with it: ftplus sft --plugin ewc {words} --dataset_name YOUR_DATA")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
 
 from ..callback import StrategyCallback
 from ..data import parse_all
@@ -54,10 +54,11 @@ def make(
     refuse_full(folder)
     to_train(model)
     found = load(model, dtype, device)
-    args = trl.SFTConfig(
-        str(folder), use_cpu=found.model.device.type == "cpu", bf16=bf16, max_length=max_length, seed=seed,
-        per_device_train_batch_size=batch_size, report_to="none", gradient_checkpointing=False,
+    args = TrainingArguments(
+        str(folder), use_cpu=found.model.device.type == "cpu", bf16=bf16, seed=seed, report_to="none",
+        per_device_train_batch_size=batch_size,
     )  # fmt: skip
+    args.max_length = max_length  # as TRL's arguments have it
     ewc = EWC(rows=rows, remember=False)
     callback = StrategyCallback(ewc, protect={spec.name: spec for spec in specs})
     run = callback.setup(adapted(found.model) if form == "lora" else found.model, args, found.tokenizer, None)
