@@ -189,9 +189,9 @@ def _without_intruders(model: Any, key: str, layers: list[nn.Module], mitigation
             reduce_intruder_dimension(model, key, other, mitigation_lambda=mitigation, logging_sink=None)
         return [(layer.lora_A[other].weight.clone(), layer.lora_B[other].weight.clone()) for layer in layers]
     finally:
+        model.set_adapter(key)
         with suppress(ValueError):
             model.delete_adapter(other)
-        model.set_adapter(key)
 
 
 def _save(it: Trained, out: Path) -> None:
