@@ -188,11 +188,12 @@ def recommended(rows: Sequence[Judged]) -> tuple[Judged | None, str]:
     near = [item for item in known if item.learning.value >= top.learning.value - room]
     best = min(near, key=_preference)
     learnt, kept = f"{100 * best.learning.value:+.1f} points", f"{100 * best.retention.value:.1f} %"
+    hint = "" if best.n >= FEWEST else f"; on {best.n} seed{'s' * (best.n > 1)} a hint, not a result"
     if best is top and len(near) == 1:
-        return best, f"{best.row.name} keeps {kept}, and no other row learns nearly as much ({learnt})."
+        return best, f"{best.row.name} keeps {kept}, and no other row learns nearly as much ({learnt}){hint}."
     most = f"the most ({top.row.name}, {100 * top.learning.value:+.1f})"
     others = f"of the {len(near)} rows that learn within {100 * room:.1f} points of {most}"
-    return best, f"{best.row.name} keeps most, {kept}, {others}; it learns {learnt}."
+    return best, f"{best.row.name} keeps most, {kept}, {others}; it learns {learnt}{hint}."
 
 
 def _preference(item: Judged) -> tuple[float, float, float]:

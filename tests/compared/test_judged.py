@@ -96,6 +96,7 @@ def test_the_recommendation_is_what_keeps_most_of_those_that_learn_enough():
         assert best in enough
         assert reason.count(". ") == 0
         assert reason.endswith(".")
+        assert ("a hint, not a result" in reason) == (n < 3)
 
 
 def test_bytes_break_a_tie_of_seconds_and_what_is_not_measured_is_no_cheap_one():
