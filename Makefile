@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint compat clean
+.PHONY: demo test storm fuzz lint compat clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo/run.py
@@ -13,6 +13,13 @@ demo: .venv/demo
 # tiny models are several times faster on one thread: two threads on busy cores only wait for each other
 test: .venv/demo .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+# what takes too long for every test run: 25 and 200 times SIGKILL, and ten thousand damaged files of each kind
+storm: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m storm tests/test_storm.py $(ARGS)
+
+fuzz: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fuzz tests/test_fuzz.py $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ over YAML, YAML over defaults. Each option is declared once, in `OPTIONS`: help,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,8 @@ OPTIONS = (
     ),
 )
 YAML_ONLY = ("tasks",)
+MOST_YAML = 100_000
+"""Values in a YAML file, anchors written out."""
 DEFAULTS = {"measure_rows": 64, "completions": 3}
 SECRETS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 """Left out of the report wherever they stand; an eos_token is none."""
@@ -173,7 +176,7 @@ def read_yaml(path: str | None, what: str = "--config") -> dict[str, Any]:
         content = yaml.safe_load(text)
     except OSError as error:
         raise UsageError(f"{what} {path}: {error.strerror}; expected a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of the 13th month, ten thousand brackets
         said = f"{what} {path} is not YAML: {' '.join(str(error).split())}"
         raise UsageError(said + (" Put templates in quotes." if "{{" in str(text) else "")) from None
     if not isinstance(content, dict):
@@ -192,9 +195,14 @@ def refuse_twice(text: str, path: str) -> None:
 
     from .task_keys import shown
 
-    found = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    found, seen_nodes = [root], set()
+    refuse_bomb(root, path)
     while found:
         node = found.pop()
+        if id(node) in seen_nodes:
+            continue
+        seen_nodes.add(id(node))
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, value in node.value:
@@ -205,6 +213,30 @@ def refuse_twice(text: str, path: str) -> None:
                 found.append(value)
         elif isinstance(node, yaml.SequenceNode):
             found += node.value
+
+
+def refuse_bomb(root: Any, path: str) -> None:
+    """Raise for anchors that hold themselves, or that stand for more than anybody writes.
+
+    Raises:
+        UsageError: names the line of the anchor.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_YAML + 1  # until it is known: what holds itself is too large
+            inside = node.value if isinstance(node.value, list) else ()
+            parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        if sizes[id(node)] > MOST_YAML:
+            line = node.start_mark.line + 1
+            raise UsageError(
+                f"{path}:{line}: an anchor (&) holds itself, or too much; expected at most {MOST_YAML:,} values."
+            )
+        return sizes[id(node)]
+
+    size(root)
 
 
 def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -288,10 +320,10 @@ def _metrics(texts: Iterable[str], tasks: list[str]) -> dict[str, str]:
 def _memory(path: Any) -> Path | None:
     if path is None:
         return None
-    folder = Path(str(path)).expanduser()
-    if not (folder / "manifest.json").is_file():
+    folder = Path(os.path.expanduser(str(path)))
+    if not os.path.isfile(folder / "manifest.json"):
         inside = folder / "ftplus" / "memory"
-        if (inside / "manifest.json").is_file():
+        if os.path.isfile(inside / "manifest.json"):
             return inside
         raise UsageError(f"--memory {path} holds no manifest.json; expected OUTPUT/ftplus/memory of a finished run.")
     return folder

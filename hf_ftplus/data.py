@@ -141,7 +141,7 @@ def _count(text: str) -> int:
 
 
 def _split(text: str) -> tuple[str, str | None]:
-    found = None if Path(text).exists() else _SPLIT.fullmatch(text)
+    found = None if os.path.exists(text) else _SPLIT.fullmatch(text)
     if found is None or Path(found["split"]).suffix.lower() in READERS:
         return text, None
     return found["source"], found["split"]
@@ -232,13 +232,13 @@ def load(
     Raises:
         DataError: missing, empty, malformed (with file, line and column) or in no known format.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     suffix = path.suffix.lower()
     if is_local(source):
         return _slice(_local(path, suffix, through, named), split, source)
-    if path.is_file():
+    if os.path.isfile(path):  # false, and no error, for what is too long for a name
         raise DataError(f"{source} is a {suffix or 'file without suffix'}; expected one of {', '.join(READERS)}.")
-    if not path.exists() and _looks_local(source):
+    if not os.path.exists(path) and _looks_local(source):
         raise DataError(f"{source} does not exist; expected a file or folder.{_neighbour(path)}")
     where = f"{source}:{split or 'train'}"
     return normalise(_through_datasets(where, source, name=config, split=split or "train"), where, through, named)
@@ -250,12 +250,12 @@ def _looks_local(source: str) -> bool:
 
 def is_local(source: str) -> bool:
     """Whether `load` reads a file of this machine, and not a dataset of the Hub."""
-    path = Path(source).expanduser()
-    return path.suffix.lower() in READERS and (path.is_file() or _looks_local(source))
+    path = Path(os.path.expanduser(source))
+    return path.suffix.lower() in READERS and (os.path.isfile(path) or _looks_local(source))
 
 
 def _local(path: Path, suffix: str, through: Through | None, named: bool) -> Dataset:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path} does not exist; expected a file.{_neighbour(path)}")
     if suffix == ".parquet":
         rows = _through_datasets(str(path), "parquet", data_files=str(path), split="train")
@@ -265,7 +265,7 @@ def _local(path: Path, suffix: str, through: Through | None, named: bool) -> Dat
 
 def _neighbour(path: Path) -> str:
     folder = path.parent
-    return nearest(path.name, [item.name for item in folder.iterdir()]) if folder.is_dir() else ""
+    return nearest(path.name, [item.name for item in folder.iterdir()]) if os.path.isdir(folder) else ""
 
 
 def _slice(dataset: Dataset, split: str | None, where: str) -> Dataset:

@@ -35,12 +35,12 @@ def resolve(name: str) -> str:
     """
     if name == DEMO and not Path(DEMO).exists():
         return str(demo())
-    if _looks_like_path(name) and not Path(name).expanduser().exists():
+    if _looks_like_path(name) and not os.path.exists(os.path.expanduser(name)):
         raise DataError(
             f"No model at {name!r}; expected a folder with config.json, the name of a model on the Hub "
             f"(owner/model), or {DEMO!r}."
         )
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+    return os.path.expanduser(name)
 
 
 def to_train(name: str) -> str:
@@ -50,7 +50,7 @@ def to_train(name: str) -> str:
         UsageError: an adapter without its model.
     """
     path = resolve(name)
-    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+    if os.path.isfile(f"{path}/adapter_config.json") and not os.path.isfile(f"{path}/config.json"):
         raise UsageError(
             f"{name} holds an adapter, not a model. Make one of both first: ftplus merge --model {name} --out MERGED"
         )

@@ -348,7 +348,7 @@ def _cannot_be_loaded(who: str, error: BaseException, offer: Offer) -> str:
 
 def load_file(path: Path) -> list[type[Strategy]]:
     """The strategies of a single-file plugin: what its `ftplus_strategies` returns, or the classes written in it."""
-    if not path.expanduser().is_file():
+    if not os.path.isfile(os.path.expanduser(path)):
         raise UsageError(f"No plugin file at {str(path)!r}; expected a Python file with a Strategy in it.")
     path = path.expanduser().resolve()
     try:
