@@ -222,7 +222,7 @@ def warn_unsharded(trainer: SFTTrainer) -> None:
     if trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         logger.warning(
             "FSDP was asked for, but accelerate shards on no CPU: each of %d processes holds the whole model and all "
-            "strategy state (DDP). Results are the same, memory is not.",
+            "strategy state (DDP). Results are the same, memory is not; `ftplus doctor --distributed` shows it.",
             trainer.args.world_size,
         )
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import IncompatibleError, UsageError, nearest
 from ..plugins import HOST
 
 if TYPE_CHECKING:
@@ -35,17 +36,61 @@ TESTED = {
 Facts = dict[str, str]
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(as_json: bool) -> None:
+@click.option(
+    "--distributed",
+    is_flag=True,
+    help="Launch as `ftplus sft` would (--num_processes 8 --accelerate_config fsdp2) and look at the ranks: devices, "
+    "whether weights are really in shards, bandwidth, and whether a strategy trains there as on one process. Exit 4 if "
+    "something is wrong.",
+)
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool, distributed: bool) -> None:
     """Show versions, devices, and which fast paths are active; changes nothing."""
+    if distributed:
+        _distributed(ctx.args, as_json)
+        return
+    if ctx.args:
+        raise UsageError(
+            f"Unexpected {ctx.args[0]!r}. Flags of accelerate go with --distributed; see `ftplus doctor --help`."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries complain about what is missing; here that is the answer
         report = {title: _safely(probe) for title, probe in SECTIONS.items()}
+    _print(report, as_json)
+
+
+def _print(report: dict[str, Facts], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
         _show(report)
+
+
+def _distributed(words: list[str], as_json: bool) -> None:
+    """Look at the ranks, of which this process is one; or launch them."""
+    from . import launch
+
+    known = launch.flags()
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name not in known:
+            raise UsageError(f"Unknown flag {word}.{nearest(name, list(known))} Those of `accelerate launch` go here.")
+    if not launch.launched():
+        if not words and not launch.expected(use_cpu=False):
+            raise UsageError(
+                "One process and one device. Type --num_processes N, or the flags that `ftplus sft` will have."
+            )
+        launch.start(words, ["doctor", "--distributed", *(["--json"] if as_json else [])], [])
+        return
+    from ..cluster import check
+
+    found = check()
+    if int(os.environ.get("RANK", "0")) == 0:
+        _print(found.facts, as_json)
+    if found.faults:
+        raise IncompatibleError(f"{'; '.join(found.faults)}.")
 
 
 def _safely(probe: Callable[[], Facts]) -> Facts:

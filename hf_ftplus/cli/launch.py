@@ -106,6 +106,7 @@ def start(launch: Sequence[str], words: Sequence[str], strategies: Sequence[Stra
             launch = [str(word) for word in resolve_accelerate_config_argument([str(word) for word in launch])]
             args = parser().parse_args([*launch, "--module", "hf_ftplus", *words])
             _refuse_deepspeed(args, strategies)
+            args.multi_gpu = args.multi_gpu or _silently_one(args)
             args.signals_to_handle = "SIGHUP,SIGQUIT"  # torchrun, where it knows this, kills 30 s after passing one on
             _hush_torchrun()
             with patch_environment(**{RANKS: folder}):
@@ -192,6 +193,14 @@ def _hush_torchrun() -> None:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _silently_one(args: Namespace) -> bool:
+    """Whether accelerate would start one process where several are asked for: on CPUs, unless told what they are."""
+    import torch
+
+    told = (args.use_deepspeed, args.use_fsdp, args.tpu, args.config_file, args.mpirun_hostfile, _own_config())
+    return (args.num_processes or 1) > 1 and not any(told) and not torch.accelerator.is_available()
 
 
 def _refuse_deepspeed(args: Namespace, strategies: Sequence[Strategy]) -> None:
