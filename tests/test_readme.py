@@ -77,6 +77,7 @@ def options_of(words: list[str]) -> set[str]:
     known = {flag for option in command.params if isinstance(option, click.Option) for flag in option.opts}
     if isinstance(command, Sft):
         known |= {flag for action in _trl_parser()._actions for flag in action.option_strings}
+    if isinstance(command, Sft) or command.name == "doctor":
         known |= {f"--{flag}" for flag in flags()}
     return {flag.replace("-", "_") for flag in known} | {"__help", "__version", "__help_all"}
 
