@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test storm fuzz lint compat clean
+.PHONY: demo test plugins storm fuzz lint compat clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo/run.py
@@ -20,6 +20,10 @@ storm: .venv/test
 
 fuzz: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fuzz tests/test_fuzz.py $(ARGS)
+
+# all laws on every plugin, from wheels built of them; `make test` tries some
+plugins: .venv/demo .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q plugins $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -20,3 +20,13 @@ sys.path.insert(
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure() -> None:
     _site.cleanup()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """All laws on every plugin take minutes: they are tried when plugins are asked for (`make plugins`)."""
+    asked = any("plugins" in str(word) for word in config.invocation_params.args) or "laws" in config.option.markexpr
+    if asked:
+        return
+    long = [item for item in items if item.get_closest_marker("laws")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]

@@ -15,14 +15,21 @@ from hf_ftplus.fisher import backward_logits
 from hf_ftplus.testing import check_strategy
 
 
+@pytest.mark.laws
 def test_it_keeps_every_law_in_full_fine_tuning():
     check_strategy(KFAC(), peft=False)
 
 
+@pytest.mark.laws
 def test_it_acts_and_remembers_on_an_adapter():
     # factors are square in the layer's width: more than the 16 bytes per adapter weight that travel lightly
     laws = [testing.law_acts, testing.law_remembers]
     check_strategy(KFAC(), laws=laws, processes=False)
+
+
+def test_it_remembers_and_is_silent_at_zero():
+    laws = [testing.law_introduces_itself, testing.law_silent_at_zero, testing.law_remembers]
+    check_strategy(KFAC(), laws=laws, peft=False, processes=False)
 
 
 # ---- slow truths -----------------------------------------------------------------------------------------------------

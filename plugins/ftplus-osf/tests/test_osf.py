@@ -9,7 +9,7 @@ from peft import LoraConfig, OSFConfig
 from tiny import tiny_llama
 from training import trainer
 
-from hf_ftplus import plugins
+from hf_ftplus import plugins, testing
 from hf_ftplus.errors import IncompatibleError
 from hf_ftplus.testing import check_strategy
 
@@ -17,8 +17,14 @@ STEPS = {"max_steps": 30, "learning_rate": 5e-3, "weight_decay": 0.1, "lr_schedu
 TARGETS = ["q_proj", "up_proj", "down_proj"]  # square, tall and wide
 
 
+@pytest.mark.laws
 def test_it_keeps_every_law():
     check_strategy(OSF(), from_start=False)
+
+
+def test_it_remembers_and_is_silent_at_zero():
+    laws = [testing.law_introduces_itself, testing.law_silent_at_zero, testing.law_remembers]
+    check_strategy(OSF(), from_start=False, laws=laws, peft=False, processes=False)
 
 
 # ---- the projections, slowly -----------------------------------------------------------------------------------------

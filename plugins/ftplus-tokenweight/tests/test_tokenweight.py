@@ -10,19 +10,26 @@ from ftplus_tokenweight import TokenWeight, eaft_weights, flow_weights, stm_weig
 from tiny import tiny_llama
 from training import LEARN, first_gradient, trainer
 
-from hf_ftplus import plugins
+from hf_ftplus import plugins, testing
 from hf_ftplus.errors import IncompatibleError
 from hf_ftplus.testing import check_strategy, law_acts, law_remembers, law_silent_at_zero
 
 
+@pytest.mark.laws
 def test_it_keeps_every_law():
     check_strategy(TokenWeight(rule="flow"), from_start=False)
 
 
+@pytest.mark.laws
 @pytest.mark.parametrize("settings", [{}, {"rule": "stm", "threshold": 66.0}], ids=str)
 def test_the_other_rules_keep_the_laws_that_could_suffer(settings):
     laws = [law_silent_at_zero, law_remembers, law_acts]
     check_strategy(TokenWeight(**settings), from_start=False, laws=laws, peft=False, processes=False)
+
+
+def test_it_remembers_and_is_silent_at_zero():
+    laws = [testing.law_introduces_itself, testing.law_silent_at_zero, testing.law_remembers]
+    check_strategy(TokenWeight(rule="flow"), from_start=False, laws=laws, peft=False, processes=False)
 
 
 # ---- the formulas, slowly --------------------------------------------------------------------------------------------
