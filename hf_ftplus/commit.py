@@ -142,15 +142,24 @@ def _sum(path: Path) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def newest(output: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None where there is none. Broken ones that are newer are set aside."""
+def newest(output: Path, aside: bool = True) -> Path | None:
+    """The newest whole checkpoint of a run; None where there is none.
+
+    Args:
+        output: the folder of the run.
+        aside: whether to set aside the broken ones that are newer, or only to look.
+
+    Raises:
+        IncompatibleError: a newer version wrote one of them.
+    """
     found = {_step(path): path for path in output.glob("checkpoint-*") if _numbered(path)}
     for step in sorted(found, reverse=True):
         earlier = [path for other, path in found.items() if other < step]
         why = fault(found[step], [path for path in earlier if (path / COMMIT).is_file()])
         if not why:
             return found[step]
-        _set_aside(found[step], why)
+        if aside:
+            _set_aside(found[step], why)
     return None
 
 

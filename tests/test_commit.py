@@ -88,6 +88,13 @@ def test_what_was_never_finished_is_set_aside_and_one_of_it_kept(run, caplog):
     assert "checkpoint-6 is not whole: it was being written when the run ended" in caplog.text
 
 
+def test_whoever_only_looks_moves_nothing(run):
+    flip(run / "checkpoint-6" / "model.safetensors")
+    before = sorted(run.iterdir())
+    assert commit.newest(run, aside=False) == run / "checkpoint-4"
+    assert sorted(run.iterdir()) == before
+
+
 def test_the_first_checkpoint_may_be_broken_too(run):
     for step in (2, 4):
         shutil.rmtree(run / f"checkpoint-{step}")

@@ -7,7 +7,6 @@ refused, and so is what was trained from a stage that is gone; a folder of someb
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -113,21 +112,10 @@ def _short(value: Any) -> str:
 
 
 def last_checkpoint(stage: Stage) -> Path | None:
-    """The newest whole checkpoint.
+    """The newest whole checkpoint. It is only looked for: a plan is shown without a file being touched."""
+    from ..commit import newest
 
-    A Trainer writes its state last, so a checkpoint without it, or with half of it, was being written when all ended.
-    """
-    from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
-
-    found = {}
-    for file in stage.folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
-        try:
-            step = int(json.loads(file.read_text(encoding="utf-8"))["global_step"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-        if any(file.parent.glob(f"{Path(OPTIMIZER_NAME).stem}*")):
-            found[step] = file.parent
-    return found[max(found)] if found else None
+    return newest(stage.folder, aside=False)
 
 
 def clear(plan: Plan, stage: Stage) -> None:
