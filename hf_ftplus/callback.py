@@ -332,7 +332,7 @@ class StrategyCallback(TrainerCallback):
 def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
     """Raise for launchers and settings under which a strategy would act wrongly, before a model is loaded."""
     if args.deepspeed or args.distributed_state.distributed_type == "DEEPSPEED":
-        refuse_deepspeed(strategies)
+        refuse_deepspeed(strategies, zero_stage(args))
     if strategies and args.auto_find_batch_size:
         raise IncompatibleError(
             "auto_find_batch_size starts training again from weights that already moved, which strategies would take "
@@ -345,6 +345,12 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
         )
     for strategy in strategies if not args.resume_from_checkpoint else ():
         strategy.refuse(None)
+
+
+def zero_stage(args: TrainingArguments) -> int:
+    """DeepSpeed's ZeRO stage of a run; 0 without it."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return int(getattr(plugin, "zero_stage", 0) or 0)
 
 
 def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 from . import commit, compat, stopping
-from .callback import STATE_FOLDER, autocast, give_back_memory, refuse
+from .callback import STATE_FOLDER, autocast, give_back_memory, refuse, zero_stage
 from .config import SECRETS, RunConfig
 from .disk import flush, locked, replace
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
@@ -106,6 +106,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     """Data, then model and trainer, then what the model writes itself; cheap refusals first."""
     refuse_several_devices(config.training)
     refuse(config.strategies, config.training)
+    refuse_zero3(config)
     to_train(config.model.model_name_or_path)
     if config.memory is not None:
         base.check(config.memory, config.model.model_name_or_path)
@@ -214,6 +215,22 @@ def refuse_fsdp(config: RunConfig, trainer: SFTTrainer) -> None:
         raise IncompatibleError(
             f"{mixing[0]} mixes rows before training starts, and under FSDP the model can write none until then. Give "
             "protect data that exists instead of self:N."
+        )
+
+
+def refuse_zero3(config: RunConfig) -> None:
+    """Raise before a model loads for what cannot be asked of one that DeepSpeed keeps in parts from the start."""
+    if zero_stage(config.training) != 3:
+        return
+    if config.measure_rows:
+        raise IncompatibleError(
+            "Under DeepSpeed ZeRO-3 no process holds a whole model, so nothing can be measured. Type --measure-rows 0 "
+            "(and `ftplus eval` afterwards), or --accelerate_config fsdp2 or zero2."
+        )
+    if any(spec.generate for spec in config.protect):
+        raise IncompatibleError(
+            "Under DeepSpeed ZeRO-3 no process holds a whole model, so it can write nothing. Give protect data that "
+            "exists instead of self:N, or launch with --accelerate_config fsdp2."
         )
 
 

@@ -340,11 +340,18 @@ def configure(strategy: type[Strategy], values: dict[str, Any]) -> Strategy:
     return strategy(**values)
 
 
-def refuse_deepspeed(strategies: list[Strategy]) -> None:
-    """Raise for strategies that need the moment between backward and optimizer step, which DeepSpeed does not show."""
+def refuse_deepspeed(strategies: list[Strategy], stage: int = 0) -> None:
+    """Raise for strategies that need the moment between backward and optimizer step, which DeepSpeed does not show, and
+    with ZeRO `stage` 3 for those that need the LM head outside of the forward pass, where it is in parts."""
     acting = [s.name for s in strategies if any(map(s.overrides, ("read_gradients", "before_step", "after_step")))]
     if acting:
         raise IncompatibleError(
             f"{', '.join(acting)} acts on weights between backward and optimizer step, but DeepSpeed does both inside "
             "backward(). Launch with --accelerate_config fsdp2 or multi_gpu instead."
+        )
+    reading = [s.name for s in strategies if stage == 3 and s.overrides("token_loss")]
+    if reading:
+        raise IncompatibleError(
+            f"{', '.join(reading)} reads the LM head outside of the model's forward pass, where DeepSpeed ZeRO-3 keeps "
+            "it in parts. Launch with --accelerate_config fsdp2, multi_gpu or zero2 instead."
         )

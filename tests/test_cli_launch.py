@@ -43,6 +43,44 @@ def test_deepspeed_is_refused_before_anything_is_launched(place, tmp_path, capsy
     assert "fsdp2 or multi_gpu" in capsys.readouterr().err
 
 
+def test_what_reads_the_head_is_refused_under_zero_3_alone(place, tmp_path, capsys, monkeypatch):
+    from accelerate.commands import launch as accelerate
+
+    distill = words(place, tmp_path / "out", "--num_processes", "2", plugin="distill")
+    assert main([*distill, "--accelerate_config", "zero3"]) == 4
+    assert "distill reads the LM head outside of the model's forward pass" in capsys.readouterr().err
+    monkeypatch.setattr(accelerate, "launch_command", lambda args: (_ for _ in ()).throw(ValueError("launched")))
+    assert main([*distill, "--accelerate_config", "zero2"]) == 2
+    assert "launched" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "protect", "says"),
+    [
+        (4, "protect.jsonl", "Type --measure-rows 0"),
+        (0, "self:8", "exists instead of self:N"),
+        (0, "protect.jsonl", ""),
+    ],
+)
+def test_zero_3_cannot_be_measured_and_writes_nothing(rows, protect, says):
+    from types import SimpleNamespace
+
+    from hf_ftplus.data import TaskSpec
+    from hf_ftplus.errors import IncompatibleError
+    from hf_ftplus.run import refuse_zero3
+
+    spec = TaskSpec.parse(protect)
+    plugin = SimpleNamespace(zero_stage=3)
+    config = SimpleNamespace(training=SimpleNamespace(deepspeed_plugin=plugin), measure_rows=rows, protect=[spec])
+    if not says:
+        refuse_zero3(config)
+        return
+    with pytest.raises(IncompatibleError, match=says):
+        refuse_zero3(config)
+    plugin.zero_stage = 2
+    refuse_zero3(config)
+
+
 def test_bad_flags_of_accelerate_are_one_line(place, tmp_path, capsys):
     for flags, says in (
         (["--accelerate_config", "zero9"], "zero9"),

@@ -206,9 +206,9 @@ def _silently_one(args: Namespace) -> bool:
 def _refuse_deepspeed(args: Namespace, strategies: Sequence[Strategy]) -> None:
     """Say it before any process is launched, and not once per rank."""
     file = args.config_file or _own_config()
-    if args.use_deepspeed or (
-        file and read_yaml(str(file), "accelerate's --config_file").get("distributed_type") == "DEEPSPEED"
-    ):
+    said = read_yaml(str(file), "accelerate's --config_file") if file else {}
+    if args.use_deepspeed or said.get("distributed_type") == "DEEPSPEED":
         from ..strategy import refuse_deepspeed
 
-        refuse_deepspeed(list(strategies))
+        stage = args.zero_stage or (said.get("deepspeed_config") or {}).get("zero_stage") or 0
+        refuse_deepspeed(list(strategies), int(stage))
