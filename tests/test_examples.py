@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import trl
 import yaml
 from hub import hub
@@ -199,16 +200,20 @@ def test_the_notebook_draws_what_each_strategy_learns_and_loses(model, tmp_path,
 
 def test_the_picture_of_the_readme_is_what_was_measured(run, tmp_path):
     def marks(file):
+        """Places of markers and ticks."""
         found = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', file.read_text(encoding="utf-8"))
-        return sorted((round(float(x)), round(float(y))) for x, y in found)
+        return torch.tensor([[float(x), float(y)] for x, y in found])
 
-    pytest.importorskip("matplotlib")
+    version = pytest.importorskip("matplotlib").__version__
+    if f"Matplotlib v{version}," not in (EXAMPLES / "picture.svg").read_text(encoding="utf-8"):
+        pytest.skip("each version has margins of its own")
     run("picture.py", OUT=tmp_path / "picture.svg")
     rows = json.loads((EXAMPLES / "benchmarks" / "strategies.json").read_text(encoding="utf-8"))
     assert len(marks(tmp_path / "picture.svg")) > len(rows)
-    assert marks(EXAMPLES / "picture.svg") == marks(tmp_path / "picture.svg"), (
-        "Draw it again: python examples/picture.py"
-    )
+    kept, drawn = marks(EXAMPLES / "picture.svg"), marks(tmp_path / "picture.svg")
+    again = "Draw it again: python examples/picture.py"
+    assert kept.shape == drawn.shape, again
+    assert torch.allclose(kept, drawn, atol=1), again
 
 
 def test_every_example_is_run_by_a_test():
