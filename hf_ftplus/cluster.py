@@ -53,7 +53,7 @@ def check() -> Found:
     accelerator = meet()
     found = Found()
     ranks(accelerator, found)
-    if str(accelerator.distributed_type).endswith("DEEPSPEED"):
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # of which accelerate makes DDP on CPUs
         found.facts["sharding"] = {
             "DeepSpeed": "strategies that act on weights (ewc, si) are refused; use fsdp2 or multi_gpu"
         }

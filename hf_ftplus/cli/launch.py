@@ -25,7 +25,7 @@ import click
 import psutil
 
 from ..config import read_yaml
-from ..errors import UsageError
+from ..errors import IncompatibleError, UsageError
 from . import RANKS
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def start(launch: Sequence[str], words: Sequence[str], strategies: Sequence[Stra
                 launch_command(args)
         except (ValueError, FileNotFoundError) as error:
             raise UsageError(f"accelerate launch: {error}") from None
+        except ImportError as error:  # of what a flag asks for, such as deepspeed
+            raise IncompatibleError(f"accelerate launch: {str(error).rstrip('.')}.") from None
         except CalledProcessError as error:  # one process, without torchrun
             crash = error.returncode, f"the process ended with {error.returncode}"
         except ChildFailedError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -79,6 +80,13 @@ def test_fsdp_that_was_asked_for_and_left_out_is_a_fault(alone, monkeypatch):
     alone.distributed_type, found = "DistributedType.MULTI_CPU", cluster.Found()
     assert cluster.held(alone, torch.nn.Linear(2, 2), found)["weights"].startswith("off")
     assert "accelerate shards on no CPU" in found.faults[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is here")
+def test_a_launcher_that_lacks_deepspeed_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert main(["doctor", "--distributed", "--num_processes", "2", "--accelerate_config", "zero2"]) == 4
+    assert "DeepSpeed is not installed" in capsys.readouterr().err
 
 
 def test_one_process_is_no_cluster(monkeypatch, capsys):
