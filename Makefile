@@ -16,7 +16,7 @@ test: .venv/demo .venv/test
 
 # what takes too long for every test run: 25 and 200 times SIGKILL, and ten thousand damaged files of each kind
 storm: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m storm tests/test_storm.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m storm tests $(ARGS)
 
 fuzz: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fuzz tests/test_fuzz.py $(ARGS)

@@ -126,7 +126,7 @@ def test_after_kill_9_the_same_command_goes_on_from_the_checkpoint_to_the_same_w
     assert rows["nap"]["seconds"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.storm
 def test_four_candidates_survive_kill_9_in_each_of_their_cells(place, tmp_path, capsys):
     """Each is killed once it has saved; asked again, all go on, and end with the weights of a run that was not killed."""
     config, out = tmp_path / "run.yaml", tmp_path / "out"
