@@ -25,6 +25,9 @@ MISSING = 1e-3
 left out is more."""
 ROUNDING = 32 * torch.finfo(torch.float32).eps
 """Of the largest logit, what fp32 may round away: it shows where the adapter does next to nothing."""
+ROUNDED_AWAY = 0.5
+"""Part of what the adapter does to the logits that rounding the merged weights may move. An adapter that rounding
+swallows whole stands at 1, give or take what fp32 rounds."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class RoundedAwayError(IncompatibleError):
         """What would have been written."""
 
 
-def merge(name: str, out: Path, dtype: str = "auto", device: str | None = None, tolerance: float = 1.0) -> Merged:
+def merge(
+    name: str, out: Path, dtype: str = "auto", device: str | None = None, tolerance: float = ROUNDED_AWAY
+) -> Merged:
     """Write base + adapter of the folder `name` to `out`, after proof that it says the same.
 
     Merged and proven in fp32, and its weights rounded to `dtype` ("auto": as the base was saved) once, at the end.
