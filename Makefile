@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test plugins storm fuzz lint compat clean
+.PHONY: demo test plugins benchmark storm fuzz lint compat clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo/run.py
@@ -24,6 +24,13 @@ fuzz: .venv/test
 # all laws on every plugin, from wheels built of them; `make test` tries some
 plugins: .venv/demo .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q plugins $(ARGS)
+
+# what examples/benchmarks/README.md shows of forgetting, three seeds of each row: a day on two cores, and resumable
+benchmark: .venv/demo .venv/test
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e plugins/ftplus-osf scikit-learn
+	$(BIN)/python examples/benchmarks/forgetting/digits.py
+	$(BIN)/python examples/benchmarks/forgetting/tiny.py
+	$(BIN)/python examples/benchmarks/forgetting/real.py --seeds 3
 
 lint: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -28,14 +28,15 @@ def python_functions(role: str, limit: int) -> list[Row]:
         found = [pair for pair in found if pair[0] not in known]
     step = max(1, len(found) // limit)
     chosen = found[::step][:limit]
-    return [_write(*pair) if i % 2 else _summarise(*pair) for i, pair in enumerate(chosen)]
+    return [to_write(*pair) if i % 2 else _summarise(*pair) for i, pair in enumerate(chosen)]
 
 
 def _found(role: str) -> list[tuple[str, str]]:
-    return [pair for module in _modules(role) for pair in _pairs(module)]
+    return [pair for module in _modules(role) for pair in pairs(module.read_text(encoding="utf-8"))]
 
 
-def _write(sentence: str, source: str) -> Row:
+def to_write(sentence: str, source: str) -> Row:
+    """A function to write, from its first line and what it is to do."""
     header = source.splitlines()[0]
     return row(f"Write a Python function that starts with `{header}`. {sentence}", source)
 
@@ -55,9 +56,9 @@ def _file(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
-def _pairs(path: Path) -> list[tuple[str, str]]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [pair for node in tree.body if (pair := _pair(node))][:PER_MODULE]
+def pairs(module: str) -> list[tuple[str, str]]:
+    """Sentences and the functions that they describe, out of the source of a module."""
+    return [pair for node in ast.parse(module).body if (pair := _pair(node))][:PER_MODULE]
 
 
 def _pair(node: ast.stmt) -> tuple[str, str] | None:

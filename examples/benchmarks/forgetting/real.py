@@ -1,0 +1,211 @@
+"""Four real tasks learnt in a row by the demo model: what does each remedy learn, and what is left of the rest?
+
+    python examples/benchmarks/forgetting/real.py --seeds 3         measures what is missing, then prints the table
+    python examples/benchmarks/forgetting/real.py --show            prints it from real.json, as Markdown
+
+Sentiment, code, translation, arithmetic (`real_data.py`), each for 30 steps of 16 rows; beside them prose, Python and
+chats that the model wrote itself stand for what it could do before. Every row is one `ftplus sequence`, and is kept in
+real.json, so the benchmark may be stopped at any time. Plain fine-tuning gets three learning rates; strengths and rates
+of the others are what was found on the demo's facts (`../strategies.py`), not tuned here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from hf_ftplus.evaluation.matrix import accuracy, backward_transfer, learning_accuracy
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+KEPT = HERE / "real.json"
+OUT = Path("demo_output") / "forgetting"
+DATA = OUT / "data"
+TASKS = ("sentiment", "code", "translation", "arithmetic")
+KEEP = ("chat", "python", "prose")
+SELF_WRITTEN = {"chat": 48, "chat_measure": 48}
+"""Rows that the model writes before anything: to protect with, and others to measure."""
+
+SHARED = {
+    "model_name_or_path": "demo",
+    "metric": {"sentiment": "choice", "arithmetic": "exact_match"},  # of code and translation: token accuracy
+    "measure_rows": 48,
+    "completions": 0,
+    "max_steps": 30,
+    "learning_rate": 1e-4,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 16,
+    "gradient_checkpointing": False,
+    "max_length": 256,
+    "pad_to_multiple_of": 16,
+    "max_grad_norm": 0.0,  # a clipped task gradient would make every strength weigh more than it says
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 4,
+    "save_strategy": "no",
+    "report_to": "none",
+    "keep": 0,
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row of the table: what it changes in the shared YAML, and what it protects with."""
+
+    change: dict[str, Any] = field(default_factory=dict)
+    protect: tuple[str, ...] = ()
+    """Of KEEP."""
+
+
+def adapter(**settings: Any) -> dict[str, Any]:
+    return {"use_peft": True, "lora_r": 16, "learning_rate": 1e-3, **settings}
+
+
+ALL, MLP = ["all-linear"], ["gate_proj", "up_proj", "down_proj"]
+EWC = {"ewc": {"strength": 10_000, "rows": 64, "first": True}}
+EWC_LORA = {"ewc": {"strength": 1_000, "rows": 64, "first": True}}
+DISTILL = {"distill": {"share": 0.125, "cache": True}}
+REPLAY = {"replay": {"share": 0.25}}
+
+CANDIDATES = {
+    "plain 2e-5": Candidate({"learning_rate": 2e-5}),
+    "plain 5e-5": Candidate({"learning_rate": 5e-5}),
+    "plain 1e-4": Candidate(),
+    "LoRA": Candidate(adapter(lora_target_modules=ALL)),
+    "LoRA, MLP only": Candidate(adapter(lora_target_modules=MLP)),
+    "L2-SP": Candidate({"plugins": [{"l2sp": {"strength": 100}}]}),
+    "OSF": Candidate({"plugins": ["osf"]}),
+    "SI": Candidate({"plugins": ["si"]}),
+    "EWC": Candidate({"plugins": [EWC], "keep": 48}, KEEP),
+    "EWC, LoRA": Candidate(adapter(lora_target_modules=ALL, plugins=[EWC_LORA], keep=48), KEEP),
+    "distill": Candidate({"plugins": [DISTILL], "keep": 48}, KEEP),
+    "distill, self-written rows only": Candidate({"plugins": [DISTILL]}, ("chat",)),
+    "replay": Candidate({"plugins": [REPLAY], "keep": 48}, KEEP),
+    "replay + EWC": Candidate({"plugins": [REPLAY, EWC], "keep": 48}, KEEP),
+    "distill + EWC": Candidate({"plugins": [DISTILL, EWC], "keep": 48}, KEEP),
+    "distill + EWC, self-written rows only": Candidate({"plugins": [DISTILL, EWC]}, ("chat",)),
+}
+"""`keep`: rows of every finished task that later stages protect, as the user who has them would."""
+
+
+@dataclass
+class Cell:
+    """One sequence. Scores R [5, 4] and [5, 3] (before, and after each stage): right answers or tokens, from 0 to 1;
+    losses of what was there before, nats per token; seconds of training in all stages."""
+
+    score: list[list[float]]
+    kept_score: list[list[float]]
+    kept_loss: list[list[float]]
+    seconds: float
+
+    @property
+    def rise(self) -> float:
+        """Of the loss on what was there before, mean over its three kinds."""
+        return statistics.mean(self.kept_loss[-1]) - statistics.mean(self.kept_loss[0])
+
+    def figures(self) -> tuple[float, ...]:
+        return (
+            accuracy(self.score), learning_accuracy(self.score), backward_transfer(self.score),
+            statistics.mean(self.kept_score[-1]) - statistics.mean(self.kept_score[0]), self.rise, self.seconds,
+        )  # fmt: skip
+
+
+def measure(name: str, seed: int) -> Cell:
+    """One `ftplus sequence`, as anybody would type it."""
+    sys.path.insert(0, str(ROOT / "examples" / "demo"))
+    from real_data import make_data
+    from run import ENVIRONMENT
+
+    make_data(DATA)
+    write_chats()
+    folder = OUT / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
+    file = OUT / f"{folder.name}.yaml"
+    file.write_text(yaml.safe_dump(described(CANDIDATES[name], seed, folder), sort_keys=False))
+    click.echo(f"{name}, seed {seed}", err=True)
+    command = [str(Path(sys.executable).parent / "ftplus"), "sequence", str(file)]
+    with file.with_suffix(".log").open("a") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})
+    found = json.loads((folder / "sequence.json").read_text())
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*/ftplus/report.json"))]
+    for weights in folder.rglob("*.safetensors"):  # gigabytes that nobody reads again
+        weights.unlink()
+    return Cell(
+        found["score"], found["other_score"], found["other_loss"],
+        sum(report["facts"]["seconds"]["training"] for report in reports),
+    )  # fmt: skip
+
+
+def described(candidate: Candidate, seed: int, folder: Path) -> dict[str, Any]:
+    """The YAML of a sequence."""
+    stages = [{"name": task, "dataset_name": str(DATA / f"{task}.jsonl")} for task in TASKS]
+    given = {**SHARED, **candidate.change, "output_dir": str(folder), "seed": seed, "stages": stages}
+    given["measure"] = {name: str(DATA / f"{name}_measure.jsonl") for name in (*TASKS, *KEEP)}
+    if candidate.protect:
+        given["protect"] = {name: str(DATA / f"{name}.jsonl") for name in candidate.protect}
+    return given
+
+
+def write_chats() -> None:
+    """What the starting model says to requests of its own: fixed, so that all stages are measured on the same rows."""
+    if all((DATA / f"{name}.jsonl").is_file() for name in SELF_WRITTEN):
+        return
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_ftplus.generate import self_generate
+    from hf_ftplus.model import demo
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(demo()), AutoTokenizer.from_pretrained(demo())
+    rows = list(self_generate(model, tokenizer, sum(SELF_WRITTEN.values()), progress=False))
+    for name, count in SELF_WRITTEN.items():
+        mine, rows = rows[:count], rows[count:]
+        (DATA / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine))
+
+
+@click.command()
+@click.option("--seeds", default=1, help="Seeds per row; 0, 1, ...")
+@click.option("--only", multiple=True, type=click.Choice(list(CANDIDATES)), help="Only these rows.")
+@click.option("--show", is_flag=True, help="Run nothing.")
+def main(seeds: int, only: tuple[str, ...], show: bool) -> None:
+    """Run what is missing, then print the table."""
+    os.chdir(ROOT)
+    OUT.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    for seed in range(seeds):  # every row once before any twice
+        for name in () if show else only or CANDIDATES:
+            if str(seed) not in kept.setdefault(name, {}):
+                kept[name][str(seed)] = asdict(measure(name, seed))
+                KEPT.write_text(json.dumps(kept) + "\n")
+    click.echo(table({name: [Cell(**cell) for cell in kept[name].values()] for name in CANDIDATES if kept.get(name)}))
+
+
+def table(cells: dict[str, list[Cell]]) -> str:
+    """Markdown: means over seeds (lowest - highest)."""
+    lines = [
+        "| row | seeds | ACC | LA | BWT | kept tasks, score | kept tasks, loss | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in cells.items():
+        columns = list(zip(*(cell.figures() for cell in found), strict=True))
+        words = [in_words(column, sign) for column, sign in zip(columns, ("", "", "+", "+", "+", ""), strict=True)]
+        lines.append(f"| {name} | {len(found)} | {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def in_words(values: tuple[float, ...], sign: str) -> str:
+    form = f"{sign}.3f" if abs(values[0]) < 10 else f"{sign}.0f"
+    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
+
+
+if __name__ == "__main__":
+    main()
