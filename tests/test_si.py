@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, arguments, far, same, sequence, trainer, weights_of
 
 import hf_ftplus
-from hf_ftplus import EWC, Memory, Run, StrategyCallback
+from hf_ftplus import EWC, Memory, Run, Strategy, StrategyCallback
 from hf_ftplus.errors import DataError, IncompatibleError, StorageError, UsageError
 from hf_ftplus.strategies.si import SI, Line
 from hf_ftplus.testing import check_strategy
@@ -89,20 +91,23 @@ def bare(model, strategy, clip=1.0, **kwargs):
 # ---- the line integral -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("followed", [False, True], ids=["by parts", "followed"])
 @pytest.mark.parametrize("shape", [(7,), (600, 500)])  # one piece, and several
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_omega_is_the_line_integral_by_hand_on_a_quadratic(shape, dtype):
+def test_omega_is_the_line_integral_by_hand_on_a_quadratic(shape, dtype, followed):
     generator = torch.Generator().manual_seed(0)
     curvature, at = torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)
     weight = torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
-    line = Line(weight, weight.detach().clone(), torch.zeros(shape), torch.zeros(shape))
+    last = weight.detach().float().clone() if followed else torch.zeros(shape)
+    line = Line(weight, weight.detach().clone(), torch.zeros(shape), last, followed=followed)
     optimizer = torch.optim.SGD([weight], lr=0.3, momentum=0.9)
     path, gradients = [], []
     for _ in range(5):
         weight.grad = (curvature * (weight.detach().float() - at)).to(dtype)
         path.append({"w": weight.detach().clone()}), gradients.append({"w": weight.grad.clone()})
-        line.read(1.0)
+        None if followed else line.read(1.0)
         optimizer.step()
+        line.follow(1.0) if followed else None
     path.append({"w": weight.detach().clone()})
     truth = line_integral(path, gradients)
     assert line.omega.dtype == torch.float32
@@ -118,10 +123,8 @@ def test_omegas_sum_up_to_the_fall_of_the_loss_for_small_steps():
     for _ in range(20):
         loss = model(**batch).loss
         loss.backward()
-        si.read_gradients(run)
-        optimizer.step(), optimizer.zero_grad()
+        si.read_gradients(run), optimizer.step(), si.after_step(run), optimizer.zero_grad()
         losses.append(loss.item())
-    si.after_step(run)
     fall = losses[0] - model(**batch).loss.item()
     assert fall > 0.1
     assert si.metrics()["explained"] == pytest.approx(fall, rel=0.01)
@@ -197,14 +200,19 @@ def test_steps_that_a_scaler_skips_leave_no_trace():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         skipped, steps = 0, 0
         while steps < 3:
+            optimizer.zero_grad()
             scaler.scale(model(**batch).loss).backward()
             scaler.unscale_(optimizer)
             run.clip = 1.0 / torch.as_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).clamp(min=1)
             run.device = torch.device("cuda")  # on a CPU no step is ever skipped
             before = copied(run.weights)
             si.read_gradients(run)
-            scaler.step(optimizer), scaler.update(), optimizer.zero_grad()
-            skipped, steps = (skipped + 1, steps) if same(before, copied(run.weights)) else (skipped, steps + 1)
+            scaler.step(optimizer), scaler.update()
+            if same(before, copied(run.weights)):
+                skipped += 1
+                continue
+            si.after_step(run)
+            steps += 1
         return omega(si), skipped
 
     (plain, none), (scaled, some) = (
@@ -226,18 +234,45 @@ def test_a_gradient_that_was_clipped_away_counts_for_nothing(clip):
     with torch.no_grad():
         for weight in run.weights.values():
             weight.mul_(1.1)
+    si.after_step(run)
     assert not any(tensor.any() for tensor in omega(si).values())
 
 
 @pytest.mark.fault("D7")
-def test_a_weight_without_gradient_in_some_steps_is_followed(tmp_path):
+@pytest.mark.parametrize("followed", [False, True], ids=["by parts", "followed"])
+def test_a_weight_without_gradient_in_some_steps_is_followed(followed):
     weight = torch.nn.Parameter(torch.ones(3))
-    line = Line(weight, torch.ones(3), torch.zeros(3), torch.zeros(3))
+    last = torch.ones(3) if followed else torch.zeros(3)
+    line = Line(weight, torch.ones(3), torch.zeros(3), last, followed=followed)
     for gradient, move in ((torch.ones(3), 0.5), (None, 7.0), (torch.ones(3), 0.25)):
         weight.grad = gradient
-        line.read(1.0)
+        None if followed else line.read(1.0)
         weight.data.sub_(move)
+        line.follow(1.0) if followed else None
     assert line.closed().tolist() == [0.75] * 3
+
+
+def test_whatever_moves_weights_after_the_optimizer_counts_to_its_step(tmp_path):
+    """And omega alone is followed after the step, which is shorter."""
+
+    @dataclass
+    class Shrink(Strategy):
+        name: ClassVar[str] = "shrink"
+
+        def after_step(self, run):
+            with torch.no_grad():
+                for weight in run.weights.values():
+                    weight.mul_(0.999)
+
+    for order in ([SI(), Shrink()], [Shrink(), SI()]):
+        it = trainer(tmp_path / order[0].name, *order, cls=Watched)
+        it.train()
+        si = next(strategy for strategy in order if isinstance(strategy, SI))
+        assert not si.alone
+        assert_equals(omega(si), line_integral([*it.path, copied(trainable(it.model))], it.gradients))
+    it = trainer(tmp_path / "alone", SI())
+    it.train()
+    assert it.ftplus.strategies[0].alone
 
 
 def test_a_tied_embedding_counts_once_and_frozen_layers_not(tmp_path):

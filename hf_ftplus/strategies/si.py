@@ -107,16 +107,18 @@ class SI(Strategy):
                 f"The memory of si in {run.memory.read} is 0 throughout: no weight moved in the run that left it, or "
                 "none to any use. Train that run again, or leave --memory out."
             )
+        alone = self._alone(run, pulls=bool(importance) and self.strength > 0)
         lines = {}
         for name, weight in run.weights.items():
-            zeros = torch.zeros_like(weight.detach(), dtype=torch.float32)
-            lines[name] = Line(weight, weight.detach().clone(), zeros, zeros.clone(), importance.get(name))
-        self._hold(lines, importance)
+            zeros, start = torch.zeros_like(weight.detach(), dtype=torch.float32), weight.detach().clone()
+            last = start.float().clone() if alone else zeros.clone()
+            lines[name] = Line(weight, start, zeros, last, importance.get(name), alone)
+        self._hold(lines, importance, alone)
 
     def read_gradients(self, run: Run) -> None:
         """Go on with the line integral: the gradient of this step, and how far the weights have come."""
         refuse_unknown_clipping(run)
-        if not self._in_one_pass(run):
+        if not self.alone and not self._in_one_pass(run):
             factor = unclip(run)
             for line in self.lines.values():
                 line.read(factor)
@@ -134,9 +136,13 @@ class SI(Strategy):
             self._held = self._held if figures is None else figures
 
     def after_step(self, run: Run) -> None:
-        """At the end of a logging window, sum up what the path explains."""
+        """Alone, go on with the line integral; at the end of a logging window, sum up what the path explains."""
         import torch
 
+        if self.alone:
+            factor = unclip(run)
+            for line in self.lines.values():
+                line.follow(factor)
         if run.measuring:
             self._explained = torch.stack([line.total() for line in self.lines.values()]).sum()
 
@@ -156,7 +162,7 @@ class SI(Strategy):
         parts = {
             "start": {name: line.start for name, line in self.lines.items()},
             "omega": {name: line.omega for name, line in self.lines.items()},
-            "gradient": {name: line.gradient for name, line in self.lines.items()},
+            "before" if self.alone else "gradient": {name: line.last for name, line in self.lines.items()},
             "importance": self.importance,
         }
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
@@ -173,14 +179,15 @@ class SI(Strategy):
                 if f"{kind}.{name}" in state
             }
 
-        start, omega, gradient, importance = map(part, ("start", "omega", "gradient", "importance"))
-        for found in (start, omega, gradient, importance or start):
+        alone = any(name.startswith("before.") for name in state)
+        start, omega, last, importance = map(part, ("start", "omega", "before" if alone else "gradient", "importance"))
+        for found in (start, omega, last, importance or start):
             match(run.weights, found, "The saved state of si")
         lines = {
-            name: Line(weight, start[name], omega[name], gradient[name], importance.get(name))
+            name: Line(weight, start[name], omega[name], last[name], importance.get(name), alone)
             for name, weight in run.weights.items()
         }
-        self._hold(lines, importance)
+        self._hold(lines, importance, alone)
 
     def metrics(self) -> dict[str, float]:
         """explained (nats, since the start); with memory: penalty (nats), grad_ratio = |its gradient| / |task's|."""
@@ -200,6 +207,13 @@ class SI(Strategy):
         self._explained = self._held = None
         return found
 
+    def _alone(self, run: Run, pulls: bool) -> bool:
+        """Whether after a step gradients are still the task's, and weights where the optimizer left them."""
+        others = [strategy for strategy in run.strategies if strategy is not self]
+        return not pulls and not any(
+            other.overrides(moment) for other in others for moment in ("before_step", "after_step")
+        )
+
     def _in_one_pass(self, run: Run) -> bool:
         """Whether reading can wait for before_step: nobody adds to the gradients earlier, and it saves a pass."""
         writers = (strategy for strategy in run.strategies if strategy.overrides("before_step"))
@@ -213,10 +227,10 @@ class SI(Strategy):
         self._held = self._explained = None
         self._zeros = 0
 
-    def _hold(self, lines: dict[str, Line], importance: dict[str, Tensor]) -> None:
+    def _hold(self, lines: dict[str, Line], importance: dict[str, Tensor], alone: bool) -> None:
         from ..quadratic import Well
 
-        self.lines, self.importance = lines, importance
+        self.lines, self.importance, self.alone = lines, importance, alone
         self.wells = [Well(lines[name].weight, lines[name].start, held) for name, held in importance.items()]
 
     def _summed(self, parts: list[Tensor]) -> list[float]:
@@ -230,29 +244,47 @@ class SI(Strategy):
 
 @dataclass
 class Line:
-    """The line integral along the path of one weight, with d_t = w_t - start. Summed by parts, it needs one pass a step
-    and no copy of the weights as they were before the step:
+    """The line integral along the path of one weight, with d_t = w_t - start, in one of two ways:
 
-        omega = -sum_t g_t (d_{t+1} - d_t) = sum_t (g_t - g_{t-1}) d_t  -  g_T d_{T+1}        g_0 = 0
+        omega = -sum_t g_t (d_{t+1} - d_t)                                   `follow`, after a step
+              = sum_t (g_t - g_{t-1}) d_t  -  g_T d_{T+1}        g_0 = 0     `read`, before it: summed by parts
 
-    A skipped step changes nothing then: its d_{t+1} is d_t.
+    The first is shorter. The second needs no gradient once the step is made, when it may be no longer the task's, and
+    counts to a step whatever moves the weights until the next. Both take one pass a step and one tensor beside the sum,
+    and a skipped step changes nothing: its d_{t+1} is d_t.
     """
 
     weight: nn.Parameter
     start: Tensor
     omega: Tensor
-    """The sum so far, without the last term."""
-    gradient: Tensor
-    """g of the last step: the last term is open until the next, or the end."""
+    """The sum so far; by parts without the last term."""
+    last: Tensor
+    """By parts g of the last step, whose term is open until the next, or the end; else the weight as it left it."""
 
     earlier: Tensor | None = None
     """Importance in earlier runs."""
+    followed: bool = False
+    """The first way."""
 
     def __post_init__(self) -> None:
         from ..quadratic import Cut
 
-        held = (self.weight, self.start, self.omega, self.gradient, self.earlier)
+        held = (self.weight, self.start, self.omega, self.last, self.earlier)
         self._cut = Cut(*(tensor for tensor in held if tensor is not None))
+
+    def follow(self, unclip: float | Tensor) -> None:
+        """Take the step that was just made along its gradient, times `unclip`; what is not finite counts as 0."""
+        import torch
+
+        if self.weight.grad is None:
+            self.last.copy_(self.weight.detach())
+            return
+        for gradient, room, w, _, omega, before, *_ in self._cut.along(self.weight.grad):
+            moved, g, times = torch.sub(w.float(), before, out=room), gradient.float(), unclip
+            if not isinstance(unclip, float):
+                g, times = (g * unclip).nan_to_num_(0.0, 0.0, 0.0), 1.0
+            omega.addcmul_(moved, g, value=-times)
+            before.copy_(w)
 
     def read(self, unclip: float | Tensor, strength: float = 0.0) -> None:
         """Take the gradient of a step that is about to be made, times `unclip`; what is not finite counts as 0. Above a
@@ -272,10 +304,13 @@ class Line:
     def total(self) -> Tensor:
         """omega, summed over this rank's shard: a scalar."""
         from ..quadratic import inner
+        from ..weights import local
 
+        if self.followed:
+            return local(self.omega).sum()
         return sum(
             omega.sum() - inner(last, w.float() - start.float())
-            for last, _, w, start, omega, *_ in self._cut.along(self.gradient)
+            for last, _, w, start, omega, *_ in self._cut.along(self.last)
         )
 
     def extent(self) -> Tensor:
@@ -289,7 +324,7 @@ class Line:
 
     def closed(self) -> Tensor:
         """omega up to where the weight stands, placed as the weight is."""
-        return self.omega - self.gradient * self._moved()
+        return self.omega if self.followed else self.omega - self.last * self._moved()
 
     def importance(self, xi: float) -> Tensor:
         """relu(omega) / (d^2 + xi), placed as the weight is."""
