@@ -1,16 +1,22 @@
-"""Say how sure a figure is: every one is a ratio of sums over rows, with a paired bootstrap interval over these rows.
+"""Say how sure a figure is: every one is a ratio of sums over rows, with a 95 % interval over these rows.
 
     loss per token    nll / tokens                  token accuracy    correct / tokens
     change            (after - before) / tokens     drift             KL / tokens
     metric            right rows / rows             retention         after / before
 
-Intervals are percentile bootstraps, widened to what Student's t would ask for so that few rows do not promise too much;
-where rows can only be right or wrong, Wilson's for a share of them all, and Bonett and Price's for a change.
+Rows that can only be right or wrong have intervals in closed form: Wilson's for a share of them, Bonett and Price's of
+2012 for a change and of 2006 for retention. All others have percentile bootstraps, widened to what Student's t would
+ask for so that few rows do not promise too much.
 
 Rows are drawn with replacement and both sides of a ratio with them, so that what differs between rows (a hard one, a
 long one) does not blur what changed between before and after. A row, not a token, is what is drawn: tokens of one row
 are not independent. The interval says how far the rows measured stand for others like them; it says nothing about
 another seed of training.
+
+In simulations 95 % intervals hold 93 to 97 %, averaged over easy and hard tasks: shares and retention of right or
+wrong rows from 16 rows on, changes of them from 32 (more where flips are rare), tokens and graded scores from 64. No
+bootstrap knows what it did not see: where few rows differ from all others, as when a graded score moves on some only,
+it promises too much (about 83 % where three rows of 16 moved).
 """
 
 from __future__ import annotations
@@ -19,11 +25,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, bootstrap, norm
+from scipy.stats import bootstrap, norm
 from scipy.stats import t as student
 
 RESAMPLES = 4000
 LEVEL = 0.95
+Z = float(norm.ppf((1 + LEVEL) / 2))
 HELD = 2**22
 """Numbers drawn at a time; bounds memory for tasks of many rows."""
 
@@ -108,16 +115,26 @@ def per_row(score: ArrayLike, seed: int = 0) -> Estimate:
 
 
 def share(right: ArrayLike, seed: int = 0) -> Estimate:
-    """Share of rows that are right, each 1 or 0.
+    """Share of rows that are right, each 1 or 0; the mean where some are graded in between.
 
-    Where all rows agree every resample does, too, and the bootstrap would be certain: ten right answers of ten would
-    promise the eleventh. The interval there is Wilson's score interval of a binomial share, [0.72, 1] for ten of ten.
+    Right or wrong rows have Wilson's score interval of a binomial share: ten of ten are [0.72, 1]. The bootstrap would
+    be certain of the eleventh, and holds only 85 to 91 % where nearly all rows agree.
     """
-    found, right = per_row(right, seed), np.asarray(right, float)
-    if found.low is None or found.value not in (0, 1):
-        return found
-    low, high = binomtest(int(right.sum()), right.size).proportion_ci(LEVEL, method="wilson")
-    return Estimate(found.value, float(low), float(high))
+    right = np.asarray(right, float)
+    if right.size < 2 or not _binary(right):
+        return per_row(right, seed)
+    return Estimate(float(right.mean()), *_wilson(int(right.sum()), right.size, Z))
+
+
+def _binary(*scores: NDArray) -> bool:
+    return all(np.isin(rows, (0, 1)).all() for rows in scores)
+
+
+def _wilson(right: int, rows: int, z: float) -> tuple[float, float]:
+    """The shares that a score test of this critical value would not reject."""
+    middle, half = 2 * right + z**2, z * np.sqrt(z**2 + 4 * right * (1 - right / rows))
+    low, high = np.clip(np.array([middle - half, middle + half]) / (2 * (rows + z**2)), 0, 1)
+    return float(low), float(high)
 
 
 def change_of_share(before: ArrayLike, after: ArrayLike) -> Estimate:
@@ -131,14 +148,35 @@ def change_of_share(before: ArrayLike, after: ArrayLike) -> Estimate:
     if moved.size < 2 or not np.isfinite(moved).all():
         return Estimate(float(moved.mean())) if moved.size and np.isfinite(moved).all() else NOT_MEASURED
     padded = np.append(moved, [1.0, -1.0])
-    half = norm.ppf((1 + LEVEL) / 2) * padded.std() / np.sqrt(padded.size)
+    half = Z * padded.std() / np.sqrt(padded.size)
     # the interval stands around the padded mean, a little nearer to zero than what was found
     return Estimate(float(moved.mean()), *(float(np.clip(padded.mean() + side, -1, 1)) for side in (-half, half)))
 
 
 def retention(before: ArrayLike, after: ArrayLike, seed: int = 0) -> Estimate:
-    """after / before, both summed over the same rows; undefined if there was nothing before."""
-    return estimate(after, before, seed)
+    """after / before, both summed over the same rows; undefined over a baseline of zero.
+
+    Rows that are right or wrong have the interval of Bonett and Price (2006) for a ratio of paired shares: 64 right
+    rows of which none flipped are [0.97, 1.03], and a baseline of one right row says little and has a wide one.
+    """
+    before, after = np.asarray(before, float), np.asarray(after, float)
+    if before.size < 2 or not _binary(before, after) or not before.any():
+        return estimate(after, before, seed)
+    kept, lost, gained = (int(rows.sum()) for rows in (before * after, before * (1 - after), (1 - before) * after))
+    return Estimate((kept + gained) / (kept + lost), *_ratio_of_shares(kept, lost, gained))
+
+
+def _ratio_of_shares(kept: int, lost: int, gained: int) -> tuple[float, float]:
+    """Ends for (kept + gained) / (kept + lost): those of Wilson's two intervals divided crosswise.
+
+    Rows wrong on both sides say nothing and are left out. The critical value of both intervals is scaled so that they
+    answer for the ratio's standard error, in which the two sides vary together.
+    """
+    was, now, rows = kept + lost, kept + gained, kept + lost + gained
+    together = np.sqrt((lost + gained + 2) / ((was + 1) * (now + 1)))
+    apart = sum(np.sqrt((1 - (right + 1) / (rows + 2)) / (right + 1)) for right in (was, now))
+    (low_was, high_was), (low_now, high_now) = (_wilson(right, rows, Z * together / apart) for right in (was, now))
+    return low_now / high_was, high_now / low_was
 
 
 def flips(before: ArrayLike, after: ArrayLike) -> Flips:
