@@ -85,6 +85,7 @@ def test_what_was_lost_one_way_is_gained_the_other_with_the_rows_that_flipped(pl
         one, two = (rows[side][row["row"]] for side in ("first", "second"))
         assert (one["score"], two["score"]) == (1, 0)
         assert one["answer"] == one["expected"].strip() == row["expected"].strip() != two["answer"]
+        assert (row["before"], row["after"]) == (one["answer"], two["answer"])
     assert sum(row["score"] for row in rows["second"]) / 64 == second["after"]["metric"]["value"]
     line = capsys.readouterr().out.splitlines()[3].split()
     assert line[0] == order[1]

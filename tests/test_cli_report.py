@@ -70,7 +70,8 @@ def test_a_sequence_shows_its_matrix_and_its_stages(runs, capsys):
 def evaluated(*models):
     """An eval.json as `ftplus eval` writes it."""
     change = {**result().to_dict()["change"], "metric": {"value": -0.25, "low": -0.4, "high": -0.1}}
-    flips = {"right_only_first": [{"row": 7, "prompt": "Who?", "expected": "me"}], "right_only_now": []}
+    said = {"before": "me", "after": "<b>you</b>"}
+    flips = {"right_only_first": [{"row": 7, "prompt": "Who?", "expected": "me", **said}], "right_only_now": []}
     entry = {**result("quiz", "measure").to_dict(), "change": change, "verdict": "lost", "rows_file": "rows/1.jsonl"}
     return {
         "kind": "eval",
@@ -154,11 +155,24 @@ def test_the_models_of_an_eval_stand_beside_each_other(runs):
     assert "| quiz | 48 | 50.0 | 1.0 | lost -25.0 [-40.0, -10.0] | lost -25.0 [-40.0, -10.0] |" in text
     html = (runs / "report.html").read_text()
     assert "quiz with tuned: 1 lost" in html
-    assert 'row 7: <span class="prompt">Who?</span> (expected: me)' in html
+    assert '<p class="prompt"><small>row 7</small> Who?</p>' in html
+    assert "<dt>base</dt><dd><del>me</del></dd>" in html
+    assert "<dt>tuned</dt><dd><ins>&lt;b&gt;you&lt;/b&gt;</ins></dd>" in html
     lines = list(csv.reader((runs / "report.csv").read_text().splitlines()))
     assert ["tuned", "quiz", "measure", "48", "verdict", "lost", "", "", ""] in lines
     assert ["base", "quiz", "", "", "noise_floor", "again", "0.01", "", ""] in lines
     assert "3 " not in [line[2:4] for line in text.splitlines()]  # the first is the start of the others
+
+
+def test_an_eval_of_before_answers_were_kept_has_its_page_without_them(runs):
+    found = evaluated("base", "tuned")
+    for key in ("before", "after"):
+        del found["results"][1][0]["right_only_first"][0][key]
+    (runs / "eval.json").write_text(json.dumps(found))
+    assert main(["report", "out"]) == 0
+    html = (runs / "report.html").read_text()
+    assert "Who?" in html
+    assert "<dt>base</dt>" not in html
 
 
 CASES = {

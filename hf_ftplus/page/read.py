@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ..disk import read_json
 from ..errors import DataError
-from ..evaluation.results import TaskResult
+from ..evaluation.results import Completion, TaskResult
 from ..evaluation.statistics import Estimate
 from ..report import Report
 from ..report.matrix import Matrix
@@ -34,15 +34,24 @@ class Run:
 
 
 @dataclass
+class Flip:
+    """A row that only one of two models has right."""
+
+    row: int
+    said: Completion
+    """`before` is what the first model answered, `after` what this one did; None where neither wrote anything."""
+
+
+@dataclass
 class Call:
     """What `ftplus eval` says of one task with one model, beside the first."""
 
     model: str
     task: TaskResult
     verdict: str
-    lost: list[tuple[int, str, str]]
-    """Number, prompt and expected answer of every row that the first model has right and this one wrong."""
-    gained: list[tuple[int, str, str]]
+    lost: list[Flip]
+    """Rows that the first model has right and this one wrong."""
+    gained: list[Flip]
     rows_file: str
 
 
@@ -128,11 +137,14 @@ def scores(file: Path) -> Scores:
 
 
 def _call(model: str, task: TaskResult, found: dict[str, Any]) -> Call:
-    lost, gained = (
-        [(int(row["row"]), _text(row["prompt"]), _text(row["expected"])) for row in found[key]]
-        for key in ("right_only_first", "right_only_now")
-    )
+    lost, gained = ([_flip(row) for row in found[key]] for key in ("right_only_first", "right_only_now"))
     return Call(model, task, found["verdict"] or "", lost, gained, _text(found["rows_file"]))
+
+
+def _flip(row: dict[str, Any]) -> Flip:
+    asked = (_text(row[key]) for key in ("prompt", "expected"))
+    answers = (None if row.get(key) is None else _text(row[key]) for key in ("before", "after"))  # not in older files
+    return Flip(int(row["row"]), Completion(*asked, *answers))
 
 
 @whole

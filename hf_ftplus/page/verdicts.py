@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..evaluation.results import TaskResult
 from ..evaluation.statistics import Estimate
 from ..report.text import MISSING, label, number, percent, size
-from .answers import plain
-from .read import Call, Candidate, Comparison, Scores
+from .answers import differences, plain
+from .read import Call, Candidate, Comparison, Flip, Scores
 from .tables import Cell, cell
 
 MOST_FLIPS = 10
 """Rows shown of each task, model and direction; all of them are in the file named there."""
+MOST_ON_A_PAGE = 2000
+"""Rows shown of all of them together, or one of each."""
 CHARACTERS = 400
-"""Of a prompt or an expected answer."""
+"""Of a prompt or an answer, at most."""
 
 
 def called(scores: Scores) -> dict[str, Any]:
@@ -32,7 +34,6 @@ def called(scores: Scores) -> dict[str, Any]:
         "models": [label(name).plain for name in scores.models[1:]],
         "margin": f"{100 * scores.margin:g}",
         "rows": rows,
-        "flips": [flipped for calls in scores.calls for call in calls for flipped in _flipped(call)],
     }
 
 
@@ -41,19 +42,45 @@ def change_of(task: TaskResult) -> Estimate:
     return task.change.metric if task.metric else task.change.token_accuracy
 
 
-def _flipped(call: Call) -> Iterator[dict[str, Any]]:
-    for word, rows in (("lost", call.lost), ("gained", call.gained)):
-        if rows:
-            yield {
-                "what": f"{label(call.task.name).plain} with {label(call.model).plain}: {len(rows)} {word}",
-                "rows": [(row, _cut(asked), _cut(expected)) for row, asked, expected in rows[:MOST_FLIPS]],
-                "more": len(rows) - MOST_FLIPS,
-                "file": label(call.rows_file, characters=300).plain,
-            }
+def lengths(scores: Iterable[Scores]) -> list[int]:
+    """How many rows one page shows of each task, model and direction that has any."""
+    found = [len(rows) for one in scores for _, _, rows in _flipped(one)]
+    most = max(1, min(MOST_FLIPS, MOST_ON_A_PAGE // max(1, len(found))))
+    return [min(most, rows) for rows in found]
 
 
-def _cut(text: str) -> str:
-    return plain(text, CHARACTERS)[0][1]
+def flips(scores: Scores, most: int, characters: int) -> list[dict[str, Any]]:
+    """Rows that only one model has right, with what both answered; marked is where they differ."""
+    characters = min(CHARACTERS, characters)
+    return [
+        {
+            "what": f"{label(call.task.name).plain} with {label(call.model).plain}: {len(rows)} {word}",
+            "items": [_item(flip, (scores.models[0], call.model), characters) for flip in rows[:most]],
+            "more": len(rows) - most,
+            "file": label(call.rows_file, characters=300).plain,
+        }
+        for call, word, rows in _flipped(scores)
+    ]
+
+
+def _flipped(scores: Scores) -> Iterator[tuple[Call, str, list[Flip]]]:
+    for calls in scores.calls:
+        for call in calls:
+            for word, rows in (("lost", call.lost), ("gained", call.gained)):
+                if rows:
+                    yield call, word, rows
+
+
+def _item(flip: Flip, models: tuple[str, str], characters: int) -> dict[str, Any]:
+    said = flip.said
+    sides = differences(said.before, said.after, characters)
+    cells = [(label(name).plain, side) for name, side in zip(models, sides, strict=True)]
+    return {
+        "row": flip.row,
+        "prompt": plain(said.prompt, characters)[0][1],
+        "expected": plain(said.expected, characters)[0][1],
+        "cells": [] if said.before is said.after is None else cells,
+    }
 
 
 def compared(found: Comparison) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .flat import COLUMNS, MARK, to_card, to_csv, to_markdown
 from .found import Found, find
 from .read import Run
 from .tables import blocks, mapping, matrix_rows, mixture, of_strategies, of_task, overview, spent, tasks_of
-from .verdicts import called, compared
+from .verdicts import called, compared, flips, lengths
 
 if TYPE_CHECKING:
     from ..trainer import SFTTrainer
@@ -88,8 +88,9 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def page(found: Found, command: str) -> str:
-    """One HTML file of at most 3 MB that asks nothing of any network."""
-    count = sum(len(task.completions) for run in found.runs for task in run.report.tasks)
+    """One HTML file of at most 3 MB, for which answers are cut, that asks nothing of any network."""
+    flipped = lengths(found.scores.values())
+    count = sum(len(task.completions) for run in found.runs for task in run.report.tasks) + sum(flipped)
     characters = min(2000, max(60, 1_000_000 // max(1, count)))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -97,10 +98,15 @@ def page(found: Found, command: str) -> str:
     template = environment.get_template("page.html.jinja")
     shown = _context(found, command)
     while True:
-        html = template.render(**shown, answers=answers(found.runs, characters), characters=characters)
-        if len(html.encode()) < MOST_BYTES or characters <= 20:
+        sides = {
+            "answers": answers(found.runs, characters),
+            "flips": [flips(scores, max(flipped, default=1), characters) for scores in found.scores.values()],
+        }
+        html = template.render(**shown, **sides, characters=characters)
+        size = len(html.encode())
+        if size < MOST_BYTES or characters <= 20:
             return html
-        characters //= 2
+        characters = max(20, min(characters // 2, characters * MOST_BYTES // size))
 
 
 def _context(found: Found, command: str) -> dict[str, Any]:
@@ -113,7 +119,7 @@ def _context(found: Found, command: str) -> dict[str, Any]:
         "blocks": blocks(found.runs),
         "sequences": [_sequence(name, matrix) for name, matrix in found.sequences.items()],
         "comparisons": [compared(one) | {"figures": drawn.of_comparison(one)} for one in found.comparisons.values()],
-        "verdicts": [view for one in found.scores.values() if (view := called(one))["rows"]],
+        "verdicts": [called(one) for one in found.scores.values()],
         "figures": drawn.figures(found.runs),
         "plots_from": "" if plots.available() else PLOTS,
         "mixtures": [_mixture(place, run) for place, run in enumerate(found.runs, 1) if mixture(run.report.facts)],
@@ -191,6 +197,7 @@ def _item(rows: list[Any], said: tuple[Any, ...], characters: int) -> dict[str, 
             cells.append(("start" if same else f"{place} {name}: start", start))
         cells.append((f"{place} {name}" if len(rows) > 1 else name, after))
     return {
+        "row": None,
         "prompt": plain(first.prompt, characters)[0][1],
         "expected": plain(first.expected, characters)[0][1],
         "cells": cells,

@@ -173,16 +173,21 @@ def to_dict(judgement: Judgement) -> dict[str, Any]:
             "models": [{"name": name, "content": held, "tokens_per_second": speed} for name, held, speed in models],
             "noise_floor": dict(zip(names, judgement.floors, strict=True)),
             "results": [
-                [_entry(judged, rows_file(plan.models[number], number, judged, i)) for i, judged in enumerate(model)]
+                [
+                    _entry(judged, first, rows_file(plan.models[number], number, judged, i))
+                    for i, (judged, first) in enumerate(zip(model, judgement.models[0], strict=True))
+                ]
                 for number, model in enumerate(judgement.models)
             ],
         }
     )
 
 
-def _entry(judged: Judged, file: str) -> dict[str, Any]:
+def _entry(judged: Judged, first: Judged, file: str) -> dict[str, Any]:
     def shown(rows: tuple[int, ...]) -> list[dict[str, Any]]:
-        return [{"row": i, **{key: judged.rows[i][key] for key in ("prompt", "expected")}} for i in rows]
+        answers = [{"before": first.rows[i]["answer"], "after": judged.rows[i]["answer"]} for i in rows]
+        asked = [{key: judged.rows[i][key] for key in ("prompt", "expected")} for i in rows]
+        return [{"row": i, **one, **two} for i, one, two in zip(rows, asked, answers, strict=True)]
 
     return {
         **judged.result.to_dict(),

@@ -9,7 +9,7 @@ from report.test_record import result
 from hf_ftplus.evaluation import Completion
 from hf_ftplus.evaluation.statistics import Estimate
 from hf_ftplus.page import Found, Run
-from hf_ftplus.page.read import Call, Candidate, Comparison, Scores
+from hf_ftplus.page.read import Call, Candidate, Comparison, Flip, Scores
 from hf_ftplus.report import Report
 from hf_ftplus.report.matrix import Matrix
 
@@ -64,7 +64,8 @@ def full(text: str, name: str | None = None) -> Found:
     )
     runs = [Run(name, report, Path("report.json")), Run(f"{name} 2", report, Path("other.json"))]
     tasks = report.tasks[:1]
-    calls = [Call(text, task, "lost", [(3, text, text)], [(4, text, text)], text) for task in tasks]
+    said = Completion(text, text, f"{text} {text}", f"other {text}")
+    calls = [Call(text, task, "lost", [Flip(3, said)], [Flip(4, said)], text) for task in tasks]
     scores = Scores([text, text], 0.05, {tasks[0].name: 0.01}, [calls], [])
     half = Estimate(0.5, 0.4, 0.6)
     rows = [Candidate(text, 3, half, half, half, 1.0, 2.0, 3.0, 4.0, True)]

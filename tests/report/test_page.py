@@ -18,6 +18,7 @@ from hf_ftplus.page import Found, Run
 from hf_ftplus.page.answers import differences
 from hf_ftplus.page.definitions import DEFINITIONS
 from hf_ftplus.page.flat import to_csv, to_markdown
+from hf_ftplus.page.read import Call, Flip, Scores
 from hf_ftplus.page.write import MOST_BYTES, page
 from hf_ftplus.report import Report
 from hf_ftplus.report.text import label
@@ -202,6 +203,20 @@ def test_200_rows_of_20_models_fit_into_3_mb():
     assert 500_000 < len(html.encode()) < MOST_BYTES
     assert len(re.findall(r'class="prompt"', html)) == 200
     assert re.search(r"Answers are cut at \d+ characters", html)
+
+
+def test_flips_of_20_models_on_10_tasks_of_200_rows_fit_into_3_mb():
+    said = Completion('<"&>' * 200, "<b> & " * 100, '<"&>' * 300, '<"&> other ' * 99)
+    flips = [Flip(row, said) for row in range(100)]
+    tasks = [result(f"task {i}", "measure") for i in range(10)]
+    models = [f"out/model {i}" for i in range(20)]
+    calls = [[Call(name, task, "lost", flips, flips, "rows/x.jsonl") for task in tasks] for name in models[1:]]
+    scores = Scores(models, 0.05, {task.name: 0.01 for task in tasks}, calls, [])
+    runs = [Run(name, Report(tasks), Path("eval.json")) for name in models[1:]]
+    html = page(Found(runs, scores={"eval": scores}), COMMAND)
+    assert 500_000 < len(html.encode()) < MOST_BYTES
+    assert html.count("<dt>out/model 0</dt>") == 19 * 10 * 2 * 5
+    assert html.count("95 more, and every answer whole, in rows/x.jsonl") == 19 * 10 * 2
 
 
 @pytest.mark.parametrize(
