@@ -178,6 +178,10 @@ def test_an_eval_of_before_answers_were_kept_has_its_page_without_them(runs):
 CASES = {
     "nothing there": (["nowhere"], 3, "nowhere does not exist; expected the folder of a run or a sequence"),
     "no run": (["empty"], 3, "empty holds no ftplus/report.json, sequence.json, eval.json or compare.json"),
+    "cells": (["cells/cells"], 3, "compare.json lies above it: ftplus report cells"),
+    "a row of cells": (["cells/cells/ewc"], 3, "compare.json lies above it: ftplus report cells"),
+    "cells without": (["begun"], 3, "Runs lie below it: ftplus report begun/cells/ewc/seed-42"),
+    "rows": (["scores/rows"], 3, "eval.json lies above it: ftplus report scores"),
     "runs below": (["out"], 3, "Runs lie below it: ftplus report out/ewc out/plain"),
     "damaged": (["damaged"], 3, "cannot be read as JSON"),
     "no figure": (["infinite"], 3, "cannot be read as JSON: Infinity is no number"),
@@ -202,6 +206,10 @@ def test_bad_input_gives_one_sentence(runs, capsys, case):
         (here / name).mkdir()
         (here / name / "report.json").write_text(text)
     (here / "empty").mkdir()
+    for folder in ("cells", "begun"):
+        Report([result()]).save(here / folder / "cells/ewc/seed-42/ftplus/report.json")
+    (here / "cells" / "compare.json").write_text("{}")
+    (here / "scores" / "rows").mkdir(parents=True)
     (here / "note.txt").write_text("mine")
     (here / "mine.md").write_text("mine")
     wrong = Report([result()]).to_dict()
@@ -211,7 +219,6 @@ def test_bad_input_gives_one_sentence(runs, capsys, case):
     wrong["tasks"][0]["drift"]["value"] = float("inf")
     (here / "infinite").mkdir()
     (here / "infinite" / "report.json").write_text(json.dumps(wrong))
-    (here / "scores").mkdir()
     (here / "scores" / "eval.json").write_text('{"kind": "eval", "format": 2}')
     (here / "half").mkdir()
     half = {"format": 1, "stages": ["a"], "others": [], "score": [[0.0], ["x"]], "loss": [[1.0], [1.0]], "summary": {}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from ..report.matrix import Matrix
 from .read import Comparison, Run, Scores, comparison, matrix, renamed, scores
 
 KINDS = "report.json, sequence.json, eval.json or compare.json"
+PARTS = {"cells": "compare.json", "rows": "eval.json"}
+"""Folders that lie beside such a file."""
 
 
 @dataclass
@@ -75,9 +78,21 @@ def _file(path: Path) -> Path:
     for inside in ("sequence.json", "ftplus/report.json", "report.json", "eval.json", "compare.json"):
         if (path / inside).is_file():
             return path / inside
-    below = sorted(file.parents[1] for file in path.glob("*/ftplus/report.json"))
-    hint = f" Runs lie below it: ftplus report {shlex.join(map(str, below))}" if below else ""
-    raise DataError(f"{path} holds no ftplus/{KINDS}; expected what a finished run left.{hint}")
+    raise DataError(f"{path} holds no ftplus/{KINDS}; expected what a finished run left.{_hint(path)}")
+
+
+def _hint(path: Path) -> str:
+    """What to type instead: the comparison or evaluation that the folder is part of, or the runs below it."""
+    whole = path.absolute()
+    for part in (whole, whole.parent):
+        name = PARTS.get(part.name)
+        if name and (part.parent / name).is_file():
+            given = part.parent if path.is_absolute() else os.path.relpath(part.parent)
+            return f" {name} lies above it: ftplus report {shlex.quote(str(given))}"
+    for runs in ("*", "*/*", "cells/*/*"):
+        if below := sorted(file.parents[1] for file in path.glob(f"{runs}/ftplus/report.json")):
+            return f" Runs lie below it: ftplus report {shlex.join(map(str, below))}"
+    return ""
 
 
 def _names(files: list[Path]) -> list[str]:
