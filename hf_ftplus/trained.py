@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .callback import STATE_FOLDER
 from .data import reason
@@ -19,6 +21,8 @@ from .errors import DataError
 from .model import resolve
 
 ADAPTER = "adapter_config.json"
+OF_ADAPTER = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.model", "*.txt")
+"""Files of an adapter and its tokenizer, as they lie at the top of a repository on the Hub."""
 
 
 @dataclass
@@ -46,14 +50,14 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> Trained:
     """A model by folder, Hub name or `demo`; an adapter is put on the base that its configuration names.
 
     Args:
-        name: of the model, or the folder of an adapter.
+        name: of the model, or of an adapter.
         dtype: of its weights; "auto" as they were saved.
         device: where it goes; the accelerator if there is one, if left out.
 
     Raises:
         DataError: there is no such model, or no tokenizer beside it.
     """
-    path, base = resolve(name), base_of(name)
+    path, base = placed(name), base_of(name)
     model = weights(base or path, dtype)
     if base:
         from peft import PeftModel
@@ -74,7 +78,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     Raises:
         DataError: as `load`, as far as can be told without weights.
     """
-    path, base = resolve(name), base_of(name)
+    path, base = placed(name), base_of(name)
     with _said_of(name):
         AutoConfig.from_pretrained(base or path)
     return _tokenizer(path, base)
@@ -86,9 +90,23 @@ def weights(name: str, dtype: str = "auto") -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 
+def placed(name: str) -> str:
+    """As `resolve`; an adapter on the Hub is downloaded, and is the folder that holds it then.
+
+    Raises:
+        DataError: there is no such model.
+    """
+    path = resolve(name)
+    if Path(path).is_dir():
+        return path
+    with _said_of(name):
+        adapter = find_adapter_config_file(path)
+        return path if adapter is None else snapshot_download(path, allow_patterns=OF_ADAPTER, ignore_patterns="*/*")
+
+
 def base_of(name: str) -> str | None:
-    """The model below the adapter in the folder `name`; None where there is no adapter."""
-    file = Path(resolve(name)) / ADAPTER
+    """The model below the adapter `name`; None where there is no adapter."""
+    file = Path(placed(name)) / ADAPTER
     if not file.is_file():
         return None
     try:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -23,6 +24,14 @@ class Hub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.forbidden = ""
         """Part of the addresses that are answered with 403."""
+
+    def put(self, name: str, folder: Path, base: str | None = None) -> None:
+        """The files of a folder as a repository; of an adapter with `base` as the model that it names."""
+        files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+        if base:
+            config = json.loads(files["adapter_config.json"]) | {"base_model_name_or_path": base}
+            files["adapter_config.json"] = json.dumps(config).encode()
+        self.repos[name] = files
 
     def answer(self, request: Any) -> Any:
         path, method = request.url.path, request.method
@@ -56,7 +65,7 @@ class Hub:
 
     def revision(self, name: str, request: Any) -> Any:
         if name not in self.repos:
-            return http.Response(404, headers={"X-Error-Code": "RepoNotFound"}, json={"error": "Repository not found"})
+            return self.missing("Repo", "Repository not found")
         siblings = [{"rfilename": path} for path in self.repos[name]]
         return http.Response(200, json={"id": name, "sha": self.sha(name), "siblings": siblings})
 
@@ -71,12 +80,17 @@ class Hub:
         )
 
     def file(self, name: str, path: str, method: str) -> Any:
-        data = self.repos.get(name, {}).get(path)
+        if name not in self.repos:
+            return self.missing("Repo", "Repository not found")
+        data = self.repos[name].get(path)
         if data is None:
-            return http.Response(404, headers={"X-Error-Code": "EntryNotFound"}, json={"error": "Entry not found"})
+            return self.missing("Entry", "Entry not found")
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.sha(name)}
         headers["Content-Length"] = str(len(data))
         return http.Response(200, headers=headers, content=b"" if method == "HEAD" else data)
+
+    def missing(self, what: str, said: str) -> Any:
+        return http.Response(404, headers={"X-Error-Code": f"{what}NotFound"}, json={"error": said})
 
     def sha(self, name: str) -> str:
         """Of the repository as it is: another commit for other contents."""

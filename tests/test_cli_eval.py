@@ -6,14 +6,17 @@ import json
 import shutil
 import weakref
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from commands import make_place, words
 from evaluation.cases import brute_force, brute_force_kl, moved
+from hub import hub
 from memorised import ASKED, CHOICES, rows_of, save, scored, that_says, write
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -119,6 +122,30 @@ def test_a_fresh_adapter_has_neither_lost_nor_gained(place, tmp_path):
     assert found["results"][1][0]["verdict"] == "kept"
 
 
+def test_models_and_adapters_of_the_hub_are_scored_as_those_of_a_folder(place, tmp_path, monkeypatch, capsys):
+    flags = ["--measure", f"asked={place / 'asked.jsonl'}"]
+    names = ["me/base", "me/lora"]
+    found = scored(place, tmp_path / "out", ["model", "lora"], *flags)
+    capsys.readouterr()
+    with hub(monkeypatch, tmp_path / "hub") as there:
+        there.put("me/base", place / "model")
+        there.put("me/lora", place / "lora", base="me/base")
+        apart = scored(Path(), tmp_path / "apart", names, *flags)
+        assert "3 of 3 cells" in capsys.readouterr().err
+        assert [[one["after"], one["drift"]] for (one,) in apart["results"]] == [
+            [one["after"], one["drift"]] for (one,) in found["results"]
+        ]
+        assert main(["eval", *names, *flags]) == 0
+        assert "0 of 3 cells" in capsys.readouterr().err
+        weights = load_file(place / "lora" / "adapter_model.safetensors")
+        there.repos["me/lora"]["adapter_model.safetensors"] = to_bytes({key: 2 * it for key, it in weights.items()})
+        assert main(["eval", *names, *flags]) == 0
+        assert "1 of 3 cells" in capsys.readouterr().err
+        there.put("me/alone", place / "lora", base="me/nothing")
+        assert main(["eval", "me/alone", *flags]) == 3
+        assert "The model 'me/alone' cannot be loaded: me/nothing is not" in capsys.readouterr().err
+
+
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +221,16 @@ def test_tasks_are_exported_without_a_model_and_what_cannot_be_is_named(place, t
     (tmp_path / "turns.jsonl").write_text(json.dumps({"messages": turns}))
     assert main(["eval", "--export", str(out), "--measure", f"t={tmp_path / 'turns.jsonl'}"]) == 3
     assert "t, row 1 has 3 messages before its answer" in capsys.readouterr().err
+
+
+def test_without_a_folder_it_says_how_to_keep_the_answers_and_then_measures_nothing(place, tmp_path, capsys):
+    line = ["eval", str(place / "base"), "--measure", f"asked={place / 'asked.jsonl'}"]
+    assert main(line) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Type the same with --out FOLDER for a page, eval.json")
+    assert main([*line, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert "0 of 1 cells" in said
+    assert "--out FOLDER" not in said
 
 
 def test_half_a_cell_was_never_kept(place, tmp_path, capsys, cache):

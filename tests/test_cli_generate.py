@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from commands import make_place, words
+from hub import hub
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -161,6 +162,20 @@ def test_merged_it_says_what_base_and_adapter_say(place, merged, tmp_path):
     (row,) = asked(place, tmp_path, "--model", merged, "--prompt", "Name a colour.")
     assert row["completion"] == answer(adapted(place))
     assert tiny_tokenizer().chat_template in ((merged / "chat_template.jinja").read_text(),)
+
+
+def test_an_adapter_of_the_hub_is_asked_and_merged_like_one_of_a_folder(place, tmp_path, monkeypatch):
+    with hub(monkeypatch, tmp_path / "hub") as there:
+        there.put("me/base", place / "model")
+        there.put("me/adapter", place / "adapter", base="me/base")
+        flags = ["--prompt", "Name a colour.", "--compare-with", "me/base"]
+        (row,) = asked(place, tmp_path, "--model", "me/adapter", *flags)
+        assert row["completion"] == answer(adapted(place))
+        assert row["compared"] == answer(AutoModelForCausalLM.from_pretrained(place / "model"))
+        assert main(["merge", "--model", "me/adapter", "--out", str(tmp_path / "out")]) == 0
+    ids = torch.arange(20)[None]
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(whole(ids).logits, adapted(place)(ids).logits, rtol=1e-3, atol=1e-4)
 
 
 def dropped(model, **options):

@@ -69,7 +69,12 @@ HELP = {
     type=click.Path(path_type=Path),
     help="Write the tasks for lm-evaluation-harness there; without MODEL nothing else is done.",
 )
-@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Keep eval.json, and every row, here.")
+@click.option(
+    "--out",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Keep eval.json, every row with its answer, and a page here; typed later, nothing is measured again.",
+)
 @click.option(
     "--cache",
     metavar="FOLDER",
@@ -100,7 +105,8 @@ def eval(
 ) -> None:  # fmt: skip
     """Score models on the same rows, and compare each with the first.
 
-    MODEL is a folder that `ftplus sft` wrote (a model, an adapter, one of its checkpoints), a Hub name, or demo.
+    MODEL is a folder that `ftplus sft` wrote (a model, an adapter, one of its checkpoints), the name of either on the
+    Hub, or demo.
 
     \b
     ftplus eval demo OUTPUT --measure chat=chat.jsonl --measure quiz=quiz.jsonl --metric quiz=exact_match
@@ -168,6 +174,12 @@ def run(plan: Plan, kept: Any, out: Path | None, benchmarks: list[Any]) -> None:
         file = save(judgement, out)
         click.echo(f"All figures, and the rows behind them: {file}", err=True)
         leave_page(file)
+    else:
+        click.echo(
+            "Type the same with --out FOLDER for a page, eval.json, and the answer to every row behind these scores; "
+            "nothing is measured again.",
+            err=True,
+        )
 
 
 def writable(folder: Path, flag: str) -> Path:

@@ -35,7 +35,7 @@ device_option = click.option("--device", help="Such as cuda:1 or cpu; the accele
     "name",
     required=True,
     metavar="MODEL",
-    help="What `ftplus sft` wrote: a model, or an adapter; a Hub name; or demo.",
+    help="What `ftplus sft` wrote: a model, or an adapter; the name of either on the Hub; or demo.",
 )
 @click.option(
     "--prompt", "prompts", multiple=True, metavar="TEXT", help="Repeatable; - reads a prompt from each line of stdin."

@@ -17,7 +17,7 @@ from .generate import device_option, dtype_option
     "name",
     required=True,
     metavar="ADAPTER",
-    help="The folder that `ftplus sft --use_peft` wrote.",
+    help="The folder that `ftplus sft --use_peft` wrote, or an adapter's name on the Hub.",
 )
 @click.option(
     "--out", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="An empty folder, or none."

@@ -1,7 +1,7 @@
 """Models, tasks and code known by what they hold: what was measured once need not be measured again.
 
 A local model is known by every byte of its weights, configuration and tokenizer, which takes as long as reading it
-(about a second per GB); a model of the Hub by its commit.
+(about a second per GB), and so is an adapter of the Hub, which is small; a whole model of the Hub by its commit.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from ..contents import of_file
 from ..evaluation import EvalTask
-from ..trained import base_of, resolve
+from ..trained import base_of, placed
 
 HELD = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 """Suffixes of files that a model or its tokenizer is made of."""
@@ -47,7 +48,7 @@ def digest(thing: Any) -> str:
 
 def of_model(name: str) -> str:
     """The model of a folder, of the Hub or `demo`; an adapter together with its base."""
-    path, base = resolve(name), base_of(name)
+    path, base = placed(name), base_of(name)
     own = _of_folder(Path(path)) if Path(path).is_dir() else _of_hub(path)
     return own if base is None else digest([own, of_model(base)])
 
@@ -63,7 +64,8 @@ def held(file: Path) -> bool:
 
 def _of_hub(name: str) -> str:
     """A model without a commit is like no other, and measured every time."""
-    return f"{name}@{getattr(AutoConfig.from_pretrained(name), '_commit_hash', None) or secrets.token_hex()}"
+    # not the configuration's `_commit_hash`, which transformers 5 no longer sets
+    return f"{name}@{extract_commit_hash(cached_file(name, CONFIG_NAME), None) or secrets.token_hex()}"
 
 
 def of_task(task: EvalTask) -> str:
