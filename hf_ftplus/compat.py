@@ -5,6 +5,7 @@ Each with the version and a link, so that it can be deleted one day. What passes
 
 from __future__ import annotations
 
+import warnings
 from importlib import metadata
 from typing import Any
 
@@ -30,6 +31,13 @@ def check() -> None:
             f"transformers {found} is installed; hf-ftplus needs {TRANSFORMERS} or newer: with older ones its tests "
             f"fail. Type: pip install 'transformers>={TRANSFORMERS}'"
         )
+
+
+def quiet() -> None:
+    """Keep from users what the stack tells its own developers: TRL 1.16 and PEFT 0.21 ask for what transformers 5.23
+    will drop. https://github.com/huggingface/transformers/releases"""
+    for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
+        warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
 
 
 def end(trainer: Any) -> None:

@@ -27,6 +27,7 @@ from .config import SECRETS, RunConfig
 from .disk import flush, locked, replace
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
+from .foreseen import refuse_foreseen
 from .measured import keep_apart, tasks
 from .model import to_train
 from .page import leave_card, leave_page, warned
@@ -108,6 +109,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     refuse(config.strategies, config.training)
     refuse_zero3(config)
     to_train(config.model.model_name_or_path)
+    refuse_foreseen(config, config.strategies)
     if config.memory is not None:
         base.check(config.memory, config.model.model_name_or_path)
     rows = find(config)

@@ -88,12 +88,13 @@ class Strategy:
             setattr(self, item.name, item.check(getattr(self, item.name), type(self).name))
 
     def refuse(self, run: Run | None) -> None:
-        """Raise for what cannot work as early as it is known; cheap, since called twice. A run that says that it is
-        resumed was asked when it began, and is not asked again.
+        """Raise for what cannot work as early as it is known; cheap, since called several times. A run that says that
+        it is resumed was asked when it began, and is not asked again.
 
         Args:
-            run: None before the model is loaded; then with `protect` naming its tasks, of which no row was read yet,
-                and no learn rows.
+            run: None at first; before the model is loaded, one whose model has shapes and no numbers (torch's meta
+                device), if its config tells them; then that of the loaded model. `protect` names its tasks, of which no
+                row was read yet, and there are no learn rows.
         """
 
     def prepare(self, run: Run) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -421,3 +422,11 @@ def test_an_adapter_that_cannot_be_merged(place, tmp_path, capsys):
     assert main(["merge", "--model", str(tmp_path / "prompt"), "--out", str(tmp_path / "new")]) == 4
     assert "PROMPT_TUNING) cannot be merged" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_what_the_stack_tells_its_developers_reaches_no_user(place, tmp_path):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        assert main(["merge", "--model", str(place / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+        assert main(words(place, tmp_path / "adapter", "--use_peft", "true", "--max_steps", "1", *QUICK)) == 0
+    assert not [warning for warning in heard if "gradient_checkpointing` is deprecated" in str(warning.message)]

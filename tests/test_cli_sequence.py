@@ -9,6 +9,7 @@ import pytest
 import yaml
 from sequences import make_sequence_place, sequence_yaml
 from test_sequence import STOP
+from tiny import tiny_llama, tiny_tokenizer
 
 from hf_ftplus.cli import main
 
@@ -106,6 +107,14 @@ def taught(number, folder):
     return change
 
 
+def taught_by_another(given):
+    """A second stage whose teacher has one token more than the student."""
+    folder, tokenizer = given["output_dir"] + "-other", tiny_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder), tiny_llama(vocab=len(tokenizer)).save_pretrained(folder)
+    given["stages"][1]["plugins"] = [{"distill": {"teacher": folder}}]
+
+
 def evaluated_task(measure=None):
     """A second stage with one task under `tasks:`, evaluated on its own held-out rows."""
 
@@ -171,6 +180,18 @@ REFUSED = {
     "a gate that nothing can open": (2, in_stage(0, fail_if_retention_below=0.9), "has no protect task to judge"),
     "a later stage as teacher": (3, taught(1, "03-cities"), "Stage 'fruits': distill cannot load the teacher"),
     "its own model as teacher": (3, taught(1, "02-fruits"), "Stage 'fruits': distill cannot load the teacher"),
+    "si with an adapter in a later stage": (
+        4,
+        in_stage(2, plugins=["si"], use_peft=True),
+        "Stage 'cities': si cannot follow an adapter",
+    ),
+    "ewc with dora": (4, put(plugins=["ewc"], use_peft=True, use_dora=True), "Stage 'colours': The adapter trains"),
+    "ewc with dora in a later stage": (
+        4,
+        in_stage(1, plugins=["ewc"], use_peft=True, use_dora=True),
+        "Stage 'fruits': The adapter trains",
+    ),
+    "a teacher of other tokens": (4, taught_by_another, "Stage 'fruits': The teacher"),
     "a teacher that may be gone": (2, taught(1, "01-colours/checkpoint-2"), "will not leave there"),
     "no teacher there": (
         2,

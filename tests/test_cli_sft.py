@@ -260,6 +260,29 @@ def test_nothing_to_protect_is_said_before_the_model_loads(place, tmp_path, caps
     assert "self:256" in capsys.readouterr().err
 
 
+PEFT = ["--use_peft", "true", "--lora_r", "2"]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "more", "says"),
+    [
+        ("si", PEFT, "si cannot follow an adapter"),
+        ("ewc", [*PEFT, "--use_dora", "true"], "does not change a weight by scale * B A"),
+        ("distill", ["--set", "distill.teacher=OTHER"], "has other tokens: "),
+    ],
+)
+def test_what_a_strategy_cannot_train_is_refused_before_the_model_loads(
+    place, tmp_path, capsys, monkeypatch, plugin, more, says
+):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "other"), tiny_llama(vocab=len(tokenizer)).save_pretrained(tmp_path / "other")
+    more = [word.replace("OTHER", str(tmp_path / "other")) for word in more]
+    monkeypatch.setattr("hf_ftplus.run.sft_trainer", None)  # no model may load
+    assert main(words(place, tmp_path / "out", *more, plugin=plugin)) == 4
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.fault("A7")
 def test_another_runs_folder_is_not_overwritten(place, tmp_path, capsys):
     assert main(words(place, tmp_path / "out")) == 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from .. import compat
 from ..errors import FTPlusError, UsageError, nearest
 
 COMMANDS = {
@@ -101,6 +102,7 @@ def cli(ctx: click.Context) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is 0, that of the error, 130 after Ctrl-C, or 143 after SIGTERM."""
     words, debug = _take_debug(list(sys.argv[1:] if args is None else args))
+    compat.quiet()
     try:
         result = cli.main(words, prog_name="ftplus", standalone_mode=False, obj=debug)
         return _end(result if isinstance(result, int) else 0)

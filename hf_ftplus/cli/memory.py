@@ -63,7 +63,6 @@ def make(model: str, protect: tuple[str, ...], out: Path, **how: Any) -> None:
     """Estimate how much each weight matters for what is protected, once."""
     import logging
     import sys
-    import warnings
 
     from transformers.utils import logging as transformers_logging
 
@@ -73,9 +72,6 @@ def make(model: str, protect: tuple[str, ...], out: Path, **how: Any) -> None:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     logging.getLogger("hf_ftplus").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-    )  # PEFT 0.21 asks for it
     base = make(model, list(protect), out, **how)
     size = sum(verify(out).values()) / 1e6
     click.echo(f"{size:.1f} MB in {out}: {'; '.join(base.protect)}.")

@@ -7,13 +7,13 @@ Replacing `trl` by `ftplus` in a command never breaks it. Flags of `accelerate l
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import click
 
+from .. import compat
 from ..config import OPTIONS, YAML_ONLY, RunConfig, build, merge, read_yaml
 from ..errors import IncompatibleError, UsageError, nearest
 from . import launch
@@ -105,7 +105,7 @@ def configured(
     flags: dict[str, Any], words: Sequence[str], yaml: dict[str, Any], no_data: bool = False
 ) -> tuple[RunConfig, list[str], list[str]]:
     """One run from our flags, the other words of the command line and a YAML mapping; and what is accelerate's."""
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)  # TRL 1.16's own default
+    compat.quiet()  # a sequence comes here without a command line
     ours, rest = merge(flags, yaml)
     config = build(ours)
     trl, launch_yaml, launch_words = parse_trl(words, rest, bool(config.tasks), no_data)

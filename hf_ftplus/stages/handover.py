@@ -164,8 +164,14 @@ def handed_on(plan: Plan, stage: Stage) -> tuple[str | None, Path | None]:
     before = plan.before(stage)
     if before is None:
         return None, None
-    memory = before.folder / "ftplus" / "memory"
-    return str(left_by(before)), memory if stage.remembers and (memory / "manifest.json").is_file() else None
+    memory = memory_to_come(plan, stage)
+    return str(left_by(before)), memory if memory and (memory / "manifest.json").is_file() else None
+
+
+def memory_to_come(plan: Plan, stage: Stage) -> Path | None:
+    """Where the stage before leaves the memory that a stage is given, if it is given one."""
+    before = plan.before(stage)
+    return before.folder / "ftplus" / "memory" if before and stage.remembers else None
 
 
 def left_by(stage: Stage) -> Path:

@@ -16,7 +16,7 @@ from ..config import without_secrets
 from ..errors import RetentionError, UsageError
 from ..strategy import Strategy, settings
 from .digests import note_data, refuse_other_data, see_data
-from .handover import hand_on, handed_on, left_by, stage_yaml, storing
+from .handover import hand_on, handed_on, left_by, memory_to_come, stage_yaml, storing
 from .plan import Plan, Stage, read, within
 from .resuming import (
     clear,
@@ -93,6 +93,7 @@ def check(plan: Plan) -> dict[str, str]:
     from datasets import Dataset
 
     from ..callback import refuse
+    from ..foreseen import refuse_foreseen
     from ..model import DEMO, to_train
     from ..rows import find
     from ..run import len_of, refuse_several_devices
@@ -111,7 +112,9 @@ def check(plan: Plan) -> dict[str, str]:
             see_data(stage, pools)
             refuse_several_devices(config.training)
             if not stage.report.is_file():  # what taught a finished one may be gone
-                refuse([it for it in config.strategies if not _waits(plan, stage, it)], config.training)
+                known = [it for it in config.strategies if not _waits(plan, stage, it)]
+                refuse(known, config.training)
+                refuse_foreseen(replace(config, memory=config.memory or memory_to_come(plan, stage)), known)
             protect = [spec for spec in config.protect if spec.source not in pools]
             rows = find(replace(config, protect=protect, measure=_new(plan, stage)))
             for name, found in rows.measured.items():
