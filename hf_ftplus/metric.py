@@ -1,7 +1,7 @@
 """What a task can be scored by beside its loss: the one table of metrics, light enough to be read before torch is.
 
     choice         the right one of the row's `choices` is the likeliest answer                1 or 0
-    exact_match    the answer that the model writes is the expected one                        1 or 0
+    exact_match    the answer that the model writes is the expected one; also called exact     1 or 0
     f1             words that the two have in common, as SQuAD counts them                     0 to 1
     rouge          their longest common sequence of words: ROUGE-L, F-measure                  0 to 1
 
@@ -43,6 +43,9 @@ METRICS = {
 }
 
 
+ALIASES = {"exact": "exact_match"}
+
+
 def parse(text: str, found: str) -> Metric:
     """The metric that `NAME` or `NAME:PATTERN` asks for.
 
@@ -55,6 +58,7 @@ def parse(text: str, found: str) -> Metric:
             none, holds no group, or stands after a metric that reads no answers.
     """
     name, colon, pattern = str(text).partition(":")
+    name = ALIASES.get(name, name)
     if name not in METRICS:
         raise UsageError(f"{found}; expected one of {', '.join(METRICS)}.{nearest(name, list(METRICS))}")
     metric = METRICS[name]

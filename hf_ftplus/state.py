@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .disk import read_manifest, replace
 from .errors import IncompatibleError, StorageError
 from .sketch import compare, sketch
-from .weights import match, trainable
+from .weights import canonical, match, trainable
 
 if TYPE_CHECKING:
     from .strategy import Run, Strategy
@@ -74,7 +74,8 @@ def save_memory(folder: Path, name: str, tensors: dict[str, Tensor], run: Run) -
     """Leave `tensors` of one strategy for the next run; other strategies' memories in the folder stay."""
     drawn = {f"{SKETCH}{key}": part for key, part in sketch(run.model).items()}
     kept = _manifest(folder) or {"files": {}}
-    _write(folder, {name: {**tensors, **drawn}}, {"step": run.step, "model": identity(run.model)}, kept["files"])
+    facts = {"step": run.step, "model": identity(run.model), "shapes": shapes(run.model)}
+    _write(folder, {name: {**tensors, **drawn}}, facts, kept["files"])
 
 
 def load_memory(folder: Path, name: str, run: Run) -> dict[str, Tensor]:
@@ -96,11 +97,29 @@ def load_memory(folder: Path, name: str, run: Run) -> dict[str, Tensor]:
     found = compare({key.removeprefix(SKETCH): part for key, part in drawn.items()}, sketch(run.model))
     if found.differing:
         raise IncompatibleError(
-            f"The memory in {folder} was left with another model: {found.differing:,} of {found.sampled:,} sampled "
-            f"weights differ, compared in {str(found.precision).removeprefix('torch.')}; expected none. Start from the "
-            "model that run saved (--model_name_or_path ITS_OUTPUT), or leave --memory out."
+            f"The memory in {folder} was left with another model: {reshaped(manifest, run.model)}"
+            f"{found.differing:,} of {found.sampled:,} sampled weights differ, compared in "
+            f"{str(found.precision).removeprefix('torch.')}; expected none. Start from the model that run saved "
+            "(--model_name_or_path ITS_OUTPUT), or leave --memory out."
         )
     return tensors
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Of every weight but those of LoRA adapters, which another adapter of the same model may have otherwise."""
+    named = {canonical(name): list(weight.shape) for name, weight in model.named_parameters()}
+    return {name: shape for name, shape in named.items() if "lora_" not in name}
+
+
+def reshaped(manifest: dict[str, Any], model: nn.Module) -> str:
+    """How many weights have another shape than when a memory was left, and the first of them; empty where none has."""
+    was, now = manifest.get("shapes"), shapes(model)
+    was = was if isinstance(was, dict) else manifest["model"]["weights"]
+    differ = [name for name, shape in now.items() if was.get(name, shape) != shape]
+    if not differ:
+        return ""
+    first = differ[0]
+    return f"{len(differ)} weights have other shapes ({first} {was[first]} there, {now[first]} here), and "
 
 
 def identity(model: nn.Module) -> dict[str, Any]:

@@ -173,6 +173,19 @@ def test_memory_knows_its_model_adapted_merged_or_in_bf16_and_no_other(tmp_path)
     merged = model.merge_and_unload().requires_grad_(True)
     for same in (merged, merged.to(torch.bfloat16)):
         assert state.load_memory(tmp_path, "box", run_of(same)).keys() == {"a"}
-    for other in (tiny_llama(seed=1), tiny_llama(hidden=16), tiny_llama()):
+    for other in (tiny_llama(seed=1), tiny_llama()):
         with pytest.raises(IncompatibleError, match=r"another model: [1-9][\d,]* of [\d,]+ sampled weights differ"):
             state.load_memory(tmp_path, "box", run_of(other))
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "LoRA"])
+def test_memory_of_a_model_of_other_shapes_says_so_first(tmp_path, adapted):
+    made = [tiny_llama(), tiny_llama(hidden=16)]
+    if adapted:
+        made = [get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) for model in made]
+    state.save_memory(tmp_path, "box", {"a": torch.ones(2)}, run_of(made[0]))
+    words = (
+        r"another model: \d+ weights have other shapes \(model.embed_tokens.weight \[\d+, 32\] there, \[\d+, 16\] here"
+    )
+    with pytest.raises(IncompatibleError, match=words + r"\), and [\d,]+ of [\d,]+ sampled weights differ"):
+        state.load_memory(tmp_path, "box", run_of(made[1]))

@@ -19,6 +19,7 @@ from hf_ftplus.evaluation.found import as_found
 from hf_ftplus.evaluation.greedy import answers
 from hf_ftplus.evaluation.tasks import question
 from hf_ftplus.examples import tokenize
+from hf_ftplus.metric import parse
 
 CHOICES = [
     ("Is seven even?", ["yes", "no, not at all, it is odd"], "yes"),
@@ -242,7 +243,7 @@ def test_a_misspelt_metric_is_an_error_with_the_nearest_name(chat_rows):
 @pytest.mark.parametrize(
     ("metric", "says"),
     [
-        ("exact", "Did you mean 'exact_match'"),
+        ("exact_mach", "Did you mean 'exact_match'"),
         ("rougeL", "Did you mean 'rouge'"),
         ("exact_match:answer is", "has no group"),
         ("exact_match:(", "is no regular expression: missing"),
@@ -253,6 +254,13 @@ def test_a_misspelt_metric_is_an_error_with_the_nearest_name(chat_rows):
 def test_a_metric_that_cannot_be_read_is_refused(chat_rows, metric, says):
     with pytest.raises(UsageError, match=f"Task 'chat' has the metric .*{re.escape(says)}"):
         EvalTask.of("chat", "protect", chat_rows, tiny_tokenizer(), metric=metric)
+
+
+@pytest.mark.parametrize("metric", ["exact", "exact:answer is (.+)"])
+def test_exact_is_short_for_exact_match(chat_rows, metric):
+    task = EvalTask.of("chat", "protect", chat_rows, tiny_tokenizer(), metric=metric)
+    assert task.scored_by == parse(metric.replace("exact", "exact_match"), "")
+    assert task.scored_by.name == "exact_match"
 
 
 @pytest.mark.parametrize("metric", ["f1", "rouge"])
