@@ -150,6 +150,25 @@ def test_careless_commands(place, monkeypatch, capsys, flags, code, words):
     assert re.search(words, capsys.readouterr().err.replace("\n", " "))
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt", " "], "Prompt 1 is empty"),
+        (["--file", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--file", "{place}/odd.jsonl"], "Did you mean 'prompt'"),
+        (["--prompt", "x", "--no-chat", "--system", "Be kind."], "--no-chat was given"),
+        ([], "Nothing to ask"),
+    ],
+)
+def test_prompts_are_looked_at_before_the_model_loads(place, monkeypatch, capsys, flags, words):
+    (place / "odd.jsonl").write_text('{"promt": "Who?"}\n')
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("hf_ftplus.trained.weights", None)  # no model may load
+    flags = [flag.format(place=place) for flag in flags]
+    assert main(["generate", "--model", str(place / "adapter"), *flags]) in (2, 3)
+    assert words in capsys.readouterr().err.replace("\n", " ")
+
+
 # ---- merge -----------------------------------------------------------------------------------------------------------
 
 

@@ -95,12 +95,12 @@ def generate(
     from transformers.utils import logging
 
     from ..asked import How, ask, questions_of
-    from ..trained import load
+    from ..trained import load, tokenizer_of
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    rows = questions_of(typed, file, bool(tokenizer_of(name).chat_template), system, not no_chat)
     model = load(name, dtype, device)
-    rows = questions_of(typed, file, bool(model.tokenizer.chat_template), system, not no_chat)
     models = [model, *([_other(model, compare_with, dtype, device)] if compare_with else [])]
     answered = []
     for item in ask(models, rows, How(**how)):
