@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 from zlib import crc32
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -25,6 +26,8 @@ from .strategy import Run
 logger = logging.getLogger("hf_ftplus")
 
 DEFAULT_LENGTH = 1024
+CHUNK = 10_000
+"""Learn rows looked at at once."""
 PROTECT_BATCH = 4
 """Rows in a micro-batch of protect data. Each batch is one sample of every weight's importance: small is steady."""
 
@@ -154,6 +157,46 @@ def examples_of(batches: list[dict[str, Tensor]]) -> list[dict[str, list[int]]]:
             for ids, labels, keep in zip(batch["input_ids"], batch["labels"], mask, strict=True)
         ]
     return rows
+
+
+def say_learnt(name: str, same: int, rows: int) -> None:
+    """Say that `same` of the rows of a protect task are learnt, too: what is being learnt cannot tell what was lost."""
+    if same:
+        logger.warning(
+            "%s: %d of its %d protect rows are learnt, too, word for word. Take them out of one of the two.",
+            data.escape(name),
+            same,
+            rows,
+        )
+
+
+def warn_of_learnt(learn: Any, rows: int | None, protect: dict[str, list[dict[str, Tensor]]]) -> None:
+    """Say which protect tasks hold learn rows, where both are tokens already (`row_checks.warn_of_learnt` reads words).
+
+    Args:
+        learn: what is trained on; anything but a dataset of tokens is left alone.
+        rows: that are learnt, with which it begins; None: all.
+        protect: micro-batches by task.
+    """
+    if not protect or not isinstance(learn, Dataset) or "input_ids" not in learn.column_names:
+        return
+    known = rows_of_tokens(learn if rows is None else learn.select(range(rows)))
+    for name, batches in protect.items():
+        found = [np.array(example["input_ids"]).tobytes() in known for example in examples_of(batches)]
+        say_learnt(name, sum(found), len(found))
+
+
+def rows_of_tokens(learn: Dataset) -> set[bytes]:
+    """The token ids of every row, packed ones taken apart."""
+    packed, known = "seq_lengths" in learn.column_names, set()
+    columns = ["input_ids", "seq_lengths"] if packed else ["input_ids"]
+    for batch in learn.select_columns(columns).with_format("arrow").iter(CHUNK):
+        ids = batch["input_ids"].combine_chunks()
+        lengths = batch["seq_lengths"].combine_chunks().flatten() if packed else ids.value_lengths()
+        ends = lengths.to_numpy(zero_copy_only=False).cumsum()[:-1]
+        tokens = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+        known |= {part.tobytes() for part in np.split(tokens, ends)}
+    return known
 
 
 def same_batches(one: dict[str, list[dict[str, Tensor]]], other: dict[str, list[dict[str, Tensor]]]) -> bool:

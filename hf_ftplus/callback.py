@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from . import state
-from .batches import SelfText, learn_batches, protect_batches, same_batches
+from .batches import SelfText, learn_batches, protect_batches, same_batches, warn_of_learnt
 from .data import as_tasks
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
 from .mixture import check_drawn, rows_drawn
@@ -55,6 +55,8 @@ class StrategyCallback(TrainerCallback):
         self.resumed_from: str | None = None
         self.learn_rows: int | None = None
         """Learn rows with which the training set begins, where protect rows follow them."""
+        self.told = False
+        """Whether the user was told which protect rows are learnt, too."""
         self.seconds: dict[str, float] = {strategy.name: 0.0 for strategy in self.strategies}
         names = [strategy.name for strategy in self.strategies]
         if len(set(names)) < len(names):
@@ -185,6 +187,8 @@ class StrategyCallback(TrainerCallback):
                 args.max_grad_norm,
             )
         if checkpoint is None:
+            if not self.told and args.process_index == 0:
+                warn_of_learnt(getattr(train_dataloader, "dataset", None), self.learn_rows, run.protect)
             for strategy in self.strategies:
                 self.call(strategy, "prepare", run)
         else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from . import conditions
+from .batches import say_learnt
 from .config import RunConfig
 from .errors import DataError, UsageError, nearest
 from .evaluation import EvalTask
@@ -124,14 +125,7 @@ def warn_of_learnt(learn: Any, protect: dict[str, Dataset]) -> None:
     parts = learn.values() if isinstance(learn, dict) else [learn]
     known = {said(row) for part in parts if protect and isinstance(part, Dataset) for row in part}
     for name, task in protect.items():
-        same = sum(said(row) in known for row in task)
-        if same:
-            logger.warning(
-                "%s: %d of its %d protect rows are learnt, too, word for word. Take them out of one of the two.",
-                escape(name),
-                same,
-                len(task),
-            )
+        say_learnt(name, sum(said(row) in known for row in task), len(task))
 
 
 def warn_of_protected(measured: dict[str, Dataset], protect: dict[str, Dataset]) -> None:

@@ -75,6 +75,8 @@ def _sft(config: RunConfig) -> Report:
         stopping.watch(config, start, trainer)
         unwritten = {spec.name: spec for spec in config.protect} if start.late else None
         trainer.install(config.strategies, rows.protect or unwritten or None, config.memory, config.shares)
+        if trainer.ftplus:
+            trainer.ftplus.told = True  # when its rows were found
     if not start.late:
         start.measure()
     close_trackers = hold_open(trainer)

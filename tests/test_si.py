@@ -20,7 +20,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, arguments, far, same, sequence, trainer, weights_of
 
 import hf_ftplus
-from hf_ftplus import EWC, Memory, Run, Strategy, StrategyCallback
+from hf_ftplus import EWC, Batch, Memory, Run, Strategy, StrategyCallback
 from hf_ftplus.errors import DataError, IncompatibleError, StorageError, UsageError
 from hf_ftplus.strategies.si import SI, Line
 from hf_ftplus.testing import check_strategy
@@ -315,6 +315,31 @@ def test_as_a_callback_without_clipping_it_is_the_same_bit_for_bit(tmp_path):
     inside.train(), outside.train()
     assert same(weights_of(inside), weights_of(outside))
     assert same(memory_of(tmp_path / "two/a"), memory_of(tmp_path / "two/b"))
+
+
+@dataclass
+class Again(Strategy):
+    """Adds the loss of the task once more."""
+
+    name: ClassVar[str] = "again"
+
+    def token_loss(self, run: Run, batch: Batch) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(batch.logits(batch.hidden).float(), batch.labels, reduction="sum")
+
+
+def test_what_another_adds_to_the_loss_is_credited_too_and_said(tmp_path, caplog):
+    """Twice the loss at half the rate is the same path, and explains twice as much."""
+    how = {"optim": "sgd", "lr_scheduler_type": "constant", **UNCLIPPED}
+    alone = trainer(tmp_path / "alone", SI(), learning_rate=0.02, **how)
+    with caplog.at_level(logging.INFO, "hf_ftplus"):
+        alone.train()
+        assert "adds to the loss" not in caplog.text
+        beside = trainer(tmp_path / "beside", SI(), Again(), learning_rate=0.01, **how)
+        beside.train()
+    assert "si: again adds to the loss, so importances also count what lowered that" in caplog.text
+    assert far(weights_of(alone), weights_of(beside)) < 1e-5
+    single, double = (omega(it.ftplus.strategies[0]) for it in (alone, beside))
+    assert_equals(double, {name: 2 * tensor for name, tensor in single.items()}, rel=1e-3)
 
 
 # ---- memory: one run after another -----------------------------------------------------------------------------------

@@ -117,6 +117,20 @@ def test_attach_gives_what_the_subclass_gives(tmp_path):
     assert moved(attached) < 0.9 * moved(plain)
 
 
+def attached(folder, *strategies, protect, **kwargs):
+    return attach(trainer(folder, cls=trl.SFTTrainer, **kwargs), *strategies, protect=protect)
+
+
+@pytest.mark.parametrize("how", [trainer, attached], ids=["SFTTrainer", "attach"])
+@pytest.mark.parametrize("more", [{}, {"packing": True}], ids=["plain", "packed"])
+@pytest.mark.parametrize("strategy", ["ewc", "replay"])
+def test_protect_rows_that_are_learnt_too_are_said_once(tmp_path, caplog, how, more, strategy):
+    how(tmp_path / "one", strategy, protect={"old": PROTECT}, max_steps=1, **more).train()
+    assert "are learnt, too" not in caplog.text
+    how(tmp_path / "two", strategy, protect={"old": [*PROTECT, *LEARN[:5]]}, max_steps=1, **more).train()
+    assert caplog.text.count("old: 5 of its 21 protect rows are learnt, too, word for word.") == 1
+
+
 class FailsToEvaluate(SFTTrainer):
     def evaluate(self, *args, **kwargs):
         raise RuntimeError("evaluation failed")

@@ -91,6 +91,12 @@ class SI(Strategy):
             logger.info("si: %s, so nothing is protected in this one; it records for the next", why)
         else:
             match(run.weights, memory, "The memory of si")
+        adding = [it.name for it in run.strategies if it.overrides("token_loss") and getattr(it, "strength", 1) != 0]
+        if adding:
+            logger.info(
+                "si: %s adds to the loss, so importances also count what lowered that, not only what was learnt",
+                ", ".join(adding),
+            )
         half = sum(weight.dtype in (torch.bfloat16, torch.float16) for weight in run.weights.values())
         if half:
             logger.warning(
