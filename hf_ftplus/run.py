@@ -37,7 +37,7 @@ from .row_checks import check_supervised
 from .rows import Rows, find, tokenizer_of, write
 from .shared import base
 from .shared.hub import said_of
-from .trainer import SaveOnInterrupt, SFTTrainer, sft_trainer
+from .trainer import SaveOnInterrupt, SFTTrainer, refuse_not_finite, sft_trainer
 
 OUTPUTS = (
     "checkpoint-*",
@@ -278,6 +278,7 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
     refuse_full_disk(trainer, Path(config.training.output_dir))
     try:
         trainer.train(resume_from_checkpoint=resume_point(config))
+        refuse_not_finite(trainer.model, trainer.state.global_step)  # of the last step, which no loss followed
     except torch.OutOfMemoryError as error:
         raise out_of_memory(trainer, error) from error
     except StorageError:

@@ -56,7 +56,10 @@ class _WithinTrainer(StrategyCallback):
 
 
 class StrategyMixin(MixingMixin):
-    """What a Trainer must do for strategies beyond its events. Every override calls `super()`; else that is all."""
+    """What a Trainer must do for strategies beyond its events. Every override calls `super()`; else that is all.
+
+    Without strategies it only looks: a loss, a gradient or weights that are not finite end the run.
+    """
 
     ftplus: StrategyCallback | None = None
     _origin: dict[str, Any]
@@ -134,13 +137,8 @@ class StrategyMixin(MixingMixin):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         # with its default filter the Trainer waits for this very value next, and hides what is not finite: look first
-        if self.ftplus is not None and self.args.logging_nan_inf_filter and not torch.isfinite(loss):
-            raise not_finite(
-                "loss",
-                loss.item(),
-                self.state.global_step + 1,
-                UNTOUCHED,
-            )
+        if self.args.logging_nan_inf_filter and not torch.isfinite(loss):
+            raise not_finite("loss", loss.item(), self.state.global_step + 1, UNTOUCHED)
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -151,7 +149,8 @@ class StrategyMixin(MixingMixin):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
         norm = super()._get_grad_norm(*args, **kwargs)
-        if self.ftplus is not None and not self.args.fp16 and not math.isfinite(norm):  # fp16 skips such steps
+        known = norm is not None and not self.args.fp16  # DeepSpeed may have none; fp16 skips such steps
+        if known and not math.isfinite(norm):
             raise not_finite("gradient's norm", norm, self.state.global_step + 1, UNTOUCHED)
         return norm
 
@@ -187,7 +186,7 @@ class StrategyMixin(MixingMixin):
         return world / num_items
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.ftplus is not None and "loss" in logs:
+        if "loss" in logs:
             for name in ("loss", "grad_norm"):  # fp16 overflows are skipped steps, not broken runs
                 if not math.isfinite(logs.get(name, 0.0)) and not (name == "grad_norm" and self.args.fp16):
                     raise not_finite(
@@ -197,13 +196,12 @@ class StrategyMixin(MixingMixin):
                         "The update was made, so these weights are spoilt: resume from a checkpoint of before this "
                         "logging window.",
                     )
-            logs = {**logs, **self.ftplus.metrics()}
+            logs = {**logs, **(self.ftplus.metrics() if self.ftplus is not None else {})}
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """As the Trainer does, but an older checkpoint is deleted only when this one is known to be whole."""
-        if self.ftplus is not None:
-            refuse_not_finite(self.model, self.state.global_step)
+        refuse_not_finite(self.model, self.state.global_step)
         folder = Path(self._get_output_dir(trial=trial))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -291,9 +289,9 @@ def refuse_not_finite(model: torch.nn.Module, step: int) -> None:
     broken = [name for name, weight in trainable(model).items() if not torch.isfinite(local(weight)).all()]
     if broken:
         raise IncompatibleError(
-            f"{len(broken)} weights are not finite at step {step} (the first is {broken[0]}), so no checkpoint of them "
-            "is written; the last one is intact. Lower the learning rate or the strength, or train in bf16 or fp32 "
-            "instead of fp16."
+            f"{len(broken)} weights are not finite at step {step} (the first is {broken[0]}), so they are not written; "
+            "the last checkpoint is intact. Lower the learning rate or the strength, or train in bf16 or fp32 instead "
+            "of fp16."
         )
 
 

@@ -350,6 +350,26 @@ def test_a_stopped_run_saves_and_can_be_resumed_to_the_same_weights(place, tmp_p
     assert same_file(whole / "model.safetensors", cut / "model.safetensors")
 
 
+@pytest.mark.fault("D1")
+@pytest.mark.parametrize(
+    ("steps", "says"), [("3", "is nan at step 2. Training stopped"), ("1", "weights are not finite at step 1")]
+)
+def test_a_run_that_blows_up_exits_with_4_and_leaves_no_such_weights(place, tmp_path, capsys, monkeypatch, steps, says):
+    from hf_ftplus import SFTTrainer
+
+    def spoil(self, *args, **kwargs):
+        torch.nn.init.constant_(self.model.lm_head.weight, float("inf"))  # as the last step of a run may
+        return 1.0
+
+    out = tmp_path / "out"
+    if steps == "1":
+        monkeypatch.setattr(SFTTrainer, "_get_learning_rate", spoil)
+    few = ["--learning_rate", "1e30", "--max_steps", steps, "--save_strategy", "no", "--measure_rows", "0"]
+    assert main(words(place, out, *few, plugin=None, protect=None)) == 4
+    assert says in capsys.readouterr().err
+    assert not (out / "model.safetensors").exists()
+
+
 @pytest.mark.fault("A8")
 def test_a_run_killed_before_its_report_is_only_measured_when_it_is_resumed(place, tmp_path):
     out, steps = tmp_path / "out", ["--max_steps", "3", "--save_strategy", "steps", "--save_steps", "3"]

@@ -219,8 +219,9 @@ def test_rows_of_a_step_may_be_shared_out_otherwise_and_it_is_said(tmp_path, cap
 
 
 @pytest.mark.fault("D1")
-def test_weights_that_are_not_finite_are_not_committed(tmp_path):
-    it = trainer(tmp_path, "ewc", **SAVING)
+@pytest.mark.parametrize("strategies", [(), ("ewc",)], ids=["plain", "EWC"])
+def test_weights_that_are_not_finite_are_not_committed(tmp_path, strategies):
+    it = trainer(tmp_path, *strategies, **SAVING)
     it.train()
     with torch.no_grad():
         next(it.model.parameters())[0, 0] = float("nan")

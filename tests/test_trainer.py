@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from lawful import Sorry
@@ -532,14 +533,18 @@ def test_a_strategy_that_raises_is_named_with_hook_and_step(tmp_path):
         trainer(tmp_path, Broken(), protect=None).train()
 
 
+PLAIN_TOO = pytest.mark.parametrize("strategies", [(), ("ewc",)], ids=["plain", "EWC"])
+
+
 @pytest.mark.fault("D1")
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+@PLAIN_TOO
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, strategies):
     class Poisoned(SFTTrainer):
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
             return loss * float("nan") if self.state.global_step == 2 else loss
 
-    it = trainer(tmp_path, "ewc", cls=Poisoned)
+    it = trainer(tmp_path, *strategies, cls=Poisoned)
     with pytest.raises(IncompatibleError, match="loss is nan at step 3"):
         it.train()
     assert all(torch.isfinite(weight).all() for weight in it.model.parameters())
@@ -564,6 +569,24 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_whatever_the_loss
     with pytest.raises(IncompatibleError, match=r"gradient's norm is (inf|nan) at step 3\. Training stopped before"):
         it.train()
     assert all(torch.isfinite(weight).all() for weight in it.model.parameters())
+
+
+@pytest.mark.fault("D1")
+def test_a_model_that_blows_up_never_ends_well_without_strategies(tmp_path, monkeypatch):
+    """Whichever looks first: at the loss or the gradient, at the weights, or at what is logged."""
+    saving = {"learning_rate": 1e30, "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(IncompatibleError, match=r"is (inf|nan) at step 2\. Training stopped before the update"):
+        trainer(tmp_path, **saving).train()
+    monkeypatch.setattr(transformers.Trainer, "_get_grad_norm", lambda *args, **kwargs: 1.0)
+    with pytest.raises(IncompatibleError, match="weights are not finite at step 2"):
+        trainer(tmp_path, **saving).train()
+    it = trainer(tmp_path, logging_nan_inf_filter=False, logging_steps=1)
+    monkeypatch.setattr(
+        trl.SFTTrainer, "compute_loss", lambda self, *args, **kwargs: self.model.lm_head.weight.sum() / 0
+    )
+    with pytest.raises(IncompatibleError, match=r"The loss is (-?inf|nan) at step 1\. The update was made"):
+        it.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 @dataclass
