@@ -298,16 +298,19 @@ class StrategyCallback(TrainerCallback):
     _saved: Path | None = None
 
     def verify(self, checkpoint: str, model: torch.nn.Module) -> None:
-        """Refuse a checkpoint of another model, adapter, mixture or strategies before the Trainer loads any of it."""
+        """Refuse one of another model, adapter, mixture, strategies or settings before the Trainer loads any of it."""
         folder = Path(checkpoint) / STATE_FOLDER
         if self.strategies:
-            state.load_checkpoint(folder, [s.name for s in self.strategies], model)
+            self._load(folder, model)
         check_drawn(state.checkpoint_fact(folder, "mixture"), self.run.tasks if self.run else {})
+
+    def _load(self, folder: Path, model: torch.nn.Module, step: int | None = None) -> dict[str, dict[str, Tensor]]:
+        names, settings = [strategy.name for strategy in self.strategies], state.settings_of(self.strategies)
+        return state.load_checkpoint(folder, names, model, step, settings)
 
     def _restore_best(self, checkpoint: Path) -> None:
         """The Trainer has put the weights of its best checkpoint back: what is left as memory must be of those."""
-        names = [strategy.name for strategy in self.strategies]
-        states = state.load_checkpoint(checkpoint / STATE_FOLDER, names, self.run.model)
+        states = self._load(checkpoint / STATE_FOLDER, self.run.model)
         for strategy in self.acting("finish"):
             self.call(strategy, "load_state_dict", states[strategy.name], self.run)
 
@@ -327,8 +330,7 @@ class StrategyCallback(TrainerCallback):
         return guess
 
     def _restore(self, checkpoint: Path, step: int) -> None:
-        names = [strategy.name for strategy in self.strategies]
-        states = state.load_checkpoint(checkpoint / STATE_FOLDER, names, self.run.model, step)
+        states = self._load(checkpoint / STATE_FOLDER, self.run.model, step)
         for strategy in self.strategies:
             self.call(strategy, "load_state_dict", states[strategy.name], self.run)
 

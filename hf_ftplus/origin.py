@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from .data import as_tasks
 from .errors import IncompatibleError
 from .generate import tokenizer_fingerprint
 from .sketch import sketch
 from .state import identity, same_identity
-from .weights import canonical
+from .weights import canonical, trainable
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -33,7 +36,23 @@ SAID = {
     "rows": "other training rows, or another number or order of them",
     "seed": "another seed",
     "batch": "another number of rows per step",
+    "dtype": "trained weights of another dtype",
 }
+REFUSED = (
+    "optim",
+    "optim_args",
+    "lr_scheduler_type",
+    "loss_type",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+)
+"""Arguments with which a run does not go on as another one: state of another optimizer, another loss."""
+OVERRULED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+"""Arguments whose values a checkpoint brings back, in its optimizer and schedule, whatever is given now."""
+APPLIED = ("max_grad_norm", "warmup_steps", "bf16", "fp16")
+"""Arguments that hold from here on as they are given now."""
 
 
 def origin(trainer: Any) -> dict[str, Any]:
@@ -47,6 +66,9 @@ def origin(trainer: Any) -> dict[str, Any]:
         "rows": rows(trainer.train_dataset, getattr(trainer.ftplus, "learn_rows", None)),
         "seed": [args.seed, args.data_seed],
         "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "dtype": None if placed else dtypes(trainer.model),
+        "protect": protected(trainer.ftplus.protect if trainer.ftplus else None),
+        "arguments": arguments(args),
         "split": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
@@ -64,15 +86,43 @@ def frozen(model: torch.nn.Module) -> str | None:
     return found.hexdigest()
 
 
+def dtypes(model: torch.nn.Module) -> dict[str, int]:
+    """Number of trainable weights of each dtype."""
+    return dict(Counter(str(weight.dtype).removeprefix("torch.") for weight in trainable(model).values()))
+
+
+def arguments(args: Any) -> dict[str, Any]:
+    """What was asked of optimizer, schedule and loss; what a Trainer's arguments do not have is left out."""
+    named = {name: getattr(args, name) for name in (*REFUSED, *OVERRULED, *APPLIED) if hasattr(args, name)}
+    found = {name: getattr(value, "value", value) for name, value in named.items()}
+    return {**found, "optim": str(found["optim"]).removesuffix("_fused")}  # the same, and the checkpoint's comes back
+
+
 def rows(dataset: Any, first: int | None = None) -> dict[str, Any] | None:
     """Number and digest of the (first) rows of a dataset; None for a stream, or for what is not of `datasets`."""
     if not isinstance(dataset, Dataset):
         return None
-    count = min(len(dataset), first or len(dataset))
-    found, table = hashlib.sha256(), dataset.with_format("arrow")
+    table = dataset.with_format("arrow")
+    return _digest(min(len(dataset), first or len(dataset)), lambda place: table[place : place + 1].to_pylist())
+
+
+def protected(protect: Any) -> dict[str, Any]:
+    """The same of each protect task; None for rows that are yet to be read or written."""
+    tasks = as_tasks(protect)
+    listed = {name: task for name, task in tasks.items() if isinstance(task, list)}
+    found = {name: _digest(len(task), task.__getitem__) for name, task in listed.items()}
+    return {name: found.get(name) or rows(task) for name, task in tasks.items()}
+
+
+def _digest(count: int, row: Callable[[int], Any]) -> dict[str, Any]:
+    found = hashlib.sha256()
     for place in sorted({i * (count - 1) // max(ROWS - 1, 1) for i in range(ROWS)}) if count else ():
-        found.update(json.dumps(table[place : place + 1].to_pylist(), default=repr, sort_keys=True).encode())
+        found.update(json.dumps(row(place), default=_plain, sort_keys=True).encode())
     return {"count": count, "digest": found.hexdigest()}
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else repr(value)
 
 
 def refuse_other(then: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
@@ -89,12 +139,17 @@ def refuse_other(then: dict[str, Any], now: dict[str, Any], checkpoint: Path) ->
         return
     if "model" in then:
         same_identity(then["model"], now["model"], checkpoint)
-    differ = [key for key in SAID if then.get(key) is not None and now[key] is not None and then[key] != now[key]]
+    keys = [key for key in SAID if then.get(key) is not None and now[key] is not None and then[key] != now[key]]
+    differ = [_said(key, then[key], now[key]) for key in keys]
+    differ += [f"other rows to protect ({said})" for said in _protected_otherwise(then.get("protect"), now["protect"])]
+    asked = _asked_otherwise(then.get("arguments", {}), now["arguments"])
+    differ += [f"another {name} ({said})" for name, said in asked.items() if name in REFUSED]
     if differ:
         raise IncompatibleError(
-            f"{checkpoint} was written with {'; '.join(_said(key, then[key], now[key]) for key in differ)}. Put back "
-            f"what it was to go on, or start a new run from its weights: --model_name_or_path {checkpoint}"
+            f"{checkpoint} was written with {'; '.join(differ)}. Put back what it was to go on, or start a new run "
+            f"from its weights: --model_name_or_path {checkpoint}"
         )
+    _warn_of_arguments(asked, checkpoint)
     before = then.get("versions", {})
     notes = [] if then.get("split") == now["split"] else ["the rows of a step shared out otherwise"]
     changed = {name: found for name, found in now["versions"].items() if before.get(name) != found}
@@ -103,8 +158,31 @@ def refuse_other(then: dict[str, Any], now: dict[str, Any], checkpoint: Path) ->
         logger.warning("%s was written with %s: the run goes on, but not bit for bit.", checkpoint, ", ".join(notes))
 
 
+def _asked_otherwise(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Of the arguments that both know: what was asked then, and is asked now."""
+    both = [name for name in now if name in then and then[name] != now[name]]
+    return {name: f"{then[name]} there, {now[name]} here" for name in both}
+
+
+def _protected_otherwise(then: dict[str, Any] | None, now: dict[str, Any]) -> Iterator[str]:
+    if not then or not now:
+        return
+    if sorted(then) != sorted(now):
+        yield f"{', '.join(sorted(then))} there, {', '.join(sorted(now))} here"
+        return
+    yield from (name for name, rows in now.items() if rows and then[name] and rows != then[name])
+
+
+def _warn_of_arguments(asked: dict[str, str], checkpoint: Path) -> None:
+    for names, what in ((OVERRULED, "the checkpoint's go on, what is given now has no effect"), (APPLIED, "now holds")):
+        said = [f"{name} ({asked[name]})" for name in names if name in asked]
+        if said:
+            logger.warning("%s was written with another %s: %s.", checkpoint, "; ".join(said), what)
+
+
 def _said(key: str, then: Any, now: Any) -> str:
-    if key in ("seed", "batch"):
+    if key in ("seed", "batch", "dtype"):
+        then, now = (", ".join(value) if isinstance(value, dict) else value for value in (then, now))
         return f"{SAID[key]} ({then} there, {now} here)"
     if key == "rows" and then.get("count") != now["count"]:
         return f"{SAID[key]} ({then.get('count')} there, {now['count']} here)"

@@ -9,6 +9,7 @@ of the model. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from pathlib import Path
@@ -27,6 +28,18 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+ADAPTER = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "base_model_name_or_path",
+)
+"""Settings of an adapter with which another one trains on weights of the same shapes."""
 SKETCH = "sketch of the model: "
 """Precedes the names of the tensors that tell which model a memory was left with."""
 
@@ -34,8 +47,13 @@ SKETCH = "sketch of the model: "
 def save_checkpoint(folder: Path, strategies: list[Strategy], model: nn.Module, step: int, **facts: Any) -> None:
     """Write the state of every strategy, and `facts` about the run, into `folder` (`checkpoint-N/ftplus`)."""
     files = {strategy.name: strategy.state_dict() for strategy in strategies}
-    facts |= {"step": step, "settings": {strategy.name: repr(strategy) for strategy in strategies}}
+    facts |= {"step": step, "settings": settings_of(strategies)}
     _write(folder, files, {**facts, "model": identity(model)})
+
+
+def settings_of(strategies: list[Strategy]) -> dict[str, str]:
+    """`{"ewc": "EWC(strength=3000.0, ...)"}`."""
+    return {strategy.name: repr(strategy) for strategy in strategies}
 
 
 def checkpoint_fact(folder: Path, name: str) -> Any:
@@ -44,12 +62,24 @@ def checkpoint_fact(folder: Path, name: str) -> Any:
 
 
 def load_checkpoint(
-    folder: Path, names: list[str], model: nn.Module, step: int | None = None
+    folder: Path,
+    names: list[str],
+    model: nn.Module,
+    step: int | None = None,
+    settings: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """State of each named strategy.
 
+    Args:
+        folder: `checkpoint-N/ftplus`.
+        names: of all strategies of the run.
+        model: of the run, in which nothing was loaded yet.
+        step: that the trainer resumes at, once it is known.
+        settings: of each strategy, as its `repr` says them, if they are to be the same.
+
     Raises:
-        IncompatibleError: no state there, other strategies, another model or adapter, another step; names what differs.
+        IncompatibleError: no state there, other strategies or settings, another model, adapter or step; names what
+            differs.
         StorageError: a file does not have the contents it was written with.
     """
     manifest = _manifest(folder)
@@ -64,10 +94,35 @@ def load_checkpoint(
             f"{folder} was written with the strategies {saved or 'none'}; this run has {sorted(names)}. "
             "Resume with the same --plugin names, or start a new run."
         )
+    _same_settings(manifest.get("settings", {}), settings or {}, folder)
     same_identity(manifest["model"], identity(model), folder)
     if step is not None and manifest["step"] != step:
         raise IncompatibleError(f"{folder} is of step {manifest['step']}; the trainer resumes at step {step}.")
     return {name: _read(folder, name, manifest) for name in names}
+
+
+def _same_settings(saved: dict[str, str], now: dict[str, str], folder: Path) -> None:
+    """Raise where a setting that both know has another value."""
+    differ = []
+    for name in sorted(saved.keys() & now):
+        there, here = _settings(saved[name]), _settings(now[name])
+        keys = [key for key in here if key in there and there[key] != here[key]]
+        differ += [f"{name}.{key} {there[key]} there, {here[key]} here" for key in keys]
+    if differ:
+        raise IncompatibleError(
+            f"{folder} was written with other settings: {'; '.join(differ)}. Put them back to go on (--set "
+            "NAME.SETTING=VALUE), or start a new run."
+        )
+
+
+def _settings(text: str) -> dict[str, str]:
+    """`EWC(strength=3000.0)` -> {"strength": "3000.0"}; nothing of a text that is no such call."""
+    try:
+        call = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+    keywords = call.keywords if isinstance(call, ast.Call) else []
+    return {item.arg: ast.unparse(item.value) for item in keywords if item.arg}
 
 
 def save_memory(folder: Path, name: str, tensors: dict[str, Tensor], run: Run) -> None:
@@ -132,7 +187,7 @@ def identity(model: nn.Module) -> dict[str, Any]:
 
 
 def _adapter_facts(config: Any) -> dict[str, Any]:
-    facts = {key: getattr(config, key, None) for key in ("r", "lora_alpha", "use_rslora", "base_model_name_or_path")}
+    facts = {key: getattr(config, key, None) for key in ADAPTER}
     targets = getattr(config, "target_modules", None)
     return {**facts, "target_modules": sorted(targets) if isinstance(targets, (set, list)) else targets}
 
@@ -152,10 +207,9 @@ def same_identity(saved: dict[str, Any], now: dict[str, Any], where: Path) -> No
     if reshaped:
         raise IncompatibleError(f"The state in {where} has other shapes: {'; '.join(reshaped[:10])}.")
     for name, facts in now["adapters"].items():
-        was = saved["adapters"].get(name, {})
-        differ = [
-            f"{key} {was.get(key)!r} there, {value!r} here" for key, value in facts.items() if was.get(key) != value
-        ]
+        was = saved["adapters"].get(name) or dict.fromkeys(facts)  # an earlier version knew fewer settings
+        both = {key: value for key, value in facts.items() if key in was and was[key] != value}
+        differ = [f"{key} {was[key]!r} there, {value!r} here" for key, value in both.items()]
         if differ:
             raise IncompatibleError(f"The state in {where} is of another adapter: {'; '.join(differ)}.")
 
@@ -242,7 +296,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 def _sound(manifest: dict[str, Any]) -> bool:
     """Whether it holds what `_write` puts there, of the right types: a damaged one may still be JSON."""
-    files, model = manifest.get("files"), manifest.get("model")
+    files, model, settings = manifest.get("files"), manifest.get("model"), manifest.get("settings", {})
     return (
         type(manifest.get("step")) is int
         and isinstance(files, dict)
@@ -251,6 +305,8 @@ def _sound(manifest: dict[str, Any]) -> bool:
         and isinstance(model.get("weights"), dict)
         and isinstance(model.get("adapters"), dict)
         and all(isinstance(facts, dict) for facts in model["adapters"].values())
+        and isinstance(settings, dict)
+        and all(isinstance(text, str) for text in settings.values())
     )
 
 

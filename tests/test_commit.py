@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny import tiny_llama
-from training import LEARN, same, trainer, weights_of
+from training import LEARN, PROTECT, same, trainer, weights_of
 
-from hf_ftplus import commit
+from hf_ftplus import EWC, commit
 from hf_ftplus.errors import IncompatibleError, StorageError
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -31,6 +31,15 @@ def ended(tmp_path_factory):
 def run(ended, tmp_path):
     shutil.copytree(ended[0], tmp_path / "run")
     return tmp_path / "run"
+
+
+def commit_again(checkpoint):
+    """The sums of its files as they are now, by somebody who means it."""
+    file = checkpoint / commit.COMMIT
+    found = json.loads(file.read_text())
+    for name, entry in found["files"].items():
+        entry |= {"bytes": (checkpoint / name).stat().st_size, "sha256": commit._sum(checkpoint / name)}
+    file.write_text(json.dumps(found))
 
 
 def flip(file):
@@ -182,6 +191,70 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(ended, tmp_path,
     with pytest.raises(IncompatibleError, match=says):
         it.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert same(weights_of(it), start)
+
+
+@pytest.mark.fault("B9")
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"optim": "sgd"}, r"another optim \(adamw_torch there, sgd here\)"),
+        ({"lr_scheduler_type": "cosine"}, r"another lr_scheduler_type \(linear there, cosine here\)"),
+        ({"protect": PROTECT[1:]}, r"other rows to protect \(protect\)"),
+        ({"protect": {"other": PROTECT}}, r"other rows to protect \(protect there, other here\)"),
+        ({"strategies": [EWC(strength=1e-9)]}, r"other settings: ewc.strength None there, 1e-09 here. Put them back"),
+    ],
+)  # fmt: skip
+def test_what_the_trainer_would_take_in_silence_is_refused_by_name(ended, tmp_path, changed, says):
+    it = trainer(tmp_path, *changed.pop("strategies", ["ewc"]), **{**SAVING, **changed})
+    start = weights_of(it)
+    with pytest.raises(IncompatibleError, match=says):
+        it.train(resume_from_checkpoint=str(ended[0] / "checkpoint-2"))
+    assert same(weights_of(it), start)
+
+
+@pytest.mark.fault("B9")
+def test_a_learning_rate_that_the_checkpoint_overrules_is_said_and_changes_nothing(ended, tmp_path, caplog):
+    other = {"learning_rate": 1.0, "weight_decay": 0.5, "max_grad_norm": 1e9}
+    it = trainer(tmp_path, "ewc", **{**SAVING, **other})
+    it.train(resume_from_checkpoint=str(ended[0] / "checkpoint-4"))
+    assert (
+        "another learning_rate (0.003 there, 1.0 here); weight_decay (0.0 there, 0.5 here): the checkpoint's go on"
+        in caplog.text
+    )
+    assert "another max_grad_norm (1.0 there, 1000000000.0 here): now holds" in caplog.text
+    assert it.state.log_history[-2]["learning_rate"] < 3e-3
+
+
+@pytest.mark.fault("B12")
+def test_a_checkpoint_that_knew_less_of_its_run_still_goes_on(run, ended):
+    for file in (run / "checkpoint-4" / commit.COMMIT, run / "checkpoint-4" / "ftplus" / "manifest.json"):
+        found = json.loads(file.read_text())
+        for facts in (found, found.get("run", {})):
+            for key in ("settings", "arguments", "protect", "dtype"):
+                facts.pop(key, None)
+        file.write_text(json.dumps(found))
+        commit_again(run / "checkpoint-4")
+    it = trainer(run, "ewc", **SAVING)
+    it.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert same(weights_of(it), ended[1])
+
+
+@pytest.mark.fault("B7")
+def test_full_weights_of_another_dtype_are_refused(tmp_path):
+    trainer(tmp_path, max_steps=2, **SAVING).train()
+    it = trainer(tmp_path, model=tiny_llama(dtype=torch.bfloat16), **SAVING)
+    with pytest.raises(IncompatibleError, match=r"weights of another dtype \(float32 there, bfloat16 here\)"):
+        it.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.fault("B6")
+@pytest.mark.parametrize("changed", [{"alpha_pattern": {"q_proj": 7}}, {"lora_dropout": 0.5}, {"use_dora": True}])
+def test_an_adapter_that_trains_otherwise_is_refused(tmp_path, changed):
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    trainer(tmp_path, peft_config=LoraConfig(**lora), max_steps=2, **SAVING).train()
+    it = trainer(tmp_path, peft_config=LoraConfig(**lora, **changed), **SAVING)
+    with pytest.raises(IncompatibleError, match=r"of another adapter: .* there, .* here|Missing there"):
+        it.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.fault("B2", "B6", "B7")
