@@ -4,9 +4,16 @@
                  accuracy where it has none; from -1 to 1
     retention    after / before on the protect tasks (on what is measured, where none is protected), mean over them
     front        no other row learns as much and keeps as much, and more of one of them
-    recommended  of the rows that learn as much as the best but for an allowance, the one that keeps most; the cheaper
-                 (seconds, then bytes) of two that keep the same. The allowance is 5 % of what the best learns; with
-                 three seeds or more, half of its interval where that is wider.
+    recommended  of the rows that learn as much as the best but for an allowance, the one that keeps most; or the
+                 cheapest of those that cannot be told apart from it
+
+The allowance is 5 % of what the best learns; with three seeds or more, half of its interval where that is wider, but
+never above a quarter of what it learns: so no row is recommended that learnt nothing, however noisy the best is.
+
+A row cannot be told apart from the one that keeps most where that one keeps at most 1 point more: by the low end of the
+interval of their difference, paired by seed, with three seeds in common, and by the difference itself with fewer. A
+difference above 5 points always tells them apart. Cheapest is what takes fewest seconds; among those within a tenth of
+it, what holds fewest bytes; then what keeps most.
 
 Intervals are Student's t over seeds, 95 %: what another seed would have given. None with one seed. A row whose figure
 lacks in one of its cells has none; tasks that one cell lacks (a retention over nothing) are left out of all means.
@@ -33,6 +40,14 @@ if TYPE_CHECKING:
 
 MARGIN = 0.05
 """Of what the best row learns: a difference that nobody would mind."""
+MOST = 0.25
+"""Of what the best row learns: above it no noise excuses learning less."""
+SAME = 0.01
+"""Of retention: a point, less than which nobody would pay for."""
+APART = 0.05
+"""Of retention: as much is told apart, whatever the noise."""
+QUICK = 1.1
+"""Times the fewest seconds: as fast, by a clock."""
 FEWEST = 3
 """Seeds from which their interval may widen the margin; that of two is nine times their distance."""
 FIGURES = ("learning", "learn_loss", "retention", "drift")
@@ -173,7 +188,7 @@ def allowance(best: Judged) -> float:
     margin = MARGIN * best.learning.value
     if best.n < FEWEST or best.learning.low is None:
         return margin
-    return max(margin, best.learning.value - best.learning.low)
+    return min(max(margin, best.learning.value - best.learning.low), MOST * best.learning.value)
 
 
 def recommended(rows: Sequence[Judged]) -> tuple[Judged | None, str]:
@@ -186,20 +201,39 @@ def recommended(rows: Sequence[Judged]) -> tuple[Judged | None, str]:
         return None, "Nothing is recommended: no row learnt anything, so keeping says nothing. Train longer, or higher."
     room = allowance(top)
     near = [item for item in known if item.learning.value >= top.learning.value - room]
-    best = min(near, key=_preference)
+    firm = max(near, key=lambda item: item.retention.value)
+    best = cheapest([item for item in near if alike(firm, item)])
     learnt, kept = f"{100 * best.learning.value:+.1f} points", f"{100 * best.retention.value:.1f} %"
     hint = "" if best.n >= FEWEST else f"; on {best.n} seed{'s' * (best.n > 1)} a hint, not a result"
-    if best is top and len(near) == 1:
+    if len(near) == 1:
         return best, f"{best.row.name} keeps {kept}, and no other row learns nearly as much ({learnt}){hint}."
     most = f"the most ({top.row.name}, {100 * top.learning.value:+.1f})"
     others = f"of the {len(near)} rows that learn within {100 * room:.1f} points of {most}"
+    if best.retention.value < firm.retention.value:
+        apart = f"cannot be told apart from {firm.row.name} ({100 * firm.retention.value:.1f} %) and costs less"
+        return best, f"{best.row.name} keeps {kept}, {apart}, {others}; it learns {learnt}{hint}."
     return best, f"{best.row.name} keeps most, {kept}, {others}; it learns {learnt}{hint}."
 
 
-def _preference(item: Judged) -> tuple[float, float, float]:
-    """What keeps most first, then what costs least; a cost that was not measured counts as the highest."""
-    costs = (item.seconds, item.bytes)
-    return (-item.retention.value, *(float("inf") if cost is None else cost for cost in costs))
+def alike(most: Judged, other: Judged) -> bool:
+    """Whether a row cannot be told apart from the one that keeps most; see above."""
+    more = most.retention.value - other.retention.value
+    shared = [seed for seed in most.each if seed in other.each]
+    if len(shared) >= FEWEST:
+        paired = over_seeds([most.each[seed]["retention"] - other.each[seed]["retention"] for seed in shared])
+        return more <= APART and paired.low <= SAME
+    return more <= SAME
+
+
+def cheapest(rows: Sequence[Judged]) -> Judged:
+    """By seconds, bytes and retention; a cost that was not measured counts as the highest."""
+    fewest = min(_cost(item.seconds) for item in rows)
+    quick = [item for item in rows if _cost(item.seconds) <= QUICK * fewest]
+    return min(quick, key=lambda item: (_cost(item.bytes), -item.retention.value))
+
+
+def _cost(measured: float | None) -> float:
+    return float("inf") if measured is None else measured
 
 
 def reproduced(best: Judged) -> str:

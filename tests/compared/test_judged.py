@@ -11,7 +11,7 @@ from scipy import stats
 
 from hf_ftplus.compared.candidates import Row
 from hf_ftplus.compared.cells import Cell
-from hf_ftplus.compared.judged import Judged, judge, on_front, over_seeds, recommended
+from hf_ftplus.compared.judged import Judged, allowance, judge, on_front, over_seeds, recommended
 from hf_ftplus.compared.saved import save, to_csv
 from hf_ftplus.compared.shown import table
 from hf_ftplus.evaluation.results import Level, TaskResult
@@ -42,10 +42,18 @@ def cell(folder, row, seed, learnt=0.2, kept=0.9, seconds=2.0, resumed=False, mo
     return made
 
 
-def judged(learning, retention, seconds=1.0, held=0.0, n=1, half=None, name="x"):
+def judged(learning, retention, seconds=1.0, held=0.0, n=1, half=None, name="x", each=()):
+    """`each`: retention by seed; `retention` is then their mean."""
     ends = () if half is None else (learning - half, learning + half)
     learnt = NOT_MEASURED if learning is None else Estimate(learning, *ends)
-    return Judged(Row(name, 1e-3), [], n, learnt, retention=Estimate(retention), seconds=seconds, bytes=held)
+    made = Judged(Row(name, 1e-3), [], n, learnt, retention=Estimate(retention), seconds=seconds, bytes=held)
+    made.each = {seed: {"retention": kept} for seed, kept in enumerate(each)}
+    return made
+
+
+def keeping(*each, seconds, name):
+    """A row of as many seeds that learns 40 points."""
+    return judged(0.4, float(np.mean(each)), seconds, n=len(each), half=0.01, name=name, each=each)
 
 
 def test_a_mean_over_seeds_has_students_interval():
@@ -88,7 +96,7 @@ def test_the_recommendation_is_what_keeps_most_of_those_that_learn_enough():
         ]
         best, reason = recommended(rows)
         most = max(row.learning.value for row in rows)
-        room = max(0.05 * most, 0.05) if n >= 3 else 0.05 * most
+        room = min(max(0.05 * most, 0.05), 0.25 * most) if n >= 3 else 0.05 * most
         enough = [row for row in rows if most - row.learning.value <= room + 1e-12]
         kept = max(row.retention.value for row in enough)
         cheapest = min(row.seconds for row in enough if row.retention.value == kept)
@@ -102,6 +110,50 @@ def test_the_recommendation_is_what_keeps_most_of_those_that_learn_enough():
 def test_bytes_break_a_tie_of_seconds_and_what_is_not_measured_is_no_cheap_one():
     dear, cheap, unknown = (judged(0.4, 0.9, 1.0, held, name=str(held)) for held in (9.0, 1.0, None))
     assert recommended([unknown, dear, cheap])[0] is cheap
+
+
+@pytest.mark.parametrize(("half", "points"), [(0.01, 2), (0.06, 6), (0.45, 10)])
+def test_noise_excuses_learning_less_up_to_a_quarter(half, points):
+    assert 100 * allowance(judged(0.4, 0.7, n=3, half=half)) == pytest.approx(points)
+
+
+def test_a_row_that_learnt_nothing_is_never_recommended_however_noisy_the_best_is():
+    plain, frozen = judged(0.4, 0.7, n=3, half=0.45, name="plain"), judged(-0.01, 1.0, n=3, half=0.02, name="frozen")
+    best, reason = recommended([plain, frozen])
+    assert best is plain
+    assert "no other row learns nearly as much" in reason
+
+
+def test_the_cheaper_of_two_that_cannot_be_told_apart_is_taken_and_the_sentence_says_so():
+    slow, fast = judged(0.4, 0.9001, 900.0, name="slow"), judged(0.4, 0.9, 10.0, name="fast")
+    best, reason = recommended([slow, fast])
+    assert best is fast
+    assert "fast keeps 90.0 %, cannot be told apart from slow (90.0 %) and costs less, of the 2 rows" in reason
+    fast.retention = Estimate(0.88)  # on one seed, a point is where they part
+    best, reason = recommended([slow, fast])
+    assert best is slow
+    assert "slow keeps most, 90.0 %" in reason
+
+
+@pytest.mark.parametrize(
+    ("dear", "cheap", "apart"),
+    [
+        ((0.90, 0.80, 0.70), (0.88, 0.84, 0.65), False),  # one seed says this, another that
+        ((0.90, 0.80, 0.70), (0.87, 0.77, 0.67), True),  # three points on every seed, far apart as the seeds are
+        ((0.9001, 0.8001, 0.7001), (0.90, 0.80, 0.70), False),  # on every seed, and nobody would mind
+        ((0.95, 0.95, 0.95), (0.99, 0.70, 0.80), True),  # noise, and more than 5 points
+    ],
+)
+def test_three_seeds_tell_rows_apart_in_pairs(dear, cheap, apart):
+    rows = [keeping(*dear, seconds=900.0, name="dear"), keeping(*cheap, seconds=10.0, name="cheap")]
+    assert recommended(rows)[0].row.name == ("dear" if apart else "cheap")
+
+
+def test_a_second_in_a_hundred_is_no_lower_cost():
+    slow, fast = judged(0.4, 0.905, 100.0, name="slow"), judged(0.4, 0.9, 99.0, name="fast")
+    assert recommended([fast, slow])[0] is slow
+    slow.bytes = 1.0
+    assert recommended([fast, slow])[0] is fast
 
 
 def test_nothing_is_recommended_where_nothing_was_learnt_or_measured():
