@@ -1,39 +1,22 @@
-"""Claims that only a browser can judge: no script runs, nothing is fetched, nothing is complained of."""
+"""Claims that only a browser can judge: no script runs, nothing is fetched, nothing is wider than the window."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
+import os
 from pathlib import Path
 
 import pytest
+from report.chromium import CHROMIUM, browser, opened
 from report.hostile import PAYLOADS, full
 
 from hf_ftplus.page.write import page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
-
-
-def opened(html: str, folder: Path) -> tuple[str, list[str], list[str]]:
-    """The DOM once all has run, what the console said, and every address that was asked for."""
-    (folder / "page.html").write_text(html, encoding="utf-8")
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=2000"]
-    flags += [
-        "--disable-background-networking",
-        "--no-first-run",
-        "--disable-component-update",
-        "--enable-logging=stderr",
-    ]
-    flags += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}", "--dump-dom"]
-    done = subprocess.run(
-        [CHROMIUM, *flags, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=60
-    )
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    log = json.loads((folder / "net.json").read_text(encoding="utf-8"))
-    asked = {event["params"]["url"] for event in log["events"] if "url" in event.get("params", {})}
-    return done.stdout, console, sorted(url for url in asked if "bad.invalid" in url)
+WIDE = "a_rather_long_name_of_a_task_or_of_a_run_without_any_space_in_it_0123456789"
+A4 = 718
+"""Pixels between margins of 1 cm."""
+AXE = os.environ.get("FTPLUS_AXE")
+"""Where axe.min.js of axe-core lies: npm pack axe-core"""
 
 
 @pytest.mark.fault("F5")
@@ -46,8 +29,48 @@ def test_hostile_text_does_nothing_in_a_browser(tmp_path):
 
 
 def test_this_test_would_notice(tmp_path):
-    bad = "<title>fine</title><body><img src=http://bad.invalid/a.png><script>document.title='owned';console.error(1)</script>"
+    bad = (
+        "<title>fine</title><link rel=preconnect href=https://before.invalid><link rel=dns-prefetch href=https://name.invalid>"
+        "<style>body { background: url(https://fonts.googleapis.com/b.png) }</style><body><img src=http://bad.invalid/a.png>"
+        "<iframe src=https://frame.invalid></iframe><script>document.title='owned';console.error(1)</script>"
+    )
     dom, console, asked = opened(bad, tmp_path)
     assert "<title>owned</title>" in dom
     assert console
-    assert asked == ["http://bad.invalid/a.png"]
+    urls = {"http://bad.invalid/a.png", "https://fonts.googleapis.com/b.png", "https://frame.invalid/"}
+    assert {*urls, "https://before.invalid", "https://name.invalid"} <= set(asked)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A page of every kind of section, open in a browser."""
+    folder = tmp_path_factory.mktemp("browser")
+    (folder / "report.html").write_text(page(full(WIDE), "ftplus report out"), encoding="utf-8")
+    with browser(folder) as it:
+        it.file = folder / "report.html"
+        print(f"\nopened in {it.open(it.file):.2f} s")
+        it("document.querySelectorAll('details').forEach(it => it.open = true)")
+        yield it
+
+
+def test_nothing_is_asked_for_but_the_page_itself(shown):
+    assert set(shown.requests) == {shown.file.as_uri()}
+
+
+@pytest.mark.parametrize(
+    ("width", "media"), [(360, "screen"), (768, "screen"), (1280, "screen"), (A4, "print"), (1280, "print")]
+)
+def test_nothing_is_wider_than_the_window(shown, width, media):
+    shown.show(width, media)
+    assert shown("document.documentElement.scrollWidth") <= shown("innerWidth") == width
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+@pytest.mark.skipif(AXE is None, reason="FTPLUS_AXE names no axe.min.js")
+def test_axe_finds_nothing_to_complain_of(shown, colours):
+    shown.show(1280)
+    shown.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": colours}])
+    shown.call("Page.setBypassCSP", enabled=True)
+    shown(Path(AXE).read_text(encoding="utf-8") + ";0")
+    found = shown("axe.run().then(it => it.violations.map(v => [v.id, v.nodes.length, v.nodes[0].html]))")
+    assert found == []
