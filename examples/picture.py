@@ -20,6 +20,8 @@ OTHER = ("other", "#777777", ".")
 rows = json.loads((HERE / "benchmarks" / "strategies.json").read_text(encoding="utf-8"))
 points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
 for name, seeds in rows.items():
+    if name.startswith("sentiment"):
+        continue
     stacked = name.startswith("distill") and "EWC" in name
     kind = STACKED if stacked else next(((k, *KINDS[k]) for k in KINDS if name.startswith(k)), OTHER)
     learnt = mean(run["learnt"] for run in seeds.values())

@@ -3,15 +3,17 @@
     .venv/bin/python examples/benchmarks/strategies.py --seeds 3        measures what is missing, then prints the table
     .venv/bin/python examples/benchmarks/strategies.py --show           prints it from strategies.json, as Markdown
 
-Every row is one `ftplus sft` command on the demo's data (examples/demo). What was measured stands in strategies.json
-and is not measured again, so the benchmark may be stopped at any time. Seconds are those of a machine that may be busy:
-what a step costs is measured by overhead.py, both sides in one run.
+Every row is one `ftplus sft` command on the demo's data (examples/demo): facts, learnt by heart; sentiment, measured
+on other reviews than it was learnt from. What was measured stands in strategies.json and is not measured again, so the
+benchmark may be stopped at any time. Seconds are those of a machine that may be busy: what a step costs is measured by
+costs.py and overhead.py, both sides in one run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -74,17 +76,42 @@ ROWS = {
 gets its share of steps more, so that every fact is seen as often as without."""
 
 
+SENTIMENT = "sentiment: "
+"""Begins the names of rows that learn it."""
+REVIEWS = (
+    "--dataset_name demo_output/data/reviews.jsonl --measure learn=demo_output/data/reviews_measure.jsonl "
+    "--measure chat=demo_output/data/chat_questions.jsonl --measure python=demo_output/data/python_measure.jsonl "
+    "--metric learn=choice"
+)
+ROWS |= {
+    f"{SENTIMENT}{name}": f"{REVIEWS} {flags}"
+    for name, flags in {
+        "plain 1e-5": "--learning_rate 1e-5",
+        "plain 2e-5": "--learning_rate 2e-5",
+        "plain 5e-5": "--learning_rate 5e-5",
+        "EWC 10,000, self": f"{EWC}=10000 {SELF} --learning_rate 5e-5",
+        "replay 1/8, self": f"{REPLAY} {SELF} --learning_rate 5e-5",
+        "distill 1/8, self": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 5e-5",
+        "distill 1/8 + EWC 10,000, self": f"{DISTILL} {EIGHTH} {EWC}=10000 {SELF} --learning_rate 5e-5",
+    }.items()
+}
+
+
 @dataclass
 class Cell:
-    """One run: shares of facts learnt, rise of loss on what is to be kept and drift (nats per token), training time."""
+    """One run: shares learnt, rise of loss on what is to be kept and drift (nats per token), training time, and bytes
+    that strategies held."""
 
     learnt: float
-    otherwise: float
+    otherwise: float | None
+    """Of facts, in another phrasing."""
     chat: float
     python: float
     drift: float
     steps: int
     seconds: float
+    bytes: int | None = None
+    """Not kept of the first runs."""
 
     @classmethod
     def read(cls, path: Path) -> Cell:
@@ -93,12 +120,17 @@ class Cell:
         rise = {name: tasks[name].after.loss.value - tasks[name].before.loss.value for name in ("chat", "python")}
         return cls(
             learnt=tasks["learn"].after.metric.value,
-            otherwise=tasks["asked otherwise"].after.metric.value,
+            otherwise=tasks["asked otherwise"].after.metric.value if "asked otherwise" in tasks else None,
             drift=statistics.mean(tasks[name].drift.value for name in rise),
             steps=report.facts["steps"],
             seconds=report.facts["seconds"]["training"],
+            bytes=sum(cost["bytes"] for cost in report.facts.get("strategies", {}).values()),
             **rise,
         )
+
+    @property
+    def megabytes(self) -> float | None:
+        return None if self.bytes is None else self.bytes / 1e6
 
     @property
     def rise(self) -> float:
@@ -121,7 +153,9 @@ def main(seeds: int, only: tuple[str, ...], out: Path, show: bool) -> None:
         cells.setdefault(name, {})[str(seed)] = measure(name, seed, out)
         kept = {row: {seed: asdict(cell) for seed, cell in found.items()} for row, found in cells.items()}
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    click.echo(table({name: list(cells[name].values()) for name in ROWS if name in cells}))
+    for sentiment in (False, True):
+        mine = [name for name in ROWS if name in cells and name.startswith(SENTIMENT) == sentiment]
+        click.echo(table({name.removeprefix(SENTIMENT): list(cells[name].values()) for name in mine}) + "\n")
 
 
 def missing(cells: dict[str, dict[str, Cell]], rows: Iterator[str], seeds: int) -> Iterator[tuple[str, int]]:
@@ -135,7 +169,7 @@ def measure(name: str, seed: int, out: Path) -> Cell:
     from run import ENVIRONMENT, OUT
 
     make_data(ROOT / OUT / "data")
-    folder = out / f"{name.replace(' ', '_').replace(',', '').replace('/', '-')}-{seed}"
+    folder = out / f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}-{seed}"
     if not (folder / "ftplus" / "report.json").is_file():
         command = [str(Path(sys.executable).parent / "ftplus"), "sft", "--config", "examples/demo/demo.yaml"]
         command += ["--output_dir", str(folder), "--seed", str(seed), "--completions", "0", *ROWS[name].split()]
@@ -158,10 +192,10 @@ def table(cells: dict[str, list[Cell]]) -> str:
         default=None,
     )
     lines = [
-        "| row | seeds | steps | facts | asked otherwise | rise on chat | rise on Python | drift | kept |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| row | seeds | steps | learnt | asked otherwise | rise on chat | rise on Python | drift | state, MB | kept |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    columns = (("learnt", 2), ("otherwise", 2), ("chat", 3), ("python", 3), ("drift", 2))
+    columns = (("learnt", 2), ("otherwise", 2), ("chat", 3), ("python", 3), ("drift", 2), ("megabytes", 0))
     for name, found in cells.items():
         kept = "learnt too little"
         if name in learnt and best:
@@ -172,9 +206,11 @@ def table(cells: dict[str, list[Cell]]) -> str:
     return "\n".join(lines)
 
 
-def in_words(values: list[float], digits: int) -> str:
-    """The mean, and the range if there is one."""
-    spread = f" ({min(values):.{digits}f} - {max(values):.{digits}f})" if len(values) > 1 else ""
+def in_words(values: list[float | None], digits: int) -> str:
+    """The mean, and the range if there is one; empty where a run has no such figure."""
+    if None in values:
+        return ""
+    spread = f" ({min(values):.{digits}f} - {max(values):.{digits}f})" if min(values) < max(values) else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
