@@ -2,6 +2,7 @@
 
     TaskSpec.parse("chat=old.jsonl:train")     what the user typed -> name, source, split
     load(source, split)                        file or Hub -> rows in a canonical format (see formats.py)
+    stream(source, split)                      the same, each row read when its turn comes
     tokenize(rows, tokenizer, max_length, ..)  rows -> examples: token ids, and labels that are -100 where unsupervised
     collate(examples, pad, batch_size)         examples -> micro-batches of tensors
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from .errors import DataError, UsageError, nearest
@@ -34,11 +35,13 @@ from .formats import Row, Shape, escape, shape_of
 
 __all__ = [
     "Example", "TaskSpec", "Tokenized", "as_tasks", "collate", "distinct_names", "is_batches", "is_local", "load",
-    "normalise", "parse_all", "tokenize",
+    "normalise", "parse_all", "stream", "tokenize",
 ]  # fmt: skip
 
 SHOWN = 5
 """Problems listed; the rest is counted."""
+STREAMED = 500
+"""Rows of a stream that are looked at together: a bad one is said when its turn comes, and not at the end."""
 CHUNK = 20_000
 """Rows held as Python objects while a file is read; the rest waits in Arrow, at about the size of the file."""
 
@@ -98,6 +101,10 @@ class TaskSpec:
             DataError: see `load`.
         """
         return load(self.source, self.split, self.config, through=self.through(seed) if self.through else None)
+
+    def stream(self, seed: int = 0) -> IterableDataset:
+        """The same, read as they are needed; see `stream`."""
+        return stream(self.source, self.split, self.config, through=self.through(seed) if self.through else None)
 
     def __str__(self) -> str:
         tail = f":{self.generate}" if self.generate else f":{self.split}" if self.split else ""
@@ -242,6 +249,36 @@ def load(
         raise DataError(f"{source} does not exist; expected a file or folder.{_neighbour(path)}")
     where = f"{source}:{split or 'train'}"
     return normalise(_through_datasets(where, source, name=config, split=split or "train"), where, through, named)
+
+
+def stream(source: str, split: str | None = None, config: str | None = None, **how: Any) -> IterableDataset:
+    """The rows of `load`, read as they are needed and never held; what is wrong with one is said when its turn comes.
+
+    Raises:
+        DataError: missing, empty, in no known format, or with a bad row among the first.
+    """
+    path = Path(os.path.expanduser(source))
+    if is_local(source) and not os.path.isfile(path):
+        raise DataError(f"{path} does not exist; expected a file.{_neighbour(path)}")
+    if is_local(source) and split not in (None, "train"):
+        raise DataError(f"{source}:{split}: a file that is streamed has one split, train. Leave the other out.")
+    given = {"source": source, "split": split or "train", "config": config, **how}
+    if not list(islice(_streamed(**given), STREAMED)):
+        raise DataError(f"{source}: 0 rows; expected at least one.")
+    return IterableDataset.from_generator(_streamed, gen_kwargs=given)
+
+
+def _streamed(
+    source: str, split: str, config: str | None, through: Through | None = None, named: bool = False
+) -> Iterator[Row]:
+    path, local = Path(os.path.expanduser(source)), is_local(source)
+    where, reader = source if local else f"{source}:{split}", READERS[path.suffix.lower()] if local else None
+    if reader is None:
+        kind, options = ("parquet", {"data_files": str(path)}) if local else (source, {"name": config})
+        rows = enumerate(_through_datasets(where, kind, split=split, streaming=True, **options), 1)
+    entries = reader(path) if reader else ((f"{where}, row {i}", partial(dict, row)) for i, row in rows)
+    while chunk := list(islice(entries, STREAMED)):
+        yield from (row for _, row in _canonical(chunk, where, through, named))
 
 
 def _looks_local(source: str) -> bool:

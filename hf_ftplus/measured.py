@@ -73,7 +73,8 @@ def tasks(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> Iterator[EvalTa
     for name in order if config.measure_rows else ():
         found = rows.measured[name]
         if not isinstance(found, Dataset):
-            logger.warning("%s is a stream and is not measured; give --measure %s=DATA.", name, name)
+            instead = "measure: DATA in the task" if config.tasks else f"--measure {name}=DATA"
+            logger.warning("%s is a stream and is not measured; give %s.", name, instead)
             continue
         if found.column_names == ["prompt"] and trainer.state.global_step:  # resumed under FSDP
             logger.warning("%s is not measured: the model that could answer its questions has moved on.", name)

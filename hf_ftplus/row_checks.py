@@ -46,13 +46,25 @@ def refuse_idle(config: RunConfig) -> None:
     script, training = config.script, config.training
     for key, idle, instead in (
         ("dataset_config", script.dataset_config is None, "config: NAME to the tasks"),
-        ("dataset_streaming", not script.dataset_streaming, "tasks whose rows can be read whole"),
+        ("dataset_streaming", not script.dataset_streaming, "streaming: true to the tasks"),
         ("dataset_train_split", script.dataset_train_split == "train", "split: NAME to the tasks"),
         ("dataset_test_split", script.dataset_test_split == "test", "measure: DATA to the tasks"),
         ("dataset_text_field", training.dataset_text_field == "text", "columns: {text: NAME} to the tasks"),
     ):
         if not idle:
             raise UsageError(f"{key} does nothing beside tasks. Leave it out, and give {instead}.")
+
+
+def refuse_endless(config: RunConfig) -> None:
+    """Raise where learn rows are a stream and nothing says how many steps to take, which the Trainer would ask late."""
+    if config.tasks:
+        streams = [f"tasks.{escape(task.name)}, streaming" for task in config.tasks if task.streaming]
+    elif config.mixture.datasets:
+        streams = ["streaming"] if config.mixture.streaming else []
+    else:
+        streams = ["dataset_streaming"] if config.script.dataset_streaming else []
+    if streams and config.training.max_steps <= 0:
+        raise UsageError(f"{streams[0]}: a stream has no end; type --max_steps N.")
 
 
 def refuse_one_task(config: RunConfig, learn: Any) -> None:
@@ -111,9 +123,9 @@ def refuse_unevaluated(config: RunConfig) -> None:
     )
 
 
-def check_metric(task: TaskConfig, rows: Dataset | None) -> None:
+def check_metric(task: TaskConfig, rows: Any) -> None:
     """Raise where rows cannot be scored as the task says, which measuring would find once the model is there."""
-    if rows is None or not (task.metric or "choices" in rows.column_names):
+    if not isinstance(rows, Dataset) or not (task.metric or "choices" in rows.column_names):
         return
     found = list(rows)
     metric = task.metric or ("choice" if all(row["choices"] for row in found) else None)

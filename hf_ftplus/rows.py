@@ -25,6 +25,7 @@ from .row_checks import (
     best_figure,
     check_metric,
     evaluated,
+    refuse_endless,
     refuse_idle,
     refuse_one_task,
     refuse_questions,
@@ -71,6 +72,8 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
     """The rows that can be read, and everything that is wrong with the others."""
     rows, faults = Rows({}, None), []
     declared, seed = {task.name: task for task in config.tasks}, config.training.seed
+    with noting(faults):
+        refuse_endless(config)
     if declared:
         rows.learn = declared_rows(config, faults)
     else:
@@ -136,9 +139,8 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
 
         splits = get_dataset(mixture)
     elif Path(script.dataset_name).suffix in data.READERS:
-        splits = {
-            script.dataset_train_split: data.load(script.dataset_name, through=of_training(config)(0), named=True)
-        }
+        read = data.stream if script.dataset_streaming else data.load
+        splits = {script.dataset_train_split: read(script.dataset_name, through=of_training(config)(0), named=True)}
     else:
         try:
             splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)

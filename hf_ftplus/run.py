@@ -525,9 +525,8 @@ def in_words(cost: dict[str, float]) -> str:
 
 def len_of(rows: Any) -> str:
     """Rows of a dataset, or of several by name."""
-    if isinstance(rows, dict):
-        return str(sum(map(len, rows.values())))
-    return str(len(rows)) if hasattr(rows, "__len__") else "streamed"
+    parts = list(rows.values()) if isinstance(rows, dict) else [rows]
+    return str(sum(map(len, parts))) if all(hasattr(part, "__len__") for part in parts) else "streamed"
 
 
 def speak(config: RunConfig) -> None:

@@ -75,6 +75,9 @@ KEYS = {
         "two texts or more, each in quotes, or one {{ expression }}",
     ),
     "chat": Key("true: prompt and answer are turns of a chat (default); false: plain strings", _truth, "true or false"),
+    "streaming": Key(
+        "true: rows to learn are read as they are needed and never held; takes max_steps", _truth, "true or false"
+    ),
     "metric": Key("how it is scored beside loss, as by --metric", _text, TEXT),
     "role": Key("learn (default) or protect", lambda value: value in ROLES, "learn or protect"),
     "share": Key(
@@ -144,6 +147,8 @@ def _together(entry: dict[str, Any], rendered: bool) -> Iterator[Fault]:
         if name not in OF_FORMATS:
             hint = nearest(name, OF_FORMATS)
             yield "columns", f"columns: {shown(name)} is no column of a format.{hint} They are {', '.join(OF_FORMATS)}"
+    if entry.get("streaming") and entry.get("role") == "protect":
+        yield "streaming", "streaming is for what is learnt, and this protects; leave it out"
     if entry.get("measure") is False and "metric" in entry:
         yield "metric", "has a metric, but measure: false measures nothing; leave one of the two out"
 

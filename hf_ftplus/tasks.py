@@ -17,7 +17,7 @@ from .formats import escape
 from .task_keys import KEYS, NEED_TEMPLATE, Fault, faults, shown
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     from .data import TaskSpec
     from .strategy import Strategy
@@ -38,6 +38,8 @@ class TaskConfig:
     metric: str | None = None
     measure: TaskSpec | bool = True
     """What is measured: other rows, its own (True), or nothing."""
+    streaming: bool = False
+    """Whether its rows are read as they are needed."""
     given: dict[str, Any] = field(default_factory=dict)
     """What stands in YAML."""
 
@@ -45,9 +47,9 @@ class TaskConfig:
     def name(self) -> str:
         return self.spec.name
 
-    def load(self, seed: int = 0) -> Dataset:
+    def load(self, seed: int = 0) -> Dataset | IterableDataset:
         """Its rows; see `data.TaskSpec.load`."""
-        return self.spec.load(seed)
+        return self.spec.stream(seed) if self.streaming else self.spec.load(seed)
 
 
 def read(given: Any, shared: bool = True) -> tuple[list[TaskConfig], list[str]]:
@@ -74,6 +76,7 @@ def read(given: Any, shared: bool = True) -> tuple[list[TaskConfig], list[str]]:
         else:
             wrong.append(f"{where} is {shown(entry)}; expected a mapping with the keys {', '.join(KEYS)}")
     wrong += [*_names(tasks), *(_shares(tasks, whole=len(tasks) == len(given or ())) if shared else ())]
+    wrong += _streams(tasks) if shared else []
     return [_apart(task, tasks[:number], number) for number, task in enumerate(tasks)], wrong
 
 
@@ -94,7 +97,8 @@ def _task(entry: dict[str, Any]) -> tuple[TaskConfig | None, list[Fault]]:
     measure = sound.get("measure", True)
     if isinstance(measure, str):
         measure = replace(TaskSpec.of(spec.name, measure), config=spec.config, through=through)
-    return TaskConfig(spec, sound.get("role", "learn"), sound.get("share"), sound.get("metric"), measure, entry), found
+    role, streaming = sound.get("role", "learn"), sound.get("streaming", False)
+    return TaskConfig(spec, role, sound.get("share"), sound.get("metric"), measure, streaming, entry), found
 
 
 def _through(entry: dict[str, Any]) -> tuple[Any, list[Fault]]:
@@ -145,6 +149,15 @@ def _names(tasks: list[TaskConfig]) -> Iterator[str]:
     for task in tasks:
         if task.role == "protect" and task.name == "learn":
             yield "tasks.learn: protects, but 'learn' is what new data is called; give it another name"
+
+
+def _streams(tasks: list[TaskConfig]) -> list[str]:
+    """Streams and rows that are held cannot be drawn from together."""
+    streamed, held = ([task for task in tasks if task.role == "learn" and task.streaming is it] for it in (True, False))
+    if not streamed or not held:
+        return []
+    names = [", ".join(escape(task.name) for task in found) for found in (streamed, held)]
+    return [f"tasks: {names[0]} is streamed, {names[1]} is not; expected all learn tasks or none: streaming: true"]
 
 
 def join(tasks: list[TaskConfig], protect: list[TaskSpec], measure: list[TaskSpec]) -> None:

@@ -126,6 +126,13 @@ def evaluated_task(measure=None):
     return change
 
 
+def streamed_task(given):
+    evaluated_task()(given)
+    stage = given["stages"][1]
+    stage["tasks"]["sums"]["streaming"] = True
+    stage["measure"] = {"fruits": stage["tasks"]["sums"]["dataset"]}
+
+
 def an_adapter_alone(given):
     folder = Path(given["output_dir"] + "-adapter")
     folder.mkdir()
@@ -202,6 +209,11 @@ REFUSED = {
     "no such model": (3, put(model_name_or_path="./nothing/here"), "No model at './nothing/here'"),
     "later data missing": (3, in_stage(2, dataset_name="none.jsonl"), "Stage 'cities': none.jsonl does not exist"),
     "later measure missing": (3, put(measure={"cities": "none.jsonl"}), "Stage 'cities': none.jsonl does not exist"),
+    "rows kept of streamed tasks": (
+        2,
+        streamed_task,
+        "Stage 'fruits': Which rows of a streamed task were trained on is not known",
+    ),
     "a later task's measure missing": (3, evaluated_task("none.jsonl"), "tasks.sums: none.jsonl does not exist"),
     "an adapter as the model": (2, an_adapter_alone, "-adapter holds an adapter, not a model"),
     "later data broken": (3, bad_json, "Stage 'cities': "),

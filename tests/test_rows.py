@@ -107,6 +107,55 @@ def test_a_stream_is_not_said_to_be_measured(place, tmp_path, caplog):
     assert "measured on trained rows" not in caplog.text
 
 
+def test_a_local_file_is_streamed_if_that_is_asked_for(place, tmp_path, monkeypatch, capsys):
+    """In whatever format, each row when its turn comes: what is wrong with a late one is no matter until then."""
+    rows = [{"instruction": f"Name {i}.", "output": f"Lantern {i}."} for i in range(600)] + [{"odd": 1}]
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [*SHORT, "--dataset_name", str(tmp_path / "late.jsonl"), "--dataset_streaming", "true"]
+    monkeypatch.setattr("hf_ftplus.data.load", None)
+    assert main(words(place, tmp_path / "out", *more, plugin=None, protect=None)) == 0
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[-3:]))
+    assert main(words(place, tmp_path / "again", *more, plugin=None, protect=None)) == 3
+    assert "late.jsonl:3: has no 'instruction'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["datasets", "folder", "file", "task"])
+def test_a_stream_without_a_last_step_is_refused_before_the_model_loads(place, tmp_path, capsys, monkeypatch, how):
+    monkeypatch.setattr("hf_ftplus.run.sft_trainer", None)  # no model may load
+    line = learning(place, tmp_path, LEARN, "--max_steps", "-1")
+    at = line.index("--dataset_name")
+    if how == "file":
+        line[at + 1] += "/train.jsonl"
+    if how in ("folder", "file"):
+        line += ["--dataset_streaming", "true"]
+    else:
+        given = {"datasets": [{"path": line[at + 1]}], "streaming": True}
+        if how == "task":
+            given = {"tasks": {"a": {"dataset": f"{line[at + 1]}/train.jsonl", "streaming": True}}}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
+        line[at : at + 2] = ["--config", str(tmp_path / "run.yaml")]
+    assert main(line) == 2
+    assert "streaming: a stream has no end; type --max_steps N" in capsys.readouterr().err
+
+
+def test_tasks_may_be_streams_that_are_drawn_from_in_their_shares(place, tmp_path, caplog, capsys):
+    tasks = {
+        "names": {"dataset": f"{place}/learn.jsonl", "streaming": True, "share": 0.75, "template": "Q: {{ prompt }}",
+                  "completion": "{{ completion }}", "measure": f"{place}/learn.jsonl"},
+        "sums": {"dataset": f"{place}/protect.jsonl", "streaming": True},
+    }  # fmt: skip
+    line = of_tasks(place, tmp_path, "--max_steps", "3", tasks=tasks)
+    assert main([*line, "--dry-run"]) == 0
+    assert "streamed rows" in capsys.readouterr().out
+    with caplog.at_level("INFO", logger="hf_ftplus"):
+        assert main(line) == 0
+    assert "sums is a stream and is not measured; give measure: DATA in the task" in caplog.text
+    assert [task["name"] for task in report(tmp_path)["tasks"]] == ["names"]
+    assert re.search(r"names +.*75", caplog.text)
+    assert main(["data", "preview", *line[1:]]) == 0
+    assert "streamed, not counted" in capsys.readouterr().out
+
+
 # ---- what the model writes itself ------------------------------------------------------------------------------------
 
 

@@ -88,6 +88,8 @@ FAULTS = [
     ({"share": True}, "share is True; expected a number from 0 to 1"),
     ({"metric": "exact_mtch"}, "Did you mean 'exact_match'?"),
     ({"metric": "exact_match", "measure": False}, "has a metric, but measure: false measures nothing"),
+    ({"streaming": "yes"}, "streaming is 'yes'; expected true or false"),
+    ({"streaming": True, "role": "protect"}, "streaming is for what is learnt, and this protects"),
     ({"measure": 3}, "measure is 3; expected a file, a Hub name, or false"),
     ({"measure": "self:3"}, "measure is 'self:3'; expected a file, a Hub name, or false"),
     ({"template": "x"}, "has a template and no completion"),

@@ -121,6 +121,11 @@ def check(plan: Plan) -> dict[str, str]:
                 if found.column_names == ["prompt"] and name in (stage.measured_as, *plan.measure):
                     _only_questions(plan, stage, name)
             learn = list(rows.learn.values()) if isinstance(rows.learn, dict) else [rows.learn]
+            if plan.keep and not plan.is_last(stage) and any(task.streaming for task in config.tasks):
+                raise UsageError(
+                    "Which rows of a streamed task were trained on is not known, so none can be kept of it. Type keep: "
+                    "0, or leave streaming out of its tasks."
+                )
             if plan.keep and isinstance(learn[0], Dataset):
                 pool(learn[0].select([0]), config, 1, 0, stage.name)
             known = all(isinstance(rows, Dataset) for rows in learn)
