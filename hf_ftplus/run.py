@@ -27,6 +27,7 @@ from .config import SECRETS, RunConfig
 from .disk import flush, locked, replace
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
+from .finished import finished
 from .foreseen import refuse_foreseen
 from .measured import keep_apart, tasks
 from .model import to_train
@@ -60,6 +61,8 @@ def sft(config: RunConfig) -> Report:
     """
     speak(config)
     keep_secret(config)
+    if report := already_done(config):  # asked first: what is done may stand where nothing can be written
+        return report
     with alone(config):
         return already_done(config) or _sft(config)
 
@@ -403,17 +406,14 @@ def already_done(config: RunConfig) -> Report | None:
     """The report of a run that is asked to go on and has nothing left to do; nothing is written.
 
     Raises:
+        StorageError: another run ended there.
         RetentionError: its retention gate did not pass, then as now.
     """
-    training = config.training
-    file = Path(training.output_dir) / STATE_FOLDER / "report.json"
-    if str(training.resume_from_checkpoint).lower() not in ("true", "auto") or not file.is_file():
+    report = finished(config)
+    if report is None:
         return None
-    report = Report.load(file)
-    was = report.facts.get("config", {}).get("training", {})
-    if any(was.get(key) != getattr(training, key) for key in ("max_steps", "num_train_epochs")):
-        return None  # it is to train longer
-    if training.process_index == 0:
+    if config.training.process_index == 0:
+        file = Path(config.training.output_dir) / STATE_FOLDER / "report.json"
         click.echo(f"Already complete: {report.facts.get('steps')} steps, {file}. More: --max_steps N.", err=True)
     judge(config, report.tasks)
     return report

@@ -12,7 +12,7 @@ REQUIRED = {
     "A5": "A folder that cannot be written is refused before anything is loaded.",
     "A6": "A second run in the same folder is refused with the holder's name; a killed holder holds nothing.",
     "A7": "A folder with another run in it is refused, with how to go on.",
-    "A8": "A finished run that is started again does nothing, and exits 0 (or as its gate said).",
+    "A8": "A finished run that is started again does nothing, and exits 0 (or as its gate said); another run is refused.",
     "A9": "Out of memory says what strategies hold; trying smaller batches from moved weights is refused.",
     "A10": "Old checkpoints are deleted only after the new one is whole; never the best one.",
     "A11": "Power fails: files, folders and then the commit are flushed in this order.",
@@ -42,7 +42,7 @@ REQUIRED = {
     "C9": "A strategy that draws from the global generator is caught.",
     "C10": "Plugins can be blocked by name, or all at once.",
     # numbers and models
-    "D1": "A loss or gradient that is not finite stops before the update; weights that are not finite are never saved.",
+    "D1": "A loss or gradient that is not finite stops before the update; weights and state that are not are never saved.",
     "D2": "Importances that are not finite are refused with the weight's name.",
     "D3": "Gradients that were clipped are undone, or refused, by who needs them whole.",
     "D4": "4-bit weights train with what can; what cannot refuses.",

@@ -20,6 +20,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, PROTECT
 
 from hf_ftplus.cli import main
+from hf_ftplus.errors import StorageError
 
 FEWEST = ["--model_name_or_path", "m", "--dataset_name", "d"]
 
@@ -400,6 +401,64 @@ def test_the_same_command_with_auto_begins_goes_on_and_then_has_nothing_to_do(pl
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert main([*again, "--max_steps", "5"]) == 0
     assert (out / "checkpoint-5").is_dir()
+
+
+@pytest.fixture(scope="module")
+def complete(place, tmp_path_factory):
+    """A finished run, and its command without a word about going on."""
+    out = tmp_path_factory.mktemp("complete") / "out"
+    command = words(
+        place, out, "--measure_rows", "0", "--use_peft", "--lora_r", "2", "--packing", "--max_length", "128"
+    )
+    assert main(command) == 0
+    return out, command
+
+
+@pytest.mark.fault("A8")
+@pytest.mark.parametrize("how", ["auto", "true", "path"])
+def test_a_finished_run_is_complete_where_nothing_can_be_written(complete, capsys, monkeypatch, how):
+    out, again = complete
+
+    def read_only(*args):
+        raise StorageError("cannot be written")
+
+    monkeypatch.setattr("hf_ftplus.run.locked", read_only)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert main([*again, "--resume_from_checkpoint", str(out / "checkpoint-4") if how == "path" else how]) == 0
+    assert "Already complete: 4 steps" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert main([*again, "--resume_from_checkpoint", str(out / "checkpoint-2")]) == 6  # trains again, and may not
+
+
+@pytest.mark.fault("A8", "B9", "C1")
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (["--plugin", "distill"], "strategies EWC("),
+        (["--set", "ewc.strength=7"], "strategies EWC("),
+        (["--seed", "7"], "seed 42 there, 7 here"),
+        (["--learning_rate", "0.5"], "learning_rate 0.001 there, 0.5 here"),
+        (["--per_device_train_batch_size", "2"], "rows per step 8 there, 2 here"),
+        (["--lora_alpha", "5"], "lora_alpha 32 there, 5 here"),
+        (["--dataset_name", "protect.jsonl"], "dataset_name "),
+        (["--protect", "more=learn.jsonl"], "protect "),
+    ],
+)
+def test_a_finished_run_with_other_settings_is_not_taken_for_it(place, complete, capsys, monkeypatch, changed, says):
+    out, again = complete
+    monkeypatch.chdir(place)
+    assert main([*again, *changed, "--resume_from_checkpoint", "auto"]) == 6
+    said = capsys.readouterr().err
+    assert f"{out} holds another run, which is complete: {says}" in said
+    assert "Choose another --output_dir" in said
+
+
+@pytest.mark.fault("A8")
+def test_how_a_finished_run_is_measured_logged_and_shared_out_makes_no_other_run(complete, capsys):
+    more = ["--logging_steps", "3", "--completions", "1", "--report_to", "none", "--save_total_limit", "7"]
+    split = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+    assert main([*complete[1], *more, *split, "--resume_from_checkpoint", "auto"]) == 0
+    assert "Already complete: 4 steps" in capsys.readouterr().err
 
 
 @pytest.mark.fault("A1")

@@ -1,0 +1,76 @@
+"""Tell whether a run that is asked to go on has nothing left to do, and whether it is the run that is asked for.
+
+Nothing is written: a finished run may stand in a folder that nobody can write.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .callback import STATE_FOLDER
+from .config import RunConfig
+from .errors import StorageError
+from .origin import APPLIED, OVERRULED, REFUSED
+from .report import Report
+from .report.record import strict
+
+LONGER = ("max_steps", "num_train_epochs")
+"""With another value it is to train longer."""
+PARTS = ("strategies", "protect", "tasks", "memory", "stop_when", "model", "data", "mixture")
+ARGUMENTS = (
+    *(*REFUSED, *OVERRULED, *APPLIED),
+    *("seed", "data_seed", "max_length", "packing", "truncation_mode", "chat_template_path", "dataset_text_field"),
+)
+"""What of a configuration decides which weights a run ends with. How it is measured, logged and saved does not."""
+
+
+def finished(config: RunConfig) -> Report | None:
+    """The report of the run, if it was trained to its end.
+
+    Raises:
+        StorageError: another run ended there; names what differs.
+    """
+    training = config.training
+    file = Path(training.output_dir) / STATE_FOLDER / "report.json"
+    if not training.resume_from_checkpoint or not file.is_file():
+        return None
+    report = Report.load(file)
+    then, now = report.facts.get("config", {}), strict(config.resolved())
+    was = then.get("training", {})
+    if not _from_its_end(config, report) or any(was.get(key) != getattr(training, key) for key in LONGER):
+        return None
+    if differ := _differ(_deciding(then, report.facts.get("processes", 1)), _deciding(now, training.world_size)):
+        said = "; ".join(f"{name} {_shown(was)} there, {_shown(now)} here" for name, (was, now) in differ.items())
+        raise StorageError(
+            f"{training.output_dir} holds another run, which is complete: {said}. Choose another --output_dir for this "
+            "one, or put back what it was."
+        )
+    return report
+
+
+def _from_its_end(config: RunConfig, report: Report) -> bool:
+    """Whether it is asked to go on from its last checkpoint: the newest, or that one by its path."""
+    given = str(config.training.resume_from_checkpoint)
+    last = Path(config.training.output_dir) / f"checkpoint-{report.facts.get('steps')}"
+    return given.lower() in ("true", "auto") or Path(given).resolve() == last.resolve()
+
+
+def _deciding(resolved: dict[str, Any], processes: int) -> dict[str, Any]:
+    """What decides, by name; a configuration that an earlier version wrote may lack some of it."""
+    training = resolved.get("training", {})
+    parts = {key: resolved[key] for key in PARTS if key in resolved}
+    found = {key: part for key, part in parts.items() if not isinstance(part, dict)}
+    for part in parts.values():
+        found |= part if isinstance(part, dict) else {}
+    found |= {key: training[key] for key in ARGUMENTS if key in training}
+    rows = [training.get(key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+    return found if None in rows else {**found, "rows per step": rows[0] * rows[1] * processes}
+
+
+def _differ(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
+
+
+def _shown(value: Any) -> str:
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"
