@@ -217,17 +217,32 @@ def same_identity(saved: dict[str, Any], now: dict[str, Any], where: Path) -> No
 def _write(
     folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None = None
 ) -> None:
-    """All tensors, then the manifest; every rank calls, rank 0 writes, and all of them fail if it does."""
+    """All tensors, if they are finite, then the manifest; all ranks call, rank 0 writes, and all fail if it does."""
     several = torch.distributed.is_initialized()
     writes = not (several and torch.distributed.get_rank())
     files = {name: _apart(_gathered(tensors, writes)) for name, tensors in files.items()}
-    failed = [_written(folder, files, facts, kept) if writes else ""]
+    broken = _not_finite(files) if writes else ""
+    failed = [broken, _written(folder, files, facts, kept) if writes and not broken else ""]
     if several:
         torch.distributed.broadcast_object_list(failed)
     if failed[0]:
-        raise StorageError(
-            f"Could not write strategy state to {folder}: {failed[0]}. Free some space or choose another --output_dir."
+        raise IncompatibleError(
+            f"{failed[0]} is not finite at step {facts['step']}, so nothing is written to {folder}; what was written "
+            "before is intact. Lower the strength or the learning rate, or train in bf16 or fp32 instead of fp16."
         )
+    if failed[1]:
+        raise StorageError(
+            f"Could not write strategy state to {folder}: {failed[1]}. Free some space or choose another --output_dir."
+        )
+
+
+def _not_finite(files: dict[str, dict[str, Tensor]]) -> str:
+    """Which tensor of which strategy is broken, if any is."""
+    for name, tensors in files.items():
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                return f"State of {name}: {key}"
+    return ""
 
 
 def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:

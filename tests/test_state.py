@@ -138,6 +138,20 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
         state.save_checkpoint(tmp_path / "ftplus", [Box()], tiny_llama(), step=1)
 
 
+@pytest.mark.fault("D1", "D2")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_state_and_memory_that_are_not_finite_are_refused_by_name_and_nothing_is_touched(saved, tmp_path, value):
+    box, before = Box(), (saved / "manifest.json").read_text()
+    box.held["half"][1] = value
+    with pytest.raises(IncompatibleError, match=r"State of box: half is not finite at step 4.*Lower the strength"):
+        state.save_checkpoint(saved, [box], tiny_llama(), step=4)
+    assert (saved / "manifest.json").read_text() == before
+    assert state.load_checkpoint(saved, ["box"], tiny_llama(), step=3)
+    with pytest.raises(IncompatibleError, match="State of box: half is not finite"):
+        state.save_memory(tmp_path / "memory", "box", box.held, run_of(tiny_llama()))
+    assert not (tmp_path / "memory").exists()
+
+
 def test_writing_again_replaces(saved):
     box = Box()
     box.held = {"w": torch.zeros(1)}
