@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -49,6 +50,9 @@ OUTPUTS = (
     f"{STATE_FOLDER}/memory",
 )
 """What a run leaves, ours or `trl sft`'s."""
+
+TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+"""As the Hub gives them out, wherever they stand."""
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -482,12 +486,12 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
 
 
 def without_secrets(words: list[str]) -> list[str]:
-    """A command line with the value of every secret flag masked."""
+    """A command line with the value of every secret flag masked, and whatever else looks like a token."""
     masked, secret = [], False
     for word in words:
         name, equals, _ = word.partition("=")
         hides = name.lstrip("-").replace("-", "_") in SECRETS
-        masked.append("***" if secret else f"{name}=***" if equals and hides else word)
+        masked.append("***" if secret else f"{name}=***" if equals and hides else TOKENS.sub("***", word))
         secret = hides and not equals
     return masked
 

@@ -31,6 +31,7 @@ from . import commit, compat
 from .callback import StrategyCallback, refuse
 from .data import reason
 from .errors import DataError, FTPlusError, IncompatibleError, StorageError, UsageError
+from .hidden import hide
 from .logits import causal_lm, lm_head, supervised
 from .mixing import MixingMixin, TasksMixin
 from .model import to_train
@@ -74,6 +75,7 @@ class StrategyMixin(MixingMixin):
         shares: dict[str, float] | None = None,
     ) -> None:
         """Put strategies into this trainer, and the shares that tasks are given. Called once."""
+        hide(self.args)
         if isinstance(strategies, dict):
             strategies = strategies.items()
         strategies = [strategies] if isinstance(strategies, (str, Strategy)) else list(strategies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import os
 import pickle
@@ -20,9 +21,9 @@ import pytest
 import torch
 from commands import make_place, same_file, words
 from tiny import tiny_llama
-from training import same, trainer, weights_of
+from training import PROTECT, same, trainer, weights_of
 
-from hf_ftplus import commit, data, state
+from hf_ftplus import SFTTrainer, attach, commit, data, state
 from hf_ftplus.cli import main
 from hf_ftplus.errors import StorageError
 from hf_ftplus.trainer import SaveOnInterrupt
@@ -125,8 +126,6 @@ def test_too_little_room_is_said_before_the_first_step(place, tmp_path, capsys, 
 
 @pytest.mark.fault("A9")
 def test_out_of_memory_says_what_strategies_hold_and_what_to_type(place, tmp_path, capsys, monkeypatch):
-    from hf_ftplus import SFTTrainer
-
     def full(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
@@ -259,17 +258,52 @@ def test_no_name_leads_out_of_its_folder(tmp_path, name):
     assert name in state.load_checkpoint(tmp_path / "in" / "ftplus", ["box"], tiny_llama())["box"]
 
 
-@pytest.mark.fault("F8")
-def test_a_token_reaches_no_file_and_no_output(place, tmp_path, capsys, monkeypatch):
-    canary = "hf_canaryCANARYcanaryCANARY"
-    monkeypatch.setenv("HF_TOKEN", "hf_other")
-    out = tmp_path / "out"
-    assert main([*words(place, out, "--measure_rows", "4"), "--hub_token", canary]) == 0
-    assert os.environ["HF_TOKEN"] == canary  # where the Hub's library looks for it
-    assert canary not in "".join(capsys.readouterr())
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+CANARY = "hf_canaryCANARYcanaryCANARY"
+
+
+def told(folder) -> list[Path]:
+    """The files in which the canary sings."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert any(path.name == "training_args.bin" for path in files)
-    assert [path for path in files if canary.encode() in path.read_bytes()] == []
+    return [path for path in files if CANARY.encode() in path.read_bytes()]
+
+
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize("how", ["flag", "yaml", "json"])
+def test_a_token_reaches_no_file_and_no_output(place, tmp_path, capsys, monkeypatch, how):
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    (tmp_path / "config").mkdir()
+    file = tmp_path / "config" / "run.yaml"
+    file.write_text(f"model_init_kwargs: {{token: {CANARY}}}\n")
+    given = {
+        "flag": ["--hub_token", CANARY],
+        "yaml": ["--config", str(file)],
+        "json": ["--model_init_kwargs", json.dumps({"token": CANARY})],
+    }
+    assert main([*words(place, tmp_path / "out", "--measure_rows", "4"), *given[how]]) == 0
+    assert (os.environ["HF_TOKEN"] == CANARY) == (how == "flag")  # where the Hub's library looks for it
+    assert CANARY not in "".join(capsys.readouterr())
+    assert told(tmp_path / "out") == []
+
+
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize("how", ["trainer", "attach"])
+def test_a_token_given_in_python_is_used_and_reaches_no_file(place, tmp_path, how):
+    import trl
+
+    cls = trl.SFTTrainer if how == "attach" else SFTTrainer
+    given = {"hub_token": CANARY, "model_init_kwargs": {"token": CANARY, "revision": "main"}}
+    it = trainer(tmp_path, model=str(place / "model"), cls=cls, **given, **SAVING)
+    it = attach(it, "ewc", protect=PROTECT) if how == "attach" else it
+    it.train()
+    it.save_model()
+    assert it.args.hub_token == CANARY  # to push with
+    assert it.args.model_init_kwargs == {"revision": "main"}
+    assert CANARY not in repr(it.args) + repr(copy.deepcopy(it.args))
+    assert told(tmp_path) == []
+    saved = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert saved.hub_token is None
+    assert saved.seed == it.args.seed
 
 
 @pytest.mark.fault("F9")
