@@ -179,6 +179,28 @@ def test_a_budget_leaves_out_what_would_end_too_late_and_says_so(first, place, c
     assert not (out / "cells" / "ewc").exists()
 
 
+def test_a_budget_is_of_the_whole_comparison_and_what_finished_cells_took_is_spent(first, place, capsys):
+    """500 s are said to have been taken of 600: the next cell, of as many, no longer fits."""
+    _, out, _ = first
+    file = out / "cells" / "none-learning_rate=0.005" / "seed-42" / "ftplus" / "cell.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"seconds": 500.0}))
+    try:
+        assert main([*options(place, out, RATE, "ewc"), "--budget", "10m"]) == 0
+    finally:
+        file.write_text(before)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no cell starts that would end after 10 min, of which 8 min are spent" in shown
+    assert "Left out for the budget: ewc, seed 42" in shown
+
+
+def test_a_budget_below_the_limit_says_yes(first, place, monkeypatch):
+    _, out, _ = first
+    monkeypatch.setattr(plan, "LIMIT", 1)
+    assert main([*options(place, out, RATE, "ewc"), "--budget", "1s"]) == 0
+    assert not (out / "cells" / "ewc").exists()
+
+
 def test_above_the_limit_nothing_starts_and_the_command_to_type_is_said(first, place, capsys, monkeypatch):
     _, out, _ = first
     monkeypatch.setattr(plan, "LIMIT", 1)

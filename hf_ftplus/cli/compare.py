@@ -39,7 +39,11 @@ class Compare(click.Command):
 @click.option(
     "--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of every row, each with a seed."
 )
-@click.option("--budget", metavar="TIME", help="Start no cell that would end after this: 2h, 90m.")
+@click.option(
+    "--budget",
+    metavar="TIME",
+    help="Of the whole comparison, finished cells included: start none that would end after it. 2h, 90m.",
+)
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), help="Cells and figures. [the config's output_dir-compare]"
 )

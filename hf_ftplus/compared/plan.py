@@ -140,6 +140,12 @@ def total(cells: Sequence[Cell], probe: Probe | None, devices: int) -> float | N
     return None if None in found else sum(found) / max(1, min(devices, len(found)))
 
 
+def spent(cells: Sequence[Cell], devices: int) -> float:
+    """Seconds that the finished cells took; of one that was resumed, since then."""
+    done = [item.kept.get("seconds", 0.0) for item in cells if item.state == "finished"]
+    return sum(done) / max(1, min(devices, len(done)))
+
+
 def refuse_long(seconds: float | None, command: str) -> None:
     """Raise for more than half an hour, or for what cannot be told, that nobody said yes to.
 

@@ -22,7 +22,7 @@ from ..errors import FTPlusError, UsageError
 from .candidates import rows
 from .cells import Cell, cells, look
 from .judged import Judgement, judge
-from .plan import Probe, forecast, probed, refuse_long, total
+from .plan import Probe, forecast, probed, refuse_long, spent, total
 from .processes import Runner
 from .shown import plan
 
@@ -45,7 +45,7 @@ class Asked:
     strengths: str | None = None
     rates: str | None = None
     budget: float | None = None
-    """Seconds."""
+    """Seconds of the whole comparison, however often it was stopped: what finished cells took is part of it."""
     yes: bool = False
     command: str = ""
     """The same with --yes, as it can be typed."""
@@ -76,9 +76,11 @@ def compare(asked: Asked, show: Callable[[Any], None], say: Callable[[str], None
             say("Measuring a few steps first, to say what all will take.")
             probe = probed(all_cells[: len(table)], asked.out, asked.given, config, runner)
         show(plan(table, all_cells, probe, len(devices), asked.budget))
+        left = None if asked.budget is None else asked.budget - spent(all_cells, len(devices))
         if not asked.yes and any(cell.state != "finished" for cell in all_cells):
-            refuse_long(total(all_cells, probe, len(devices)), asked.command)
-        run(all_cells, devices, runner, probe, asked.budget and asked.budget + begin, say)
+            seconds = total(all_cells, probe, len(devices))
+            refuse_long(seconds if None in (seconds, left) else min(seconds, left), asked.command)
+        run(all_cells, devices, runner, probe, None if left is None else begin + left, say)
     return judge(table, all_cells)
 
 

@@ -14,7 +14,7 @@ from ..report.text import MISSING, label, number, percent, size
 from .candidates import Row
 from .cells import Cell
 from .judged import Judgement
-from .plan import STEPS, Probe, duration, forecast, total
+from .plan import STEPS, Probe, duration, forecast, spent, total
 
 NOTE = (
     "learnt: change of score on learn, in points; kept: after / before on protect, in %; means over n seeds, 95 % "
@@ -42,6 +42,7 @@ def plan(
         said += f", about {duration(total(cells, probe, devices))}" + (f" on {devices} devices" if devices > 1 else "")
     if limit:
         said += f"; no cell starts that would end after {duration(limit)}"
+        said += f", of which {duration(gone)} are spent" if (gone := spent(cells, devices)) else ""
     notes = [Text("memory is that of the process, not of a GPU", style="dim")]
     if probe:
         what = f"the probe: {STEPS} steps of {probe.cell.row.name}; what other strategies add is not in it"

@@ -8,7 +8,7 @@ import pytest
 
 from hf_ftplus.compared.candidates import Row
 from hf_ftplus.compared.cells import Cell
-from hf_ftplus.compared.plan import Forecast, Probe, duration, forecast, refuse_long, seconds_of, steps, total
+from hf_ftplus.compared.plan import Forecast, Probe, duration, forecast, refuse_long, seconds_of, spent, steps, total
 from hf_ftplus.config import RunConfig
 from hf_ftplus.errors import UsageError
 from hf_ftplus.report import Report
@@ -52,6 +52,15 @@ def test_a_cell_is_foretold_from_its_own_row_then_from_others_then_from_the_prob
     ]
     assert forecast(waiting[0], cells, probe) == Forecast(25, 300, "2 finished cells")
     assert forecast(waiting[1], cells, probe) == Forecast(25, 300, "2 cells of other rows")
+
+
+def test_what_finished_cells_took_is_spent(tmp_path):
+    row = Row("one", 1)
+    waiting = Cell(row, 9, Stage(1, "", tmp_path / "none", {}))
+    assert spent([waiting], 2) == 0
+    cells = [waiting, done(tmp_path, row, 1, 20.0), done(tmp_path, row, 2, 30.0, resumed=True)]
+    assert spent(cells, 1) == 50
+    assert spent(cells, 2) == spent(cells, 8) == 25
 
 
 def test_what_is_not_known_is_no_zero(tmp_path):
