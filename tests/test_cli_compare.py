@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,4 +282,20 @@ def test_bad_input_is_one_line_before_anything_starts(place, tmp_path, capsys, c
     assert main(line) == 2
     error = capsys.readouterr().err
     assert said in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("holds", [[], ["config.json"], ["config.json", "model.safetensors"]])
+def test_a_folder_that_is_no_model_is_one_line_before_anything_starts(place, tmp_path, capsys, holds):
+    folder = tmp_path / "no-model"
+    folder.mkdir()
+    for name in holds:
+        shutil.copy(place / "model" / name, folder)
+    given = yaml.safe_load((place / "run.yaml").read_text()) | {"model_name_or_path": str(folder)}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(given))
+    assert main(options(place, tmp_path / "out", "none", config=file)) == 3
+    error = capsys.readouterr().err
+    assert "no-model" in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -111,7 +111,7 @@ def configured(given: dict[str, Any]) -> tuple[RunConfig, bool]:
 
 
 def check(all_cells: Sequence[Cell], config: RunConfig) -> None:
-    """Find what is wrong with settings, data and folders before anything starts.
+    """Find what is wrong with settings, model, data and folders before anything starts.
 
     Raises:
         FTPlusError: with the cell that it is about, where it is about one.
@@ -119,9 +119,12 @@ def check(all_cells: Sequence[Cell], config: RunConfig) -> None:
     from ..callback import refuse
     from ..model import DEMO, to_train
     from ..rows import find
+    from ..trained import tokenizer_of
 
     if (model := config.model.model_name_or_path) != DEMO:
-        to_train(model)
+        folder = Path(to_train(model))
+        if folder.is_dir() and not config.training.trust_remote_code:  # code of its own may read what we cannot
+            tokenizer_of(model)
     for cell in all_cells:
         look(cell)
     for row in {id(cell.row): cell.row for cell in all_cells}.values():
