@@ -82,6 +82,8 @@ class Strategy:
     """Base of every strategy. Subclasses are dataclasses and are not subclassed further."""
 
     name: ClassVar[str] = ""
+    judged: ClassVar[dict[str, Any]] = {}
+    """What the laws must know to judge it (`hf_ftplus/testing/declared.py`); no run reads it."""
 
     def __post_init__(self) -> None:
         for item in settings(type(self)):

@@ -273,6 +273,35 @@ def test_broken_laws_are_a_table_with_the_reason_and_the_fix(capsys, monkeypatch
     assert "If it is meant to act from the first step" in text
     assert "travels light kept" in text
     assert "1 of 2 laws kept" in text
+    assert "judged = {'from_start': False} in its class" in text
+
+
+def test_what_a_class_declares_needs_no_flag_and_an_excuse_is_printed(capsys, good):
+    good.write_text(GOOD.replace("    strength:", "    judged: ClassVar[dict] = {'from_start': False}\n    strength:"))
+    line = ["plugin", "test", "good.py", "--no-lora", "--law", "acts"]
+    assert run(capsys, *line)[0] == 0
+    excuse = "{'breaks': {'acts': 'a pull at the start is the idea'}}"
+    good.write_text(GOOD.replace("    strength:", f"    judged: ClassVar[dict] = {excuse}\n    strength:"))
+    code, out, _ = run(capsys, *line)
+    assert code == 0
+    assert "excused" in out
+    assert "a pull at the start is the idea" in " ".join(out.split())
+    assert "0 of 1 laws kept, 1 broken knowingly" in out
+
+
+def test_each_law_is_printed_when_it_is_known(capsys, monkeypatch, good):
+    from hf_ftplus import testing
+
+    seen = []
+
+    def judge(*_, **__):
+        for law in ("first", "second"):
+            yield testing.Verdict(law, True)
+            seen.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(testing, "judge", judge)
+    run(capsys, "plugin", "test", "good.py", "--no-lora")
+    assert ("first" in seen[0], "second" in seen[0], "second" in seen[1]) == (True, False, True)
 
 
 def test_what_the_fix_says_mends_it(capsys, good):

@@ -10,6 +10,7 @@ import torch
 from lawful import L2SP, Lopsided, Path, Quarter, SmallLogits
 
 from hf_ftplus import EWC, Strategy, setting, testing
+from hf_ftplus.errors import PluginError
 from hf_ftplus.testing import check_strategy
 
 
@@ -86,7 +87,7 @@ def test_a_strategy_that_cannot_be_turned_off_is_told_how_to_say_so():
 
         name: ClassVar[str] = "endless"
 
-    broken(Endless(), r"none of its settings is called strength, share or weight.*zero=", testing.law_silent_at_zero)
+    broken(Endless(), r"none of its settings is called strength, share or weight.*'zero': ", testing.law_silent_at_zero)
     check_strategy(Endless(), zero={}, laws=[testing.law_silent_at_zero])
 
 
@@ -413,6 +414,67 @@ def test_weights_moved_at_the_end_are_caught_unless_that_is_the_idea():
     check_strategy(Halver(), laws=[testing.law_leaves_no_trace], peft=False, processes=False, finish="moves")
 
 
+# ---- what a class declares -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Eager(SmallLogits):
+    """Acts from the first step on, and says so."""
+
+    name: ClassVar[str] = "eager"
+    judged: ClassVar[dict] = {"from_start": False}
+
+
+def test_what_a_class_declares_is_how_it_is_judged_and_what_is_asked_goes_before_it():
+    check_strategy(Eager(), laws=[testing.law_acts], peft=False)
+    broken(Eager(), "it moves weights by .* at the start", testing.law_acts, peft=False, from_start=True)
+
+
+def test_a_law_that_is_broken_knowingly_is_excused_with_the_reason(caplog):
+    @dataclass
+    class Bold(SmallLogits):
+        """Breaks a law, and says why."""
+
+        name: ClassVar[str] = "bold"
+        judged: ClassVar[dict] = {"breaks": {"acts": "it is bold"}}
+
+    laws = [testing.law_acts, testing.law_travels_light]
+    acts, light = testing.judge(Bold(), laws=laws, peft=False, processes=False)
+    assert (acts.kept, acts.excuse, acts.fix, acts.counts) == (False, "it is bold", "", False)
+    assert (light.kept, light.excuse) == (True, "")
+    check_strategy(Bold(), laws=laws, peft=False)
+    assert "It says why: it is bold" in caplog.text
+
+
+def test_declared_tasks_are_rows_of_so_many():
+    @dataclass
+    class Chooser(Idle):
+        """Wants tasks."""
+
+        name: ClassVar[str] = "chooser"
+        judged: ClassVar[dict] = {"tasks": 3, "peft": False}
+
+    world = testing.expected(Chooser())
+    assert len(set(world["learn"]["task"])) == 3
+    assert (world["peft"], "tasks" in world) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"form_start": False}, r"Odd.judged has 'form_start'. Did you mean 'from_start'\?"),
+        ({"from_start": "no"}, "is 'no'; expected True or False"),
+        ({"breaks": {"acts": ""}}, "expected {law: reason}"),
+        ({"breaks": {"act": "why not"}}, "names the law 'act'. Did you mean 'acts'"),
+        ("finish", "expected a dict"),
+    ],
+)
+def test_what_cannot_be_declared_is_refused_by_name(said, words):
+    odd = type("Odd", (Idle,), {"judged": said})
+    with pytest.raises(PluginError, match=words):
+        check_strategy(odd())
+
+
 # ---- verdicts --------------------------------------------------------------------------------------------------------
 
 
@@ -466,6 +528,30 @@ def test_pytest_takes_the_laws_as_tests(tmp_path):
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 4
     assert "--ftplus gone.py: No plugin file at 'gone.py'" in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+def test_pytest_covers_what_the_command_covers(tmp_path):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    import click
+
+    from hf_ftplus.cli.plugin_test import test as command
+
+    folder = Path(__file__).parents[1] / "plugins" / "ftplus-kfac"
+    pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "hf_ftplus.pytest_plugin"]
+    help = subprocess.run([*pytest_, "--help"], cwd=tmp_path, capture_output=True, text=True).stdout
+    flags = {flag for option in command.params if isinstance(option, click.Option) for flag in option.opts}
+    for flag in flags - {"--json", "--set"}:  # settings follow the name
+        assert flag.replace("--", "--ftplus-", 1) in help, flag
+    done = subprocess.run(
+        [*pytest_, "-q", "-rx", "--ftplus", str(folder)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "7 passed, 1 xfailed" in done.stdout
+    assert "square in the width" in done.stdout
 
 
 def test_the_strategy_given_is_never_trained_itself():

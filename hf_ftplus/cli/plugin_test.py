@@ -13,10 +13,13 @@ import click
 from ..errors import PluginError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ..strategy import Strategy
     from ..testing import Verdict
+
+LAW, WORD = 17, 7
+"""Widths of the columns: the longest name of a law, the longest word on it."""
 
 
 @click.command(name="test")
@@ -38,76 +41,100 @@ def test(
 ) -> None:  # fmt: skip
     """Judge a strategy by the laws that all strategies keep, on a tiny model, on the CPU, without network.
 
-    NAME is installed; PATH is a file of Python, or the folder of a distribution that need not be. Exits with 7 if a law
-    is broken.
+    NAME is installed; PATH is a file of Python, or the folder of a distribution that need not be. What a strategy does
+    otherwise, and means to, its class declares (`judged`: see plugins/README.md); what is typed here goes before it.
+    Exits with 7 if a law is broken.
     """
     from ..plugins import find, resolve
 
-    classes = find(name)
-    strategies = [resolve(kind, _values(changes)) for kind in classes]
-    laws = _laws(only)
-    world = {"second_run": second_run, "learn": _rows_of(tasks)}
-    asked = {"from_start": False if acts_at_start else None, "zero": _values(zero) or None, "processes": distributed}
-    reports = [_judged(strategy, not no_lora, laws, world, asked, as_json) for strategy in strategies]
+    strategies = [resolve(kind, values(changes)) for kind in find(name)]
+    laws = laws_called(only)
+    asked = {
+        "from_start": False if acts_at_start else None,
+        "zero": values(zero) or None,
+        "second_run": second_run or None,
+        "tasks": tasks,
+        "peft": False if no_lora else None,
+    }
+    reports = [_judged(strategy, laws, asked, distributed, as_json) for strategy in strategies]
     if as_json:
         click.echo(json.dumps(reports, indent=2))
-    broken = {report["strategy"]: [law["law"] for law in report["laws"] if not law["kept"]] for report in reports}
+    broken = {
+        report["strategy"]: [law["law"] for law in report["laws"] if not (law["kept"] or law["excuse"])]
+        for report in reports
+    }
     if any(broken.values()):
         said = "; ".join(f"{strategy} breaks {', '.join(laws)}" for strategy, laws in broken.items() if laws)
         raise PluginError(f"{said}. The reason and the fix stand above.")
 
 
 def _judged(
-    strategy: Strategy, lora: bool, laws: list[Any] | None, world: dict[str, Any], asked: dict[str, Any], silent: bool
+    strategy: Strategy, laws: list[Any] | None, asked: dict[str, Any], distributed: bool, silent: bool
 ) -> dict[str, Any]:
-    """The verdicts on one strategy, shown as they come."""
+    """The verdicts on one strategy, each shown as it comes."""
     from ..plugins import origin
     from ..testing import judge
+    from ..testing.declared import expected
     from ..testing.judged import refused_lora
 
     published = " ".join(origin(type(strategy))).strip()
-    found: list[Verdict] = []
+    lora = expected(strategy, **asked).get("peft", True)
+    shown = None if silent else Shown(strategy, published)
     with _silence():
-        refused = refused_lora(strategy, **world) if lora else ""
-        for verdict in judge(strategy, laws=laws, peft=lora and not refused, **world, **asked):
+        refused = refused_lora(strategy, **asked) if lora else ""
+        found: list[Verdict] = []
+        for verdict in judge(strategy, laws=laws, processes=distributed, **{**asked, "peft": lora and not refused}):
             found.append(verdict)
-            if not silent and sys.stderr.isatty():
-                click.echo(f"\r{len(found)} laws tried", nl=False, err=True)
-    if not silent and sys.stderr.isatty():
-        click.echo("\r" + " " * 16 + "\r", nl=False, err=True)
-    if not silent:
-        _show(strategy, published, found, refused)
+            if shown:
+                shown.verdict(verdict)
+    if shown:
+        shown.end(found, refused)
     return {
         "strategy": strategy.name,
         "settings": repr(strategy),
         "published": published,
         "lora": "not judged" if not lora else refused or "judged",
-        "two_processes": asked["processes"],
+        "two_processes": distributed,
         "laws": [dataclasses.asdict(verdict) for verdict in found],
     }
 
 
-def _show(strategy: Strategy, published: str, found: list[Verdict], refused: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
+class Shown:
+    """What the terminal says while the laws are tried: a line for each as soon as it is known."""
 
-    from .plugins import plain
+    def __init__(self, strategy: Strategy, published: str) -> None:
+        from rich.console import Console
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("law", "", "what was found, and how to mend it"):
-        table.add_column(title, overflow="fold")
-    for verdict in found:
-        kept = plain("kept", "green") if verdict.kept else plain("broken", "red")
-        table.add_row(plain(verdict.law), kept, plain(verdict.found))
-        if verdict.fix:
-            table.add_row("", "", plain(verdict.fix, "italic"))
-    console = Console(highlight=False)
-    console.print(plain(f"{strategy!r}  {published}"), soft_wrap=True)
-    console.print(table)
-    kept = sum(verdict.kept for verdict in found)
-    console.print(f"{kept} of {len(found)} laws kept, in {sum(verdict.seconds for verdict in found):.0f} s.")
-    if refused:
-        console.print(plain(f"Not judged on a LoRA adapter, which it refuses: {refused}"), soft_wrap=True)
+        from .plugins import plain
+
+        self.console, self.plain = Console(highlight=False), plain
+        self.console.print(plain(f"{strategy!r}  {published}"), soft_wrap=True)
+
+    def verdict(self, verdict: Verdict) -> None:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(width=LAW)
+        table.add_column(width=WORD)
+        table.add_column(overflow="fold")
+        word = self.plain("kept", "green") if verdict.kept else self.plain("broken", "red")
+        if verdict.excuse and not verdict.kept:
+            word = self.plain("excused", "yellow")
+        table.add_row(self.plain(verdict.law), word, self.plain(verdict.found))
+        for more in (verdict.fix, "" if verdict.kept else verdict.excuse):
+            if more:
+                table.add_row("", "", self.plain(more, "italic"))
+        self.console.print(table)
+
+    def end(self, found: list[Verdict], refused: str) -> None:
+        kept = sum(verdict.kept for verdict in found)
+        excused = sum(not verdict.kept and not verdict.counts for verdict in found)
+        said = f", {excused} broken knowingly" if excused else ""
+        seconds = sum(verdict.seconds for verdict in found)
+        self.console.print(f"{kept} of {len(found)} laws kept{said}, in {seconds:.0f} s.")
+        if refused:
+            text = f"Not judged on a LoRA adapter, which it refuses: {refused}"
+            self.console.print(self.plain(text), soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -134,28 +161,19 @@ def _silence() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _laws(only: tuple[str, ...]) -> list[Any] | None:
+def laws_called(only: Sequence[str]) -> list[Any] | None:
+    """The laws of these names; None for all."""
     from ..errors import nearest
-    from ..testing import LAWS
+    from ..testing.declared import named
 
-    known = {law.__name__.removeprefix("law_").replace("_", " "): law for law in LAWS}
+    known = named()
     for word in only:
         if word not in known:
             raise UsageError(f"--law {word!r} is none.{nearest(word, list(known))} Laws: {', '.join(known)}.")
     return [known[word] for word in only] or None
 
 
-def _rows_of(tasks: int | None) -> Any:
-    """Learn rows of several tasks; None for the usual ones."""
-    from ..testing import tiny_rows
-
-    if tasks is None:
-        return None
-    rows = tiny_rows(seed=0)
-    return rows.add_column("task", [f"task {i % tasks + 1}" for i in range(len(rows))])
-
-
-def _values(pairs: tuple[str, ...]) -> dict[str, Any]:
+def values(pairs: tuple[str, ...]) -> dict[str, Any]:
     """`strength=0.1` as `{"strength": "0.1"}`; settings cast it."""
     found = {}
     for pair in pairs:

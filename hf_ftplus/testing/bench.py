@@ -53,6 +53,8 @@ class Bench:
     learn: Any = None
     finish: str = "looks"
     """`moves` if the hook may move the weights at the end of training."""
+    breaks: dict[str, str] = field(default_factory=dict)
+    """Laws that it breaks knowingly, and why."""
     first: dict[bool, Path] = field(default_factory=dict)
     """With `second_run`: output folders of the first run, full and LoRA."""
     law: str = ""
@@ -84,6 +86,11 @@ class Bench:
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
             raise AssertionError(f"Law {self.law!r} cannot be tried on {self.name!r}: {said}") from error
+
+    @property
+    def excuse(self) -> str:
+        """Why it breaks the law that is being tried, if it does so knowingly."""
+        return self.breaks.get(self.law, "")
 
     def equal(self, one: Weights, other: Weights, what: str) -> None:
         """Demand that two sets of tensors agree bit for bit."""
@@ -193,6 +200,12 @@ def tiny_rows(seed: int, count: int = 24) -> Any:
     generator = random.Random(seed)
     ids = [[generator.randrange(3, VOCAB) for _ in range(generator.randrange(6, 12))] for _ in range(count)]
     return Dataset.from_list([{"input_ids": row, "labels": [-100, -100, *row[2:]]} for row in ids])
+
+
+def rows_of(tasks: int) -> Any:
+    """The same rows, of so many tasks."""
+    rows = tiny_rows(seed=0)
+    return rows.add_column("task", [f"task {i % tasks + 1}" for i in range(len(rows))])
 
 
 def tiny_batches(seed: int, count: int = 12, size: int = 3) -> list[dict[str, Tensor]]:

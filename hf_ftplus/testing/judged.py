@@ -14,13 +14,14 @@ from typing import Any
 from ..errors import FTPlusError
 from ..strategy import Strategy
 from .bench import Bench, quiet, rng_restored
+from .declared import expected
 from .laws import LAWS
 
 FIXES = (
     (
         r"cannot be tried .*\b(no protect|nothing to protect|tasks?\b)",
-        "It refuses the rows that it was given: --tasks 2 gives learn rows a column `task`; or check_strategy(..., "
-        "protect=..., learn=...) in a test of your own.",
+        "It refuses the rows that it was given: judged = {'tasks': 2} in its class gives learn rows a column `task`; "
+        "or check_strategy(..., protect=..., learn=...) in a test of your own.",
     ),
     (
         r"'remembers' cannot be tried",
@@ -36,7 +37,7 @@ FIXES = (
     (r"pastes back as", "Leave __repr__ and __eq__ to @dataclass; keep what is not a setting out of its fields."),
     (
         r"called strength, share or weight",
-        "Give it a setting that turns it off at 0, or say which does: --zero NAME=0, check_strategy(..., zero={...}).",
+        "Give it a setting that turns it off at 0, or say in its class which does: judged = {'zero': {'NAME': 0}}.",
     ),
     (
         r"'silent at zero'",
@@ -45,12 +46,12 @@ FIXES = (
     (
         r"at the start",
         "A penalty and its gradient are 0 at the weights of `prepare`. If it is meant to act from the first step (a "
-        "loss on outputs, an average): --acts-at-start, check_strategy(..., from_start=False).",
+        "loss on outputs, an average): judged = {'from_start': False} in its class.",
     ),
     (
         r"its gradient is 0|its penalty is",
         "Nothing changed beside plain TRL: is the default too weak, the gradient None, the name of a weight not "
-        "found? If a first run only records: --second-run, check_strategy(..., second_run=True).",
+        "found? If a first run only records: judged = {'second_run': True} in its class.",
     ),
     (
         r"stopped at step 3 and resumed",
@@ -59,7 +60,8 @@ FIXES = (
     ),
     (
         r"finish changed weights",
-        "Look, and write to run.memory. If moving them at the end is the idea: check_strategy(..., finish='moves').",
+        "Look, and write to run.memory. If moving them at the end is the idea: judged = {'finish': 'moves'} in its "
+        "class.",
     ),
     (r"random numbers", "Draw from a torch.Generator of your own, seeded with run.seed."),
     (r"training mode|requires_grad|gradients are recorded", "Put it back in a `finally`, or use a context manager."),
@@ -95,7 +97,14 @@ class Verdict:
     found: str = ""
     """What broke it."""
     fix: str = ""
+    excuse: str = ""
+    """Why it is broken knowingly, in the words of the strategy."""
     seconds: float = 0.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether the law is broken, and not knowingly."""
+        return not self.kept and not self.excuse
 
 
 @contextlib.contextmanager
@@ -109,7 +118,7 @@ def judge(
     strategy: Strategy, *, laws: Sequence[Callable[[Bench], None]] | None = None, **asked: Any
 ) -> Iterator[Verdict]:
     """A verdict on each law in turn. Takes what `check_strategy` takes; raises for nothing that a strategy does."""
-    with courtroom(strategy, **asked) as bench:
+    with courtroom(strategy, **expected(strategy, **asked)) as bench:
         for law in LAWS if laws is None else laws:
             yield verdict(bench, law)
 
@@ -122,7 +131,8 @@ def verdict(bench: Bench, law: Callable[[Bench], None]) -> Verdict:
     except AssertionError as error:
         found = str(error)
         # what was raised says little in one sentence; the laws name themselves in theirs
-        return Verdict(bench.law, False, _short(found), fix_for(found), time.perf_counter() - begin)
+        fix = "" if bench.excuse else fix_for(found)
+        return Verdict(bench.law, False, _short(found), fix, bench.excuse, time.perf_counter() - begin)
     return Verdict(bench.law, True, seconds=time.perf_counter() - begin)
 
 
@@ -135,7 +145,7 @@ def fix_for(found: str) -> str:
 
 def refused_lora(strategy: Strategy, **asked: Any) -> str:
     """Why it does not train an adapter, in its own words; empty where it does. A refusal breaks no law."""
-    with courtroom(strategy, **asked) as bench:
+    with courtroom(strategy, **expected(strategy, **asked)) as bench:
         try:
             bench.train(bench.fresh(), lora=True, max_steps=1)
         except FTPlusError as error:

@@ -204,7 +204,7 @@ def _zero(bench: Bench) -> dict[str, Any]:
     """The setting that turns a strategy off, at 0."""
     known = [item.name for item in settings(type(bench.strategy))]
     found = [name for name in ZEROS if name in known]
-    wanted = "strength, share or weight; give it one, or say check_strategy(..., zero={...}) what turns it off"
+    wanted = "strength, share or weight; give it one, or say what turns it off: judged = {'zero': {...}}"
     bench.demand(bool(found), f"none of its settings is called {wanted}")
     return {found[0]: 0}
 

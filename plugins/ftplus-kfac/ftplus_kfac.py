@@ -108,6 +108,9 @@ class KFAC(Strategy):
     """EWC with Kronecker factors: hold the directions that the protect data uses, not one weight at a time."""
 
     name: ClassVar[str] = "kfac"
+    judged: ClassVar[dict] = {
+        "breaks": {"travels light": "under LoRA its factors are square in the width of a layer, the adapter is thin"}
+    }
 
     strength: float = setting(
         100.0, "what a nat of drift on protect costs, in nats of learn loss", unit="nats per nat", low=0

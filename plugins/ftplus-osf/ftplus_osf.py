@@ -66,6 +66,7 @@ class OSF(Strategy):
     """Orthogonal subspace fine-tuning: what the weights do most stays exactly as it is; needs nothing to protect."""
 
     name: ClassVar[str] = "osf"
+    judged: ClassVar[dict] = {"from_start": False}  # weights go back after the very first step
 
     share: float = setting(
         0.5,

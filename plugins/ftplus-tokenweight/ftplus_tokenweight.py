@@ -65,6 +65,7 @@ class TokenWeight(Strategy):
     """Learn less from the tokens that would damage the model most (EAFT, STM or FLOW); needs nothing to protect."""
 
     name: ClassVar[str] = "tokenweight"
+    judged: ClassVar[dict] = {"from_start": False}  # the loss is another one from the first step on
 
     rule: str = setting(
         "eaft",

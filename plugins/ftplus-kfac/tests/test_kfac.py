@@ -16,15 +16,10 @@ from hf_ftplus.testing import check_strategy
 
 
 @pytest.mark.laws
-def test_it_keeps_every_law_in_full_fine_tuning():
-    check_strategy(KFAC(), peft=False)
-
-
-@pytest.mark.laws
-def test_it_acts_and_remembers_on_an_adapter():
-    # factors are square in the layer's width: more than the 16 bytes per adapter weight that travel lightly
-    laws = [testing.law_acts, testing.law_remembers]
-    check_strategy(KFAC(), laws=laws, processes=False)
+def test_it_keeps_every_law_and_says_why_it_does_not_travel_light_under_lora():
+    check_strategy(KFAC())
+    assert "square in the width" in KFAC.judged["breaks"]["travels light"]
+    check_strategy(KFAC(), laws=[testing.law_travels_light], peft=False, breaks={})
 
 
 def test_it_remembers_and_is_silent_at_zero():

@@ -19,12 +19,12 @@ TARGETS = ["q_proj", "up_proj", "down_proj"]  # square, tall and wide
 
 @pytest.mark.laws
 def test_it_keeps_every_law():
-    check_strategy(OSF(), from_start=False)
+    check_strategy(OSF())
 
 
 def test_it_remembers_and_is_silent_at_zero():
     laws = [testing.law_introduces_itself, testing.law_silent_at_zero, testing.law_remembers]
-    check_strategy(OSF(), from_start=False, laws=laws, peft=False, processes=False)
+    check_strategy(OSF(), laws=laws, peft=False, processes=False)
 
 
 # ---- the projections, slowly -----------------------------------------------------------------------------------------

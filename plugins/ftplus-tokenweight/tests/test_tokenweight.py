@@ -17,19 +17,19 @@ from hf_ftplus.testing import check_strategy, law_acts, law_remembers, law_silen
 
 @pytest.mark.laws
 def test_it_keeps_every_law():
-    check_strategy(TokenWeight(rule="flow"), from_start=False)
+    check_strategy(TokenWeight(rule="flow"))
 
 
 @pytest.mark.laws
 @pytest.mark.parametrize("settings", [{}, {"rule": "stm", "threshold": 66.0}], ids=str)
 def test_the_other_rules_keep_the_laws_that_could_suffer(settings):
     laws = [law_silent_at_zero, law_remembers, law_acts]
-    check_strategy(TokenWeight(**settings), from_start=False, laws=laws, peft=False, processes=False)
+    check_strategy(TokenWeight(**settings), laws=laws, peft=False, processes=False)
 
 
 def test_it_remembers_and_is_silent_at_zero():
     laws = [testing.law_introduces_itself, testing.law_silent_at_zero, testing.law_remembers]
-    check_strategy(TokenWeight(rule="flow"), from_start=False, laws=laws, peft=False, processes=False)
+    check_strategy(TokenWeight(rule="flow"), laws=laws, peft=False, processes=False)
 
 
 # ---- the formulas, slowly --------------------------------------------------------------------------------------------

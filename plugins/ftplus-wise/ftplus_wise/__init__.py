@@ -36,6 +36,7 @@ class Wise(Strategy):
     """Weight averaging: end on an average of the last steps, and as far back toward the start as learning allows."""
 
     name: ClassVar[str] = "wise"
+    judged: ClassVar[dict] = {"from_start": False, "zero": {"decay": 0.0, "keep": 1.0}, "finish": "moves"}
 
     decay: float = setting(
         0.98, "share of the average that stays at each step; 0 takes the last weights as they are", low=0, high=1

@@ -21,17 +21,15 @@ from hf_ftplus.cli import main
 from hf_ftplus.errors import DataError, IncompatibleError
 from hf_ftplus.testing import check_strategy
 
-OFF = {"decay": 0.0, "keep": 1.0}
-
 
 @pytest.mark.laws
 def test_it_keeps_every_law():
-    check_strategy(Wise(keep=0.8), from_start=False, zero=OFF, finish="moves", processes=False)
+    check_strategy(Wise(keep=0.8), processes=False)
 
 
 def test_it_remembers_and_is_silent_at_zero():
     laws = [testing.law_introduces_itself, testing.law_silent_at_zero, testing.law_remembers]
-    check_strategy(Wise(keep=0.8), from_start=False, zero=OFF, finish="moves", laws=laws, peft=False, processes=False)
+    check_strategy(Wise(keep=0.8), laws=laws, peft=False, processes=False)
 
 
 # ---- the average and the line, slowly --------------------------------------------------------------------------------
