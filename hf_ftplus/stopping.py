@@ -159,7 +159,7 @@ class RetentionFalls(TrainerCallback):
     Args:
         share: of its figure at the start that a task must keep.
         start: has the `evaluation` that measured the start, once training begins, and `kept()`, which looks again.
-        trainer: logs the figures, as `retention/TASK`.
+        trainer: logs the figures, as `retention/TASK`, and `drift/TASK` where the same forward passes have it.
     """
 
     stopped: str | None = None
@@ -204,7 +204,8 @@ class RetentionFalls(TrainerCallback):
             shares = broadcast_object_list([shares])[0]
         logs = control.should_log  # which logging takes back, though the loss is still to be logged
         with evaluating(self.trainer.model):  # TRL would otherwise log and forget its figures of training
-            self.trainer.log({f"retention/{name}": share for name, share in shares.items()})
+            drifts = {f"drift/{name}": figure.drift for name, figure in kept.items() if figure.drift is not None}
+            self.trainer.log({f"retention/{name}": share for name, share in shares.items()} | drifts)
         control.should_log = logs
         lost = min(shares, key=shares.__getitem__)
         if shares[lost] < self.share:

@@ -116,6 +116,9 @@ def test_lost_retention_is_saved_said_and_ends_the_run(place, tmp_path, capsys):
     assert "measuring on the way" in report["facts"]["seconds"]
     [protect] = [task for task in report["tasks"] if task["name"] == "protect"]
     assert protect["retention"]["value"] == pytest.approx(looks[step])
+    [drift] = [entry["drift/protect"] for entry in log if entry["step"] == step and "drift/protect" in entry]
+    assert protect["drift"]["value"] == pytest.approx(drift)
+    assert "drift/protect over steps" in (out / "ftplus" / "report.html").read_text()
     training_log = {entry["step"] for entry in log if {"loss", "mean_token_accuracy"} <= entry.keys()}
     assert training_log == set(range(1, step + 1))  # looking took no figure of training away
     (out / "ftplus" / "report.json").unlink()  # as if it had been killed before
@@ -130,7 +133,7 @@ def test_conditions_are_judged_when_the_user_says(place, tmp_path, strategy):
     asked = ["--stop-when", "learn-plateaus", "--stop-when", "retention-falls-below 0.01"]
     report = run(place, tmp_path / "out", *held_out, *strategy, *asked, steps=12)
     log = log_of(tmp_path / "out", 12)
-    for figure in ("eval_loss", "retention/protect"):
+    for figure in ("eval_loss", "retention/protect", "drift/protect"):
         assert [entry["step"] for entry in log if figure in entry and entry["step"] < 12] == [3, 6, 9]
     assert report["facts"]["stopped"] is None
 

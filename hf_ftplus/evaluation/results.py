@@ -95,6 +95,8 @@ class Kept:
     """The name of the figure that is compared."""
     before: float
     now: float
+    drift: float | None = None
+    """In nats per token; None where the figure comes without the forward pass that has it."""
 
     @property
     def share(self) -> float:

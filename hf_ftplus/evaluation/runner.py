@@ -121,7 +121,8 @@ class Evaluation:
     def kept(self, model: nn.Module) -> dict[str, Kept]:
         """How each protect task stands now, by forward passes alone.
 
-        Compared is `choice` where it is the task's metric; else token accuracy, for answers would have to be written.
+        Compared is `choice` where it is the task's metric; else token accuracy, for answers would have to be written,
+        and drift comes with it.
         """
         model, judged = bare(model), self.judged()
         with as_found(model, self.seed):
@@ -132,9 +133,10 @@ class Evaluation:
         if task.scored_by and not task.scored_by.written and before.metric.sum():
             now = metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast)
             return Kept(task.scored_by.name, before.metric.mean(), now.mean())
-        now = score(model, task.examples, self.batch_size, autocast=self.autocast, label=f"{task.name}: score")
-        tokens = before.scores.tokens.sum()
-        return Kept("token_accuracy", before.scores.correct.sum() / tokens, now.correct.sum() / tokens)
+        how = {"start": self._start(task), "autocast": self.autocast, "label": f"{task.name}: score"}
+        now = score(model, task.examples, self.batch_size, **how)
+        was, tokens = before.scores.correct.sum(), before.scores.tokens.sum()
+        return Kept("token_accuracy", was / tokens, now.correct.sum() / tokens, now.kl.sum() / tokens)
 
     def results(self) -> list[TaskResult]:
         """What has been measured so far, in the order of the tasks."""

@@ -88,6 +88,6 @@ DEFINITIONS = {
         "Over steps",
         "What the trainer logged. Penalty: what a strategy adds to the loss, in nats per token. Predicted drift: what "
         "EWC's diagonal expects, far below the measured one. KL: divergence from the teacher on the rows seen, in nats "
-        "per token.",
+        "per token. Retention and drift of a task: measured on its rows while training lasted, for --stop-when.",
     ),
 }

@@ -90,7 +90,7 @@ def _steps(runs: list[Run]) -> list[dict[str, Any]]:
 
 def _followed(key: str) -> bool:
     first, _, last = key.rpartition("/")
-    return key == "loss" or (bool(first) and (last in ON_THE_WAY or first == "retention"))
+    return key == "loss" or (bool(first) and (last in ON_THE_WAY or first in ("retention", "drift")))
 
 
 def _mixture(runs: list[Run]) -> list[dict[str, Any]]:
