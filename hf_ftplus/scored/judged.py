@@ -199,7 +199,11 @@ def _entry(judged: Judged, first: Judged, file: str) -> dict[str, Any]:
 
 
 def speeds(scored: Scored) -> list[float | None]:
-    """Tokens that each model read in a second while loss and drift were scored, prompts included."""
+    """Tokens that each model read in a second while loss and drift were scored, prompts included.
+
+    Timed after a first batch. The first model has no drift, and keeps its hidden states instead: the others may be
+    compared with each other, not with it.
+    """
     tokens = sum(len(example["input_ids"]) for task in scored.tasks for example in task.examples)
     seconds = [sum(moment.seconds for moment in moments.values()) for moments in scored.moments]
     return [tokens / spent if spent else None for spent in seconds]

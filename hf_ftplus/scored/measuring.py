@@ -22,7 +22,7 @@ from ..evaluation import EvalTask, Evaluation, with_answers
 from ..evaluation.drift import keep_head
 from ..evaluation.found import as_found
 from ..evaluation.runner import Moment
-from ..evaluation.scoring import Start
+from ..evaluation.scoring import Start, score
 from ..examples import Example, tokenize
 from ..generate import self_generate
 from ..logits import lm_head
@@ -44,6 +44,7 @@ class OneModel:
     def __init__(self, plan: Plan, number: int) -> None:
         self.plan, self.name = plan, plan.models[number]
         self._loaded: Trained | None = None
+        self._warm = False
 
     def __enter__(self) -> OneModel:
         return self
@@ -51,6 +52,12 @@ class OneModel:
     def __call__(self) -> Trained:
         self._loaded = self._loaded or load(self.name, self.plan.dtype, self.plan.device)
         return self._loaded
+
+    def warm_up(self, examples: list[Example], batch_size: int) -> None:
+        """Score a batch once before anything is timed: the first forward pass of a model sets things up."""
+        if not self._warm:
+            score(self().model, examples[:batch_size], batch_size, label=f"{self.name}: warming up")
+        self._warm = True
 
     def __exit__(self, *error: object) -> None:
         self._loaded = None
@@ -115,6 +122,7 @@ class Scored:
             start = None  # tokens were added: drift is not defined
         asked = replace(task, metric=None) if before else task
         with as_found(it.model, self.plan.seed):
+            model.warm_up(task.examples, size)
             moment = evaluation.measure(it.model, asked, start, hidden, label=f"{it.name}: {task.name}")
         if before:
             before.scores.hidden = moment.scores.hidden

@@ -19,6 +19,11 @@ NOTE = (
     "flips -2 +1: 2 rows right only with the first model, 1 with this; each verdict stands alone; n/m: not measured"
 )
 
+SPEED = (
+    "tokens/s: prompts included, without loading, a first batch, metrics and answers; the first model keeps its hidden "
+    "states, the others compute drift from them, so compare these with each other"
+)
+
 
 def table(judgement: Judgement) -> RenderableType:
     """A block for each task with a line for each model, in 80 columns."""
@@ -38,7 +43,7 @@ def table(judgement: Judgement) -> RenderableType:
         parts.append(grid)
     known = [f"{name} {speed:,.0f}" for name, speed in zip(names, speeds(scored), strict=True) if speed]
     parts += [label(f"tokens/s: {', '.join(known)}", "dim", 300)] if known else []
-    return Group(*parts, *_notes(judgement), Text(NOTE, style="dim"))
+    return Group(*parts, *_notes(judgement), Text(f"{NOTE}; {SPEED}" if known else NOTE, style="dim"))
 
 
 def _cells(judged: Judged) -> list[str | Text]:
