@@ -7,12 +7,15 @@ fail if a strategy's figures, memory or gradients came from other tokens, other 
 from __future__ import annotations
 
 import copy
+import json
 import math
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
+from commands import make_place, words
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
@@ -22,6 +25,7 @@ from transformers import EarlyStoppingCallback
 
 from hf_ftplus import EWC, Batch, Run, Strategy
 from hf_ftplus.callback import refuse
+from hf_ftplus.cli import main
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
 from hf_ftplus.logits import hidden_states
 from hf_ftplus.strategies.distill import Distill
@@ -47,7 +51,10 @@ ROWS = {
     "replay": ["replay"],
     "multitask": [("multitask", {"weights": "even=1,odd=3"})],
     "replay + ewc + distill": ["replay", "ewc", ("distill", {"share": 1.0})],
-}
+    "multitask + replay + distill": [
+        ("multitask", {"weights": "even=1,odd=3"}), "replay", ("distill", {"share": 1.0})
+    ],
+}  # fmt: skip
 TRAINS = ""
 NOT_BA = r"does not change a weight by scale \* B A"
 ADAPTER = r"si cannot follow an adapter.*Use --plugin ewc.*or fine-tune all weights"
@@ -62,6 +69,8 @@ TABLE = {
     "replay":                 (TRAINS, TRAINS,  TRAINS,  TRAINS,  TRAINS,  TRAINS,  TRAINS,  TRAINS),
     "multitask":              (TRAINS, TRAINS,  TRAINS,  TRAINS,  TRAINS,  TRAINS,  TRAINS,  TRAINS),
     "replay + ewc + distill": (TRAINS, TRAINS,  TRAINS,  TRAINS,  NOT_BA,  TRAINS,  NOT_BA,  NOT_BA),
+    "multitask + replay + distill":
+                              (TRAINS, TRAINS,  TRAINS,  TRAINS,  TRAINS,  TRAINS,  VIRTUAL, TRAINS),
 }  # fmt: skip
 """What a strategy refuses, as its message says it; TRAINS: weights move, and what the strategy does is not zero."""
 ACTS = {
@@ -72,6 +81,10 @@ ACTS = {
     "replay": "replay/share_of_rows",
     "multitask": "multitask/rows/odd",
 }
+STACKS = {
+    "replay + ewc + distill": ["replay", "ewc", "distill on protect"],
+    "multitask + replay + distill": ["multitask", "replay", "distill on protect"],
+}
 CELLS = [(row, kind) for row in ROWS for kind in KINDS]
 NUMBERED = [{**row, "task": "odd" if i % 2 else "even"} for i, row in enumerate(LEARN[:8])]
 
@@ -81,7 +94,7 @@ NUMBERED = [{**row, "task": "odd" if i % 2 else "even"} for i, row in enumerate(
 def test_it_trains_or_is_refused(tmp_path, row, kind):
     def made():
         return trainer(
-            tmp_path, *ROWS[row], learn=NUMBERED if row == "multitask" else LEARN[:8], protect=PROTECT[:4],
+            tmp_path, *ROWS[row], learn=NUMBERED if "multitask" in row else LEARN[:8], protect=PROTECT[:4],
             model=tiny_llama(layers=1), peft_config=copy.deepcopy(KINDS[kind]), max_steps=3, logging_steps=1,
             learning_rate=1e-2, lr_scheduler_type="constant",
         )  # fmt: skip
@@ -97,8 +110,48 @@ def test_it_trains_or_is_refused(tmp_path, row, kind):
     assert any(not torch.equal(one, other) for one, other in zip(start, ends, strict=True))
     logs = it.state.log_history
     assert all(math.isfinite(log["loss"]) for log in logs if "loss" in log)
-    for name in [row] if row in ACTS else ["replay", "ewc", "distill on protect"] if "+" in row else []:
+    for name in [row] if row in ACTS else STACKS.get(row, []):
         assert any(log.get(ACTS[name], 0.0) > 1e-9 for log in logs), (ACTS[name], logs)
+
+
+# ---- on the command line ---------------------------------------------------------------------------------------------
+
+FLAGS = {
+    "LoRA": ["--lora_target_modules", "all-linear"],
+    "LoRA of the MLPs": ["--lora_target_modules", *MLP],
+    "rsLoRA": ["--lora_target_modules", "all-linear", "--use_rslora", "true"],
+    "DoRA": ["--lora_target_modules", "all-linear", "--use_dora", "true"],
+}
+PLUGINS = {
+    "plain": [],
+    "ewc": ["--plugin", "ewc"],
+    "si": ["--plugin", "si"],
+    "distill on protect": ["--plugin", "distill", "--set", "distill.on=protect"],
+    "distill on learn": ["--plugin", "distill", "--set", "distill.on=learn"],
+    "replay": ["--plugin", "replay"],
+    "multitask": ["--plugin", "multitask"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = make_place(tmp_path_factory.mktemp("place"))
+    (place / "numbered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in NUMBERED))
+    return place
+
+
+@pytest.mark.parametrize("kind", FLAGS, ids=lambda word: word.replace(" ", "-"))
+@pytest.mark.parametrize("row", PLUGINS, ids=lambda word: word.replace(" ", "-"))
+def test_the_command_line_accepts_and_refuses_the_same(place, tmp_path, capsys, monkeypatch, row, kind):
+    reason = TABLE[row][list(KINDS).index(kind)]
+    if reason:
+        monkeypatch.setattr("hf_ftplus.run.sft_trainer", None)  # no model may load
+    more = [*PLUGINS[row], "--dataset_name", str(place / "numbered.jsonl"), "--use_peft", "true", "--lora_r", "2"]
+    line = words(place, tmp_path / "out", *more, *FLAGS[kind], "--dry-run", "--measure_rows", "0", plugin=None)
+    assert main(line) == (IncompatibleError.exit_code if reason else 0)
+    shown, said = capsys.readouterr()
+    assert re.search(reason, said, re.DOTALL)
+    assert ("Dry run: nothing was trained" in shown) is not bool(reason)
 
 
 # ---- options of TRL --------------------------------------------------------------------------------------------------
