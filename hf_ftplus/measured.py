@@ -14,6 +14,7 @@ from .config import RunConfig
 from .errors import DataError, FTPlusError
 from .evaluation import EvalTask, with_answers
 from .evaluation.tasks import Role
+from .row_checks import places, spread
 from .rows import Rows, of_training, tokenizer_of
 from .trainer import SFTTrainer
 
@@ -55,15 +56,6 @@ def hold_out(rows: Dataset, most: int) -> tuple[Dataset, Dataset]:
         return rows, rows
     chosen = set(places(len(rows), measured))
     return rows.select([i for i in range(len(rows)) if i not in chosen]), rows.select(sorted(chosen))
-
-
-def spread(rows: Dataset, most: int) -> Dataset:
-    """At most `most` rows, evenly over the whole."""
-    return rows if len(rows) <= most else rows.select(places(len(rows), most))
-
-
-def places(length: int, count: int) -> list[int]:
-    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
 def tasks(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> Iterator[EvalTask]:

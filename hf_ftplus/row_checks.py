@@ -140,10 +140,17 @@ def warn_of_learnt(learn: Any, protect: dict[str, Dataset]) -> None:
         say_learnt(name, sum(said(row) in known for row in task), len(task))
 
 
-def warn_of_protected(measured: dict[str, Dataset], protect: dict[str, Dataset]) -> None:
-    """Say which measured tasks hold protect rows: what is held on to row by row is kept better than the skill."""
+def warn_of_protected(measured: dict[str, Dataset], protect: dict[str, Dataset], most: int) -> None:
+    """Say which measured tasks hold protect rows: what is held on to row by row is kept better than the skill.
+
+    Args:
+        measured: rows to measure.
+        protect: rows that protect.
+        most: rows of a task that are measured.
+    """
     known = {said(row) for task in protect.values() for row in task}
     for name, task in measured.items() if known else ():
+        task = spread(task, most)
         same = sum(said(row) in known for row in task)
         if same:
             logger.warning(
@@ -173,6 +180,15 @@ def without(measured: Dataset, protect: dict[str, Dataset], name: str) -> Datase
     lost = len(measured) - len(kept)
     logger.warning("%s: %d of %d rows protect, too, and are not measured.", escape(name), lost, len(measured))
     return measured.select(kept)
+
+
+def spread(rows: Dataset, most: int) -> Dataset:
+    """At most `most` rows, evenly over the whole: those of a task that are measured."""
+    return rows if len(rows) <= most else rows.select(places(len(rows), most))
+
+
+def places(length: int, count: int) -> list[int]:
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
 def said(row: Row) -> int:

@@ -101,7 +101,7 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
         with noting(faults):
             refuse_unevaluated(config)
     warn_of_learnt(rows.learn, rows.protect)
-    warn_of_protected(rows.measured, rows.protect)
+    warn_of_protected(rows.measured, rows.protect, config.measure_rows)
     return rows, faults
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import weakref
@@ -31,6 +32,7 @@ LORA = {"use_peft": True, "lora_r": 2, "lora_target_modules": "all-linear"}
 LORA_QV = {**LORA, "lora_target_modules": ["q_proj", "v_proj"]}
 STOP = '''
 import os
+import re
 import signal
 from dataclasses import dataclass
 from typing import ClassVar
@@ -337,6 +339,25 @@ def test_a_pool_holds_rows_of_its_task_for_its_owner_alone(whole, place):
         assert len(kept) == 8
         assert all(row in rows for row in kept)
         assert file.stat().st_mode & 0o077 == 0
+
+
+def test_rows_are_kept_that_are_not_measured_where_enough_remain_and_else_the_matrix_says_so(place, tmp_path, caplog):
+    """Of 24 rows, every second one is measured."""
+    given = sequence_yaml(
+        place, tmp_path / "few", stages=2, max_steps=1, save_strategy="no", keep=12, plugins=["replay"]
+    )
+    matrix = hf_ftplus.sequence(given)
+    every = [json.loads(line) for line in (place / "colours.jsonl").read_text().splitlines()]
+    kept = [json.loads(line) for line in (tmp_path / "few" / "pools" / "colours.jsonl").read_text().splitlines()]
+    assert kept == every[::2]
+    assert "word for word" not in caplog.text
+    assert not any("measured, too" in note for note in matrix.notes)
+    given |= {"keep": 13, "output_dir": str(tmp_path / "many")}
+    note = r"\d of 13 rows kept of colours are measured, too, .* its BWT looks better than it is"
+    for _ in range(2):  # also of what was finished before
+        assert len([it for it in hf_ftplus.sequence(given).notes if re.match(note, it)]) == 1
+    assert "word for word" in caplog.text
+    assert re.search(note, (tmp_path / "many" / "sequence.json").read_text())
 
 
 def test_of_a_stream_the_rows_that_were_trained_on_are_kept(place, tmp_path):

@@ -15,6 +15,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import yaml
 from ..chosen import strategies as chosen
 from ..conditions import RETENTION
 from ..config import merge
-from ..data import distinct_names, parse_all
+from ..data import distinct_names, load, parse_all
 from ..errors import StorageError, UsageError
 from ..strategy import Strategy, settings
 from .plan import KEEP, MERGED, Plan, Stage
@@ -191,15 +192,42 @@ def hand_on(plan: Plan, stage: Stage) -> None:
     if plan.keep and not file.is_file():
         seed = [stage.config.training.seed, zlib.crc32(stage.name.encode())]
         taken = rows_taken(stage.config, Report.load(stage.report).facts)
-        rows = pool(learn_rows(stage.config)[0], stage.config, plan.keep, seed, stage.name, taken)
+        learn = learn_rows(stage.config)[0]
+        rows = pool(learn, stage.config, plan.keep, seed, stage.name, taken, measured(stage))
         with storing(file):
             write(rows, file)
+        note_measured(plan, stage)
     if (stage.folder / "adapter_config.json").is_file() and not merged.is_dir():
         for half in stage.folder.glob(".merged-*"):  # of a kill
             shutil.rmtree(half, ignore_errors=True)
         with storing(merged), tempfile.TemporaryDirectory(dir=stage.folder, prefix=".merged-") as scratch:
             _merge(stage, plan.stages[stage.number], Path(scratch) / "model")
             os.replace(Path(scratch) / "model", merged)
+
+
+def measured(stage: Stage) -> set[int]:
+    """What the rows say that its task is measured on."""
+    from ..row_checks import said, spread
+    from ..rows import of_training
+
+    config = stage.config
+    (spec,) = (spec for spec in config.measure if spec.name == stage.measured_as)
+    spec = replace(spec, through=of_training(config)) if spec.name == "learn" else spec
+    return {said(row) for row in spread(spec.load(config.training.seed), config.measure_rows)}
+
+
+def note_measured(plan: Plan, stage: Stage) -> None:
+    """Note for the matrix where rows that were kept of a stage are measured, too."""
+    from ..row_checks import said
+
+    if not plan.keep or not plan.pool(stage).is_file():
+        return
+    kept, known = load(str(plan.pool(stage))), measured(stage)
+    if same := sum(said(row) in known for row in kept):
+        plan.notes.append(
+            f"{same} of {len(kept)} rows kept of {stage.name} are measured, too, for fewer than keep: {plan.keep} are "
+            f"not: its BWT looks better than it is. For other rows: measure: {{{stage.name}: DATA}}, or keep fewer."
+        )
 
 
 def _merge(stage: Stage, after: Stage, out: Path) -> None:

@@ -10,7 +10,7 @@ Which rows are kept depends on the seed and on the order of the rows alone, so a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from datasets import Dataset, concatenate_datasets
 
 from .. import data, disk
 from ..config import RunConfig
+from ..row_checks import said
 
 T = TypeVar("T")
 
@@ -36,7 +37,15 @@ def reservoir(rows: Iterable[T], keep: int, seed: int | list[int]) -> list[T]:
     return [row for _, row in sorted(kept, key=lambda item: item[0])]
 
 
-def pool(learn: Any, config: RunConfig, keep: int, seed: int | list[int], name: str, taken: int = 0) -> Dataset:
+def pool(
+    learn: Any,
+    config: RunConfig,
+    keep: int,
+    seed: int | list[int],
+    name: str,
+    taken: int = 0,
+    measured: Collection[int] = (),
+) -> Dataset:
     """`keep` rows of a learn set in canonical columns, whatever it is: a dataset, a stream, or several by task.
 
     Args:
@@ -46,6 +55,7 @@ def pool(learn: Any, config: RunConfig, keep: int, seed: int | list[int], name: 
         seed: of the draw.
         name: of the stage, for errors.
         taken: rows of a stream that training took, which alone are drawn from.
+        measured: what rows say (`row_checks.said`) that are left out, where enough others remain.
 
     Raises:
         DataError: rows in no known format, such as token ids; names the columns found.
@@ -53,11 +63,16 @@ def pool(learn: Any, config: RunConfig, keep: int, seed: int | list[int], name: 
     if isinstance(learn, dict):
         parts = [data.normalise(rows, f"{name} ({task})") for task, rows in learn.items()]
         learn = concatenate_datasets(parts)
-    if isinstance(learn, Dataset):
-        kept = learn.select(reservoir(range(len(learn)), keep, seed))
-    else:
-        kept = Dataset.from_list(reservoir(islice(learn, taken), keep, seed))
-    text = config.training.dataset_text_field
+    text, whole = config.training.dataset_text_field, isinstance(learn, Dataset)
+
+    def drawn(left_out: Collection[int]) -> list[Any]:
+        rows = enumerate(learn if whole else islice(learn, taken))
+        free = ((i, row) for i, row in rows if not left_out or said({"text": row.get(text), **row}) not in left_out)
+        return reservoir((i if whole else row for i, row in free), keep, seed)
+
+    found = drawn(measured)
+    found = found if len(found) == keep or not measured else drawn(())
+    kept = learn.select(found) if whole else Dataset.from_list(found)
     if text != "text" and text in kept.column_names:
         kept = kept.select_columns([text]).rename_column(text, "text")
     return data.normalise(kept, name)

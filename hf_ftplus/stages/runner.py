@@ -16,7 +16,7 @@ from ..config import without_secrets
 from ..errors import RetentionError, UsageError
 from ..strategy import Strategy, settings
 from .digests import note_data, refuse_other_data, see_data
-from .handover import hand_on, handed_on, left_by, memory_to_come, stage_yaml, storing
+from .handover import hand_on, handed_on, left_by, memory_to_come, note_measured, stage_yaml, storing
 from .plan import Plan, Stage, read, within
 from .resuming import (
     clear,
@@ -130,6 +130,7 @@ def check(plan: Plan) -> dict[str, str]:
                 pool(learn[0].select([0]), config, 1, 0, stage.name)
             known = all(isinstance(rows, Dataset) for rows in learn)
             refuse_other_pool(plan, stage, sum(map(len, learn)) if known else None)
+            note_measured(plan, stage)
             counts[stage.name] = " + ".join(map(len_of, learn))
     return counts
 
