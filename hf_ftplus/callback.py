@@ -23,7 +23,7 @@ from .batches import SelfText, learn_batches, protect_batches, same_batches, war
 from .data import as_tasks
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
 from .mixture import check_drawn, rows_drawn
-from .plugins import resolve
+from .plugins import HOST, origin, resolve
 from .strategy import Memory, Run, Strategy, refuse_deepspeed
 from .weights import sharded, trainable
 
@@ -57,6 +57,8 @@ class StrategyCallback(TrainerCallback):
         """Learn rows with which the training set begins, where protect rows follow them."""
         self.told = False
         """Whether the user was told which protect rows are learnt, too."""
+        self._silent: set[str] = set()
+        """Strategies that could not say their figures."""
         self.seconds: dict[str, float] = {strategy.name: 0.0 for strategy in self.strategies}
         names = [strategy.name for strategy in self.strategies]
         if len(set(names)) < len(names):
@@ -82,7 +84,8 @@ class StrategyCallback(TrainerCallback):
         except Exception as error:
             step = self.run.step if self.run else 0
             raise PluginError(
-                f"Strategy {strategy.name!r} failed in {hook} at step {step}: {type(error).__name__}: {error}"
+                f"Strategy {strategy.name!r}{_of(strategy)} failed in {hook} at step {step}: {type(error).__name__}: "
+                f"{error}"
             ) from error
         finally:
             self.seconds[strategy.name] += time.perf_counter() - begin
@@ -279,7 +282,7 @@ class StrategyCallback(TrainerCallback):
         """Figures of every strategy for the logging window that just ended, as `ewc/penalty`."""
         found = {}
         for strategy in self.strategies if self.run else ():
-            found |= {f"{strategy.name}/{key}": value for key, value in self.call(strategy, "metrics").items()}
+            found |= self._figures(strategy)
         for name, value in found.items():
             if not math.isfinite(value):
                 raise IncompatibleError(
@@ -288,14 +291,29 @@ class StrategyCallback(TrainerCallback):
                 )
         return found
 
-    def save(self, args: TrainingArguments, step: int) -> None:
-        """Write the state of every strategy into the checkpoint of this step, once."""
+    def _figures(self, strategy: Strategy) -> dict[str, float]:
+        """Those of one; none, and a warning, where it cannot say them: no run ends for a figure."""
+        try:
+            found = {f"{strategy.name}/{key}": value for key, value in self.call(strategy, "metrics").items()}
+            all(map(math.isfinite, found.values()))  # numbers, that is
+        except (PluginError, AttributeError, TypeError) as error:
+            if strategy.name not in self._silent:
+                logger.warning("%s says no figures, and training goes on: %s", strategy.name, error)
+            self._silent.add(strategy.name)
+            return {}
+        return found
+
+    def save(self, args: TrainingArguments, step: int, again: bool = False) -> None:
+        """Write the state of every strategy into the checkpoint of this step: once, unless `again`."""
         folder = Path(args.output_dir) / f"checkpoint-{step}" / STATE_FOLDER
-        if self.run and (self.strategies or self.run.tasks) and self._saved != folder:
+        if self.run and (self.strategies or self.run.tasks) and (again or self._saved != folder):
             self._saved = folder
-            state.save_checkpoint(folder, self.strategies, self.run.model, step, mixture=rows_drawn(self.run.tasks))
+            self._plugins = published(self.strategies) if self._plugins is None else self._plugins
+            facts = {"mixture": rows_drawn(self.run.tasks), "plugins": self._plugins}
+            state.save_checkpoint(folder, self.strategies, self.run.model, step, **facts)
 
     _saved: Path | None = None
+    _plugins: dict[str, tuple[str, str]] | None = None
 
     def verify(self, checkpoint: str, model: torch.nn.Module) -> None:
         """Refuse one of another model, adapter, mixture, strategies or settings before the Trainer loads any of it."""
@@ -333,6 +351,16 @@ class StrategyCallback(TrainerCallback):
         states = self._load(checkpoint / STATE_FOLDER, self.run.model, step)
         for strategy in self.strategies:
             self.call(strategy, "load_state_dict", states[strategy.name], self.run)
+
+
+def published(strategies: list[Strategy]) -> dict[str, tuple[str, str]]:
+    """Distribution and version of each strategy that a stranger published."""
+    found = {strategy.name: origin(type(strategy)) for strategy in strategies}
+    return {name: (who, version) for name, (who, version) in found.items() if version and who != HOST}
+
+
+def _of(strategy: Strategy) -> str:
+    return "".join(f" of {who} {version}" for who, version in published([strategy]).values())
 
 
 def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:

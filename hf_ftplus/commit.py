@@ -3,11 +3,15 @@
     checkpoint-N/                        weights, optimizer, scheduler, generators, trainer_state.json   by the Trainer
     checkpoint-N/ftplus/                 strategies and their manifest                                    by state.py
     checkpoint-N/ftplus/commit.json      size and sha256 of every file above, and which run they are of   last of all
+    checkpoint-N/ftplus/writing          there until then: without either, another program wrote the folder
 
 Older checkpoints are deleted only when the commit of the new one is on the disk, so whatever kills a run leaves one
-that can be resumed. Resuming with `true` takes the newest that is whole; what is not is set aside under a name that no
-Trainer reads (`.incomplete-checkpoint-N`), and said. Whoever names a checkpoint gets that one or an error. What a power
-failure leaves was never tried: everything is flushed, in this order.
+that can be resumed. `save_total_limit` is taken at its word and counts whole ones alone: two would outlive a disk that
+spoils one, but who asks for 1 has room for 1, and what transformers keeps is what is expected. Resuming with `true`
+takes the newest that is whole; what is not is set aside under a name that no Trainer reads
+(`.incomplete-checkpoint-N`), and said. Whole ones that another program wrote are never deleted: written again, they
+stand as `.replaced-checkpoint-N`. Whoever names a checkpoint gets that one or an error. Links are never followed. What
+a power failure leaves was never tried: everything is flushed, in this order.
 """
 
 from __future__ import annotations
@@ -29,14 +33,18 @@ from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from .disk import flush, read_manifest, replace
+from .disk import flush, migrated, read_manifest, replace
 from .errors import FTPlusError, IncompatibleError, StorageError
 
 logger = logging.getLogger("hf_ftplus")
 
 FORMAT = 1
+MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
+"""Format -> what makes a commit of the next one of it. There is one so far."""
 COMMIT = "ftplus/commit.json"
-INCOMPLETE, DAMAGED = ".incomplete-", ".damaged-"
+WRITING = "ftplus/writing"
+INCOMPLETE, DAMAGED, REPLACED, DELETED = ".incomplete-", ".damaged-", ".replaced-", ".deleted-"
+UNFINISHED = "it was being written when the run ended"
 BLOCK = 2**22
 SAFE_TORCH = "2.10"
 """First whose torch.load(weights_only=True), by which the Trainer reads optimizer and generators, has no known hole."""
@@ -74,15 +82,28 @@ def commit(checkpoint: Path, step: int, resumable: bool, facts: dict[str, Any]) 
     replace(checkpoint / COMMIT, lambda file: (file.write_text(text, encoding="utf-8"), flush(file)))
     flush((checkpoint / COMMIT).parent)
     flush(checkpoint.parent)
+    (checkpoint / WRITING).unlink(missing_ok=True)
 
 
 def rotate(checkpoint: Path, limit: int | None, best: str | None = None) -> None:
-    """Delete the oldest checkpoints but `limit`; neither the one just committed nor the best one, if any."""
+    """Delete the oldest whole checkpoints but `limit`; neither the one just committed nor the best one, if any."""
     kept = {checkpoint.resolve(), Path(best or checkpoint).resolve()}
-    there = sorted(filter(_numbered, checkpoint.parent.glob("checkpoint-*")), key=_step)
-    spare = len(there) - max(limit, len(kept)) if limit and limit > 0 else 0
-    for old in [path for path in there if path.resolve() not in kept][: max(spare, 0)]:
+    whole = sorted(filter(_looks_whole, filter(_numbered, checkpoint.parent.glob("checkpoint-*"))), key=_step)
+    spare = len(whole) - max(limit, len(kept)) if limit and limit > 0 else 0
+    for old in [path for path in whole if path.resolve() not in kept][: max(spare, 0)]:
+        with suppress(OSError):
+            os.replace(old, old.with_name(f"{DELETED}{old.name}"))  # at once: killed halfway, none is left in part
+    for old in checkpoint.parent.glob(f"{DELETED}checkpoint-*"):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _looks_whole(checkpoint: Path) -> bool:
+    """Whether it has a commit, and all files in their sizes; sums are compared when one is resumed."""
+    try:
+        found = read_commit(checkpoint)
+        return bool(found) and not _missing(checkpoint, found)
+    except (FTPlusError, OSError):
+        return False
 
 
 @contextmanager
@@ -92,8 +113,8 @@ def writing(checkpoint: Path) -> Iterator[None]:
     Raises:
         StorageError: the disk failed; says which checkpoint is the last whole one.
     """
-    (checkpoint / COMMIT).unlink(missing_ok=True)  # written again, it is not whole until the end
     try:
+        on_first_rank(lambda: _begin(checkpoint))
         yield
     except (OSError, RuntimeError, SafetensorError, StorageError) as error:
         if not of_the_disk(error):
@@ -108,6 +129,40 @@ def writing(checkpoint: Path) -> Iterator[None]:
             + "Free some space, then go on with --resume_from_checkpoint "
             + ("true." if left else "auto.")
         ) from error
+    if _rank() == 0 and (_replaced(checkpoint) / COMMIT).is_file():  # not what another program wrote
+        shutil.rmtree(_replaced(checkpoint), ignore_errors=True)
+
+
+def _replaced(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{REPLACED}{checkpoint.name}")
+
+
+def _begin(checkpoint: Path) -> None:
+    """Say that it is being written; what stands there already, unless it never was whole, is kept until it is."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    elif (checkpoint / WRITING).is_file() and not (checkpoint / COMMIT).is_file():
+        shutil.rmtree(checkpoint)
+    elif checkpoint.is_dir():
+        earlier = _replaced(checkpoint)
+        shutil.rmtree(earlier, ignore_errors=True)
+        if not (checkpoint / COMMIT).is_file():
+            logger.warning("%s is of another program, and is written again: it is now %s.", checkpoint, earlier.name)
+        os.replace(checkpoint, earlier)
+    (checkpoint / WRITING).parent.mkdir(parents=True, exist_ok=True)
+    (checkpoint / WRITING).touch()
+
+
+def _put_back(output: Path) -> None:
+    """What was to be written again, and never was to its end, stands where it stood."""
+    for earlier in output.glob(f"{REPLACED}checkpoint-*"):
+        checkpoint = earlier.with_name(earlier.name.removeprefix(REPLACED))
+        if not (checkpoint / COMMIT).is_file():
+            if checkpoint.is_dir():
+                _set_aside(checkpoint, UNFINISHED)
+            os.replace(earlier, checkpoint)
+        elif (earlier / COMMIT).is_file():
+            shutil.rmtree(earlier, ignore_errors=True)
 
 
 def of_the_disk(error: Exception) -> bool:
@@ -122,7 +177,8 @@ def of_the_disk(error: Exception) -> bool:
 
 def _files(checkpoint: Path) -> Iterator[Path]:
     for path in checkpoint.rglob("*"):
-        if path.is_file() and path != checkpoint / COMMIT and not path.name.startswith(".commit.json."):
+        ours = path in (checkpoint / COMMIT, checkpoint / WRITING) or path.name.startswith(".commit.json.")
+        if path.is_file() and not ours:
             yield path
 
 
@@ -152,10 +208,11 @@ def newest(output: Path, aside: bool = True) -> Path | None:
     Raises:
         IncompatibleError: a newer version wrote one of them.
     """
+    if aside:
+        _put_back(output)
     found = {_step(path): path for path in output.glob("checkpoint-*") if _numbered(path)}
     for step in sorted(found, reverse=True):
-        earlier = [path for other, path in found.items() if other < step]
-        why = fault(found[step], [path for path in earlier if (path / COMMIT).is_file()])
+        why = fault(found[step])
         if not why:
             return found[step]
         if aside:
@@ -163,16 +220,11 @@ def newest(output: Path, aside: bool = True) -> Path | None:
     return None
 
 
-def fault(checkpoint: Path, committed: list[Path] | None = None) -> str:
-    """What is wrong with a checkpoint, as half a sentence; empty if nothing is.
-
-    Args:
-        checkpoint: the folder.
-        committed: older checkpoints of the run that have a commit: then this one must have one, too.
-    """
+def fault(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, as half a sentence; empty if nothing is."""
     file = checkpoint / COMMIT
     if not file.is_file():
-        return "it was being written when the run ended" if committed else _fault_of_uncommitted(checkpoint)
+        return UNFINISHED if (checkpoint / WRITING).is_file() else _fault_of_uncommitted(checkpoint)
     try:
         if _seen_whole.get(file) == (stamp := _stamp(checkpoint)):
             return ""
@@ -200,7 +252,7 @@ def read_commit(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = read_manifest(path)
+        found = migrated(read_manifest(path), FORMAT, MIGRATIONS)
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} is damaged: {error}. Use an earlier checkpoint.") from None
     if type(found.get("format")) is int and found["format"] > FORMAT:
@@ -224,13 +276,19 @@ def _inside(name: str) -> bool:
     return not os.path.isabs(name) and ".." not in Path(name).parts and "\0" not in name
 
 
-def _fault_of_committed(checkpoint: Path, found: dict[str, Any]) -> str:
+def _missing(checkpoint: Path, found: dict[str, Any]) -> str:
     for name, entry in found["files"].items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry.get("bytes"):
             return f"{name} has {path.stat().st_size:,} bytes; {entry.get('bytes')} were written"
+    return ""
+
+
+def _fault_of_committed(checkpoint: Path, found: dict[str, Any]) -> str:
+    if why := _missing(checkpoint, found):
+        return why
     names = list(found["files"])
     with ThreadPoolExecutor() as pool:
         for name, digest in zip(names, pool.map(lambda name: _sum(checkpoint / name), names), strict=True):
@@ -298,7 +356,7 @@ def refuse_broken(checkpoint: Path) -> None:
 
 
 def _numbered(path: Path) -> bool:
-    return bool(re.fullmatch(r"checkpoint-\d+", path.name)) and path.is_dir()
+    return bool(re.fullmatch(r"checkpoint-\d+", path.name)) and path.is_dir() and not path.is_symlink()
 
 
 def _step(checkpoint: Path) -> int:

@@ -78,6 +78,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return found
 
 
+def migrated(manifest: dict[str, Any], now: int, steps: dict[int, Callable[[dict], dict]]) -> dict[str, Any]:
+    """A manifest of an older format as it would be written `now`; the file stays as it is.
+
+    Args:
+        manifest: as it was read; one that no step is known for comes back as it is.
+        now: the format that is read today.
+        steps: format -> what makes a manifest of the next one of it.
+    """
+    while type(manifest.get("format")) is int and manifest["format"] < now and manifest["format"] in steps:
+        manifest = {**steps[manifest["format"]](manifest), "format": manifest["format"] + 1}
+    return manifest
+
+
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number that JSON knows")
 

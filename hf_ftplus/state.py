@@ -12,14 +12,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .disk import read_manifest, replace
-from .errors import IncompatibleError, StorageError
+from .disk import migrated, read_manifest, replace
+from .errors import FTPlusError, IncompatibleError, StorageError
 from .sketch import compare, sketch
 from .weights import canonical, match, trainable
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from .strategy import Run, Strategy
 
 FORMAT = 1
+MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
+"""Format -> what makes a manifest of the next one of it. There is one so far."""
 MANIFEST = "manifest.json"
 ADAPTER = (
     "r",
@@ -93,12 +97,31 @@ def load_checkpoint(
         raise IncompatibleError(
             f"{folder} was written with the strategies {saved or 'none'}; this run has {sorted(names)}. "
             "Resume with the same --plugin names, or start a new run."
+            + "".join(_to_install(name, manifest) for name in saved if name not in names)
         )
     _same_settings(manifest.get("settings", {}), settings or {}, folder)
     same_identity(manifest["model"], identity(model), folder)
     if step is not None and manifest["step"] != step:
         raise IncompatibleError(f"{folder} is of step {manifest['step']}; the trainer resumes at step {step}.")
     return {name: _read(folder, name, manifest) for name in names}
+
+
+def missing_plugins(output: Path, names: Iterable[str]) -> str:
+    """Which of these, that are not installed, a run was begun with, and what to type; or nothing."""
+    for folder in sorted(output.glob("checkpoint-*/ftplus"), key=lambda folder: folder.stat().st_mtime, reverse=True):
+        with suppress(FTPlusError, OSError):
+            manifest = _manifest(folder) or {"files": {}}
+            if said := [_to_install(name, manifest) for name in names if name in manifest["files"]]:
+                return f"{folder.parent} was written with it.{''.join(said)}"
+    return ""
+
+
+def _to_install(name: str, manifest: dict[str, Any]) -> str:
+    """Who published a strategy; nothing for one of ours or of a file, and where an earlier version did not say."""
+    if name not in manifest.get("plugins", {}):
+        return ""
+    distribution, version = manifest["plugins"][name]
+    return f" {name} came from {distribution}: pip install {distribution}=={version}"
 
 
 def _same_settings(saved: dict[str, str], now: dict[str, str], folder: Path) -> None:
@@ -296,15 +319,15 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = read_manifest(path)
+        manifest = migrated(read_manifest(path), FORMAT, MIGRATIONS)
         version = manifest["format"]
     except (OSError, ValueError, KeyError):
         raise StorageError(f"{path} is damaged. Use an earlier checkpoint, or another run's memory.") from None
-    if version != FORMAT:
+    if type(version) is int and version > FORMAT:
         raise IncompatibleError(
             f"{path} has format {version}; this hf_ftplus reads format {FORMAT}. Upgrade hf-ftplus."
         )
-    if not _sound(manifest):
+    if version != FORMAT or not _sound(manifest):
         raise StorageError(f"{path} is damaged. Use an earlier checkpoint, or another run's memory.")
     return manifest
 
@@ -312,6 +335,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 def _sound(manifest: dict[str, Any]) -> bool:
     """Whether it holds what `_write` puts there, of the right types: a damaged one may still be JSON."""
     files, model, settings = manifest.get("files"), manifest.get("model"), manifest.get("settings", {})
+    plugins = manifest.get("plugins", {})
     return (
         type(manifest.get("step")) is int
         and isinstance(files, dict)
@@ -321,6 +345,8 @@ def _sound(manifest: dict[str, Any]) -> bool:
         and isinstance(model.get("adapters"), dict)
         and all(isinstance(facts, dict) for facts in model["adapters"].values())
         and isinstance(settings, dict)
+        and isinstance(plugins, dict)
+        and all(isinstance(item, list) and list(map(type, item)) == [str, str] for item in plugins.values())
         and all(isinstance(text, str) for text in settings.values())
     )
 

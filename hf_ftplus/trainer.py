@@ -210,7 +210,7 @@ class StrategyMixin(MixingMixin):
         try:
             with commit.writing(checkpoint):
                 if self.ftplus is not None:
-                    self.ftplus.save(self.args, self.state.global_step)
+                    self.ftplus.save(self.args, self.state.global_step, again=True)
                 super()._save_checkpoint(model, trial)
                 self._commit(checkpoint)
         finally:
@@ -327,6 +327,9 @@ class SaveOnInterrupt(TrainerCallback):
             self._before = {number: signal.signal(number, self._tell) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _tell(self, number: int, frame: Any) -> None:
+        before = self._before.get(number)
+        if callable(before) and before is not signal.default_int_handler:
+            before(number, frame)  # who listened before us hears it, too
         if self._over:  # no step is left to save after
             raise KeyboardInterrupt(128 + number)
         if self._told and time.monotonic() - self._since > ONE_PRESS:

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+import trl
 from peft import LoraConfig
 from tiny import tiny_llama
 from training import LEARN, PROTECT, same, trainer, weights_of
@@ -40,6 +41,16 @@ def commit_again(checkpoint):
     for name, entry in found["files"].items():
         entry |= {"bytes": (checkpoint / name).stat().st_size, "sha256": commit._sum(checkpoint / name)}
     file.write_text(json.dumps(found))
+
+
+def unfinished(checkpoint):
+    """As a kill leaves it that comes before the commit."""
+    (checkpoint / commit.COMMIT).rename(checkpoint / commit.WRITING)
+
+
+def foreign(checkpoint):
+    """As another program writes it."""
+    shutil.rmtree(checkpoint / "ftplus")
 
 
 def flip(file):
@@ -91,7 +102,7 @@ def test_a_file_that_is_not_what_was_written_is_seen(run, name, harm):
 @pytest.mark.fault("A1")
 def test_what_was_never_finished_is_set_aside_and_one_of_it_kept(run, caplog):
     for step in (4, 6):
-        (run / f"checkpoint-{step}" / commit.COMMIT).unlink()
+        unfinished(run / f"checkpoint-{step}")
     assert commit.newest(run) == run / "checkpoint-2"
     assert sorted(path.name for path in run.glob(".*")) == [".incomplete-checkpoint-4"]
     assert "checkpoint-6 is not whole: it was being written when the run ended" in caplog.text
@@ -146,7 +157,7 @@ def test_a_commit_that_names_files_elsewhere_is_damaged(run):
 @pytest.mark.fault("A1")
 def test_resuming_takes_the_newest_whole_checkpoint_and_ends_with_the_same_bits(run, ended, caplog):
     flip(run / "checkpoint-6" / "model.safetensors")
-    (run / "checkpoint-4" / commit.COMMIT).unlink()
+    unfinished(run / "checkpoint-4")
     it = trainer(run, "ewc", **SAVING)
     it.train(resume_from_checkpoint=True)
     assert it.ftplus.resumed_from == str(run / "checkpoint-2")
@@ -306,17 +317,78 @@ def test_weights_that_are_not_finite_are_not_committed(tmp_path, strategies):
 
 
 @pytest.mark.fault("A1")
-def test_a_checkpoint_written_again_is_not_whole_until_it_is(run, monkeypatch):
-    it = trainer(run, "ewc", **SAVING)
+@pytest.mark.parametrize("moment", ["killed", "full disk"])
+def test_a_checkpoint_that_is_written_again_stays_until_the_new_one_is_whole(run, monkeypatch, moment):
+    it, before = trainer(run, "ewc", **SAVING), commit.read_commit(run / "checkpoint-4")
+    (run / "checkpoint-4" / commit.WRITING).touch()  # a kill came right after its commit
 
-    def killed(*args):
-        raise KeyboardInterrupt
+    def fails(*args):
+        raise KeyboardInterrupt if moment == "killed" else OSError(28, "No space left on device")
 
-    monkeypatch.setattr(it, "_save_rng_state", killed)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(it, "_save_rng_state", fails)
+    with pytest.raises(KeyboardInterrupt if moment == "killed" else StorageError):
         it.train(resume_from_checkpoint=str(run / "checkpoint-2"))
-    assert "was being written" in commit.fault(run / "checkpoint-4", [run / "checkpoint-2"])
+    if moment == "killed":
+        assert "was being written" in commit.fault(run / "checkpoint-4")
+        assert not commit.fault(run / ".replaced-checkpoint-4")
     assert commit.newest(run) == run / "checkpoint-6"
+    assert commit.read_commit(run / "checkpoint-4") == before
+    assert not commit.fault(run / "checkpoint-4")
+    assert not (run / ".replaced-checkpoint-4").exists()
+
+
+@pytest.mark.fault("A1")
+def test_written_again_and_whole_it_takes_the_place_of_the_earlier(run, ended):
+    it = trainer(run, "ewc", **SAVING)
+    it.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert sorted(path.name for path in run.glob("*checkpoint*")) == [f"checkpoint-{step}" for step in (2, 4, 6)]
+    assert [commit.fault(path) for path in sorted(run.glob("checkpoint-*"))] == ["", "", ""]
+    assert (run / "checkpoint-6" / "ftplus" / "ewc.safetensors").is_file()
+    assert not (run / "checkpoint-6" / commit.WRITING).exists()
+
+
+@pytest.mark.fault("A1")
+def test_saved_twice_at_one_step_it_has_the_state_of_strategies_still(tmp_path):
+    it = trainer(tmp_path, "ewc", max_steps=2, **SAVING)
+    it.train()
+    it._save_checkpoint(it.model)
+    assert (tmp_path / "checkpoint-2" / "ftplus" / "ewc.safetensors").is_file()
+    assert not commit.fault(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.fault("A1", "A10")
+def test_a_whole_checkpoint_of_another_program_is_gone_on_from_and_never_destroyed(tmp_path, caplog):
+    """As `trl sft` leaves them after a run of ours."""
+    trainer(tmp_path, save_total_limit=1, **SAVING).train()
+    plain = {"max_steps": 10, "save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, cls=trl.SFTTrainer, **plain).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert commit.newest(tmp_path) == tmp_path / "checkpoint-10"
+    with pytest.raises(IncompatibleError, match="checkpoint-10/ftplus holds no strategy state"):
+        trainer(tmp_path, "ewc", **plain).train(resume_from_checkpoint=True)
+    weights = (tmp_path / "checkpoint-8" / "model.safetensors").read_bytes()
+    it = trainer(tmp_path, save_total_limit=1, **plain)
+    it.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert "checkpoint-8 is of another program, and is written again: it is now .replaced-checkpoint-8" in caplog.text
+    assert (tmp_path / ".replaced-checkpoint-8" / "model.safetensors").read_bytes() == weights
+    os.truncate(tmp_path / "checkpoint-10" / "model.safetensors", 1000)
+    assert commit.newest(tmp_path) == tmp_path / "checkpoint-8"
+    assert (tmp_path / "checkpoint-8" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.fault("F7")
+def test_a_link_among_the_checkpoints_is_never_followed(run, ended, tmp_path):
+    elsewhere = shutil.copytree(run / "checkpoint-6", tmp_path / "elsewhere")
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    for step in (4, 6, 8):
+        shutil.rmtree(run / f"checkpoint-{step}", ignore_errors=True)
+        (run / f"checkpoint-{step}").symlink_to(elsewhere)
+    assert commit.newest(run) == run / "checkpoint-2"
+    trainer(run, "ewc", **SAVING).train(resume_from_checkpoint=True)
+    assert not (run / "checkpoint-4").is_symlink()
+    assert not commit.fault(run / "checkpoint-6")
+    commit.rotate(run / "checkpoint-6", 1)
+    assert (run / "checkpoint-8").is_symlink()
+    assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.fault("A10")
@@ -331,6 +403,18 @@ def test_the_oldest_are_deleted_but_neither_the_newest_nor_the_best(run, limit, 
         *(f"checkpoint-{n}" for n in left),
         "checkpoint-later",
     ]
+
+
+@pytest.mark.fault("A10")
+def test_what_is_not_whole_neither_counts_nor_goes(run):
+    foreign(run / "checkpoint-2")
+    os.truncate(run / "checkpoint-4" / "optimizer.pt", 10)
+    shutil.copytree(run / "checkpoint-6", run / "checkpoint-5")
+    (run / ".deleted-checkpoint-1").mkdir()  # a kill came in between
+    commit.rotate(run / "checkpoint-6", 2)
+    assert sorted(path.name for path in run.glob("*checkpoint*")) == [f"checkpoint-{step}" for step in (2, 4, 5, 6)]
+    commit.rotate(run / "checkpoint-6", 1)
+    assert sorted(path.name for path in run.glob("*checkpoint*")) == [f"checkpoint-{step}" for step in (2, 4, 6)]
 
 
 def test_what_was_just_written_stays_though_older_runs_went_further(run):
