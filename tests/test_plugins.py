@@ -7,9 +7,12 @@ import sys
 from textwrap import dedent
 
 import pytest
+from commands import make_place, words
+from training import trainer
 
 from hf_ftplus import Strategy, plugins
-from hf_ftplus.errors import PluginError, UsageError
+from hf_ftplus.cli import main
+from hf_ftplus.errors import IncompatibleError, PluginError, UsageError
 
 MODULE = """
     from dataclasses import dataclass
@@ -451,3 +454,70 @@ def test_what_is_no_strategy_is_refused(publish):
         plugins.resolve("pull", {"strenght": 1})
     with pytest.raises(PluginError, match="expected a subclass"):
         plugins.resolve(Strategy)
+
+
+# ---- a run that a plugin was in --------------------------------------------------------------------------------------
+
+RESUMED = (
+    "Resume with the same --plugin names, or start a new run. pull came from ftplus-pull: pip install ftplus-pull==1.2"
+)
+
+
+@pytest.mark.fault("C1")
+def test_a_resumed_run_without_its_plugin_says_which_version_to_install(publish, tmp_path, monkeypatch, capsys):
+    place, out, saving = make_place(tmp_path), tmp_path / "out", {"save_strategy": "steps", "save_steps": 2}
+    publish("ftplus-pull", "pull", module("pull"))
+    trainer(out, "pull", max_steps=2, **saving).train()
+    with pytest.raises(IncompatibleError) as raised:
+        trainer(out, "ewc", **saving).train(resume_from_checkpoint=True)
+    assert str(raised.value).endswith(RESUMED)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "ftplus-pull" not in entry])
+    again = words(place, out, "--resume_from_checkpoint", "true", plugin="pull", protect=None)
+    assert main(again) == 4
+    assert (
+        "checkpoint-2 was written with it. pull came from ftplus-pull: pip install ftplus-pull==1.2"
+        in capsys.readouterr().err
+    )
+    assert main(words(place, tmp_path / "other", plugin="pull", protect=None)) == 2
+
+
+FAULTY = """
+    from dataclasses import dataclass
+    from typing import ClassVar
+    from hf_ftplus import Strategy, hookimpl, setting
+
+    @dataclass
+    class Faulty(Strategy):
+        name: ClassVar[str] = "faulty"
+        where: str = setting("metrics", "the hook that fails")
+
+        def before_step(self, run):
+            if self.where == "before_step":
+                raise KeyError("lost")
+
+        def metrics(self):
+            return {"metrics": 1 / 0} if self.where == "metrics" else {"figure": self.where}
+
+    @hookimpl
+    def ftplus_strategies():
+        return [Faulty]
+"""
+
+
+@pytest.mark.fault("C2")
+def test_a_published_strategy_that_fails_is_named_with_its_version_and_costs_no_run_for_a_figure(
+    publish, tmp_path, caplog
+):
+    publish("ftplus-faulty", "faulty", FAULTY)
+    with pytest.raises(PluginError, match=r"'faulty' of ftplus-faulty 1\.2 failed in before_step at step 0: KeyError"):
+        trainer(tmp_path, ("faulty", {"where": "before_step"})).train()
+    it = trainer(tmp_path, "faulty")
+    it.train()
+    assert it.state.global_step == 6
+    said = [record.getMessage() for record in caplog.records if "says no figures" in record.getMessage()]
+    assert said == [
+        "faulty says no figures, and training goes on: Strategy 'faulty' of ftplus-faulty 1.2 failed in metrics at step "
+        "1: ZeroDivisionError: division by zero"
+    ]
+    trainer(tmp_path, ("faulty", {"where": "text"})).train()
+    assert "faulty says no figures, and training goes on: must be real number, not str" in caplog.text

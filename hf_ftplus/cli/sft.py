@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -107,9 +108,32 @@ def configured(
     """One run from our flags, the other words of the command line and a YAML mapping; and what is accelerate's."""
     compat.quiet()  # a sequence comes here without a command line
     ours, rest = merge(flags, yaml)
-    config = build(ours)
+    config = _built(ours, words, rest)
     trl, launch_yaml, launch_words = parse_trl(words, rest, bool(config.tasks), no_data)
     return replace(config, **trl), launch_yaml, launch_words
+
+
+def _built(ours: dict[str, Any], words: Sequence[str], yaml: dict[str, Any]) -> RunConfig:
+    """`build`; of a plugin that is not there, and that the run was begun with, the version is named."""
+    try:
+        return build(ours)
+    except UsageError as error:
+        missing = [name for name in ours["plugin"] if f"No plugin {name!r}" in str(error)]
+        output = _value(words, "output_dir") or yaml.get("output_dir")
+        if not missing or not output:
+            raise
+        from ..state import missing_plugins
+
+        if said := missing_plugins(Path(str(output)), missing):
+            raise IncompatibleError(f"{error} {said}") from error
+        raise
+
+
+def _value(words: Sequence[str], name: str) -> str | None:
+    """What follows the last `--name` among words that are not parsed yet."""
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    found = [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == f"--{name}"]
+    return found[-1] if found else None
 
 
 def parse_trl(
