@@ -20,8 +20,10 @@ import faults
 import pytest
 import torch
 from commands import make_place, same_file, words
+from datasets import Dataset
 from tiny import tiny_llama
-from training import PROTECT, same, trainer, weights_of
+from training import LEARN, PROTECT, arguments, same, trainer, weights_of
+from transformers import AutoTokenizer
 
 from hf_ftplus import SFTTrainer, attach, commit, data, state
 from hf_ftplus.cli import main
@@ -77,6 +79,23 @@ def test_a_second_signal_stops_at_once_and_handlers_are_given_back(monkeypatch, 
     finally:
         interrupt.restore()
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.fault("A2")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_listened_for_a_signal_before_hears_it_while_training(number):
+    heard, interrupt = [], SaveOnInterrupt()
+    before = signal.signal(number, lambda number, frame: heard.append(number))
+    try:
+        interrupt.on_step_begin(None, None, None)
+        os.kill(os.getpid(), number)
+        assert heard == [number]
+        assert interrupt._told == number
+    finally:
+        interrupt.restore()
+        os.kill(os.getpid(), number)
+        signal.signal(number, before)
+    assert heard == [number, number]
 
 
 @pytest.mark.fault("A4")
@@ -159,6 +178,48 @@ def test_state_and_commit_of_the_first_release_still_load(tmp_path):
     assert found["half"].dtype == torch.bfloat16
     assert commit.read_commit(stored)["step"] == 3
     assert commit.fault(stored) == ""
+
+
+@pytest.mark.fault("B12")
+def test_an_older_format_is_migrated_in_memory_and_its_file_stays(tmp_path, monkeypatch):
+    """As if the next version called `files` by another name."""
+    stored = shutil.copytree(HERE / "stored" / "0.1.0", tmp_path / "checkpoint-3")
+    before = [(stored / "ftplus" / name).read_bytes() for name in ("manifest.json", "commit.json")]
+    readers = {
+        state: lambda: state.load_checkpoint(stored / "ftplus", ["box"], tiny_llama()),
+        commit: lambda: commit.read_commit(stored),
+    }
+    for module, read in readers.items():
+        monkeypatch.setattr(module, "FORMAT", 3)
+        with pytest.raises(StorageError, match="is damaged"):  # no step leads there
+            read()
+        steps = {
+            1: lambda old: {**old, "said": "hello"},
+            2: lambda old: {**old, "step": old["step"] + len(old["said"])},
+        }
+        monkeypatch.setattr(module, "MIGRATIONS", steps)
+    assert state.load_checkpoint(stored / "ftplus", ["box"], tiny_llama(layers=1, hidden=8), step=8)["box"]
+    assert commit.read_commit(stored)["step"] == 8
+    assert [(stored / "ftplus" / name).read_bytes() for name in ("manifest.json", "commit.json")] == before
+
+
+@pytest.mark.fault("B12")
+def test_a_run_of_the_first_release_goes_on(tmp_path, monkeypatch):
+    """`tests/stored/0.1.0-ewc` is a checkpoint of full weights under EWC, as it was written then."""
+    monkeypatch.setattr("hf_ftplus.origin.rows", lambda *args: None)  # TRL of today may make others of the same text
+    stored = shutil.copytree(HERE / "stored" / "0.1.0-ewc" / "checkpoint-2", tmp_path / "checkpoint-2")
+    it = SFTTrainer(
+        tiny_llama(seed=1, layers=1, hidden=4, heads=2),
+        args=arguments(tmp_path, max_steps=4, **SAVING),
+        train_dataset=Dataset.from_list(LEARN[:8]),
+        processing_class=AutoTokenizer.from_pretrained(stored),
+        strategies=["ewc"],
+        protect=PROTECT[:4],
+    )
+    it.train(resume_from_checkpoint=str(stored))
+    assert it.state.global_step == 4
+    assert [log["ewc/penalty"] > 0 for log in it.state.log_history if "ewc/penalty" in log] == [True, True]
+    assert not commit.fault(tmp_path / "checkpoint-4")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
