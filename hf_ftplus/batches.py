@@ -97,11 +97,13 @@ def protect_batches(
         done = data.tokenize(data.normalise(task, name), tokenizer, length, name)
         if done.dropped:
             logger.warning(
-                "%s: truncation at %d tokens left nothing to protect in %d of %d rows",
+                "%s: truncation at %d tokens left nothing to protect in %d of %d rows (%.0f %%): %s",
                 name,
                 length,
                 done.dropped,
                 done.rows,
+                100 * done.dropped / done.rows,
+                done.why(),
             )
         examples = by_length(done.examples)
         found[name] = data.collate(examples, pad_id(tokenizer), min(PROTECT_BATCH, args.per_device_train_batch_size))

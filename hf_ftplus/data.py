@@ -38,7 +38,7 @@ __all__ = [
     "normalise", "parse_all", "stream", "tokenize",
 ]  # fmt: skip
 
-SHOWN = 5
+SHOWN = 20
 """Problems listed; the rest is counted."""
 STREAMED = 500
 """Rows of a stream that are looked at together: a bad one is said when its turn comes, and not at the end."""

@@ -25,7 +25,9 @@ Example = dict[str, list[int]]
 IGNORED = -100
 """Label of a token that carries no loss."""
 
-
+CUT, UNSUPERVISED = "are cut before what is supervised", "have nothing supervised"
+NAMED = 5
+"""Rows of a kind whose numbers are said."""
 MULTIPLE = 16
 """Widths of micro-batches are multiples of this: allocators and compiled kernels keep something for every new shape."""
 
@@ -39,11 +41,17 @@ class Tokenized:
     """Index of the row behind each example."""
     rows: int = 0
     """Rows looked at."""
+    lost: dict[str, list[int]] = field(default_factory=dict)
+    """Why rows were left out, and which (by index)."""
 
     @property
     def dropped(self) -> int:
         """Rows left out because truncation took every supervised token."""
         return self.rows - len(self.kept)
+
+    def why(self) -> str:
+        """`12 are cut before what is supervised (rows 3, 7, 8, 9, 12, ...)`, by reason; counted from 1."""
+        return "; ".join(f"{len(rows)} {reason} ({_numbers(rows)})" for reason, rows in self.lost.items())
 
     @property
     def supervised(self) -> int:
@@ -71,16 +79,23 @@ def tokenize(
         done.rows += 1
         example = _example(row, tokenizer, f"{where}, row {index + 1}")
         longest = max(longest, len(example["input_ids"]))
+        reason = CUT if any(label != IGNORED for label in example["labels"]) else UNSUPERVISED
         example = {key: ids[:max_length] for key, ids in example.items()}
         if any(label != IGNORED for label in example["labels"]):
             done.examples.append(example)
             done.kept.append(index)
+        else:
+            done.lost.setdefault(reason, []).append(index)
     if not done.supervised:
         raise DataError(
             f"{where}: no supervised token is left in {done.rows} rows ({done.dropped} dropped) at "
             f"max_length={max_length}; the longest row has {longest} tokens. Raise --max_length or shorten the prompts."
         )
     return done
+
+
+def _numbers(rows: list[int]) -> str:
+    return f"rows {', '.join(str(index + 1) for index in rows[:NAMED])}{', ...' if len(rows) > NAMED else ''}"
 
 
 def _example(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Example:

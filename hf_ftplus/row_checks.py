@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -12,8 +13,10 @@ from datasets import Dataset
 from . import conditions
 from .batches import say_learnt
 from .config import RunConfig
-from .errors import DataError, UsageError, nearest
+from .data import normalise
+from .errors import DataError, FTPlusError, UsageError, nearest
 from .evaluation import EvalTask
+from .examples import tokenize
 from .formats import Row, escape
 from .pools import EVALUATED
 from .tasks import TaskConfig
@@ -25,20 +28,33 @@ logger = logging.getLogger("hf_ftplus")
 
 
 def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
-    """Something must be left to learn from; what truncation dropped is said. Of several tasks none is left empty."""
+    """Something must be left to learn from, of each task; what carries loss is said, and what truncation dropped."""
     kept, parts = trainer.train_dataset, learn if isinstance(learn, dict) else {"learn": learn}
     if not isinstance(kept, Dataset) or not all(isinstance(part, Dataset) for part in parts.values()):
         return
-    if not len(kept) or share_supervised(kept) == 0:
-        raise DataError(
-            f"learn: none of {sum(map(len, parts.values()))} rows has a supervised token left after truncation to "
-            f"max_length {trainer.args.max_length}. Type a larger --max_length."
-        )
-    left = Counter(kept["task"]) if isinstance(learn, dict) else {"learn": len(kept)}
-    for name, part in parts.items() if not trainer.args.packing else ():
-        if left[name] < len(part):
-            lost = len(part) - left[name]
-            logger.warning("%s: %d of %d rows lost all supervised tokens to truncation.", name, lost, len(part))
+    of_task = kept["task"] if isinstance(learn, dict) and len(kept) else ["learn"] * len(kept)
+    for name, part in parts.items():
+        own = kept.select([place for place, task in enumerate(of_task) if task == name])
+        share = share_supervised(own)
+        if not len(own) or share == 0:
+            raise DataError(
+                f"{escape(name)}: none of {len(part)} rows has a supervised token left after truncation to max_length "
+                f"{trainer.args.max_length}. Type a larger --max_length."
+            )
+        if math.isfinite(share):
+            logger.info("%s: %d rows, %.0f %% of their tokens carry loss", escape(name), len(own), 100 * share)
+        if len(own) < len(part) and not trainer.args.packing:
+            logger.warning(dropped(name, part, len(part) - len(own), trainer))
+
+
+def dropped(name: str, part: Dataset, lost: int, trainer: SFTTrainer) -> str:
+    """How many rows of a task do not train, why, and which."""
+    length, tokenizer = trainer.args.max_length, trainer.processing_class
+    said = f"{escape(name)}: {lost} of {len(part)} rows ({lost / len(part):.0%}) do not train at max_length {length}"
+    with suppress(FTPlusError):  # rows that TRL reads and we do not
+        found = tokenize(normalise(part, name), getattr(tokenizer, "tokenizer", tokenizer), length, name)
+        said += f": {found.why()}" if found.dropped == lost else ""
+    return f"{said}. Type a larger --max_length, or shorten the prompts."
 
 
 def refuse_idle(config: RunConfig) -> None:

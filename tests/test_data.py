@@ -145,6 +145,18 @@ def test_no_supervised_token_left_names_task_and_counts(chat_rows, tokenizer):
         tokenize(chat_rows, tokenizer, 3, "chats")
 
 
+@pytest.mark.fault("E8", "E10")
+def test_rows_that_are_left_out_are_counted_by_reason_with_the_first_numbers(tokenizer):
+    good, none = {"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [5, 6], "labels": [-100, -100]}
+    cut = {"input_ids": [5] * 9, "labels": [-100] * 8 + [5]}
+    done = tokenize([good, cut, none, *[cut] * 5, good], tokenizer, 4, "ids")
+    assert done.dropped == 7
+    assert (
+        done.why()
+        == "6 are cut before what is supervised (rows 2, 4, 5, 6, 7, ...); 1 have nothing supervised (rows 3)"
+    )
+
+
 def test_one_lonely_token_is_not_supervision(tokenizer):
     """The first token of a sequence is never predicted."""
     with pytest.raises(DataError, match="no supervised token"):
@@ -339,9 +351,9 @@ def test_only_the_first_malformed_lines_are_listed(tmp_path):
     assert message.endswith("nonsense (the same in 49 more)")
     path = lines(tmp_path / "worse.jsonl", *[f"nonsense {i}" for i in range(50)], "nonsense 3")
     message = failure(path).splitlines()
-    assert len(message) == 6
+    assert len(message) == 21
     assert message[3].endswith("nonsense 3 (the same in 1 more)")
-    assert message[5] == "... and 45 more rows with other faults."
+    assert message[20] == "... and 30 more rows with other faults."
 
 
 @pytest.mark.fault("E2")
