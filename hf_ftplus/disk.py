@@ -104,7 +104,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         StorageError: another run has it, which is named; or it cannot be made or written.
     """
-    existed, path = folder.exists(), folder / LOCK
+    existed, path = os.path.exists(folder), folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _take(path)

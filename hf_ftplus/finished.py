@@ -5,6 +5,7 @@ Nothing is written: a finished run may stand in a folder that nobody can write.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def finished(config: RunConfig) -> Report | None:
     """
     training = config.training
     file = Path(training.output_dir) / STATE_FOLDER / "report.json"
-    if not training.resume_from_checkpoint or not file.is_file():
+    if not training.resume_from_checkpoint or not os.path.isfile(file):
         return None
     report = Report.load(file)
     then, now = report.facts.get("config", {}), strict(config.resolved())

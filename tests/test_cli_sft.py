@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -11,6 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import warnings
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -158,7 +162,24 @@ def test_the_report_says_what_rows_a_figure_is_of(place, tmp_path, capsys, caplo
     assert any("1 of 13 rows lost their answer to truncation" in note for note in tasks["long"]["notes"])
     assert not any("rows" in note for note in tasks["protect"]["notes"])
     assert "learn: measured on trained rows" in capsys.readouterr().out
-    assert "cut: truncation at 60 tokens left nothing to protect in 1 of 11 rows" in caplog.text
+    assert "cut: truncation at 60 tokens left nothing to protect in 1 of 11 rows (9 %): 1 are cut" in caplog.text
+
+
+@pytest.mark.fault("E8", "E10", "E11")
+def test_rows_that_do_not_train_are_said_with_share_reason_and_numbers_and_so_is_what_carries_loss(
+    place, tmp_path, caplog
+):
+    long = [{"prompt": "Question " * 40, "completion": "It is."}] * 7
+    rows = [row for pair in zip(LEARN, long, strict=False) for row in pair] + LEARN[7:9]
+    half = jsonl(tmp_path / "half.jsonl", *map(json.dumps, rows))
+    few = ["--dataset_name", str(half), "--max_length", "60", "--max_steps", "1", "--measure_rows", "0"]
+    with caplog.at_level("INFO", logger="hf_ftplus"):
+        assert main(words(place, tmp_path / "out", *few, plugin=None, protect=None)) == 0
+    assert re.search(r"learn: 9 rows, [1-9]\d % of their tokens carry loss", caplog.text)
+    assert (
+        "learn: 7 of 16 rows (44%) do not train at max_length 60: 7 are cut before what is supervised (rows 2, 4, 6, 8, "
+        "10, ...). Type a larger --max_length, or shorten the prompts."
+    ) in caplog.text
 
 
 def test_memory_of_one_run_serves_the_next(place, tmp_path, capsys):
@@ -318,6 +339,49 @@ def test_an_output_that_is_no_folder_is_refused(place, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
+def as_nobody(command: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of a command line of a user who owns nothing here."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        child = os.fork()
+    if not child:
+        try:
+            os.setgroups([]), os.setgid(65534), os.setuid(65534)
+            with redirect_stderr(io.StringIO()) as said:
+                code = main(command)
+            os.write(write, said.getvalue().encode())
+            os._exit(code)
+        finally:
+            os._exit(99)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+@pytest.fixture
+def seen_by_all():
+    """A folder that everybody may look into and root may write: pytest's own are for one user alone."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+ROOT_ALONE = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+@pytest.mark.fault("A5")
+@ROOT_ALONE
+def test_a_folder_of_somebody_elses_is_refused_before_anything_is_loaded(place, seen_by_all):
+    (seen_by_all / "closed").mkdir(mode=0o700)
+    for out in (seen_by_all / "new", seen_by_all / "closed", seen_by_all / "closed" / "new"):
+        code, said = as_nobody([*words(place, out), "--resume_from_checkpoint", "auto"])
+        assert (code, "cannot be written: Permission denied. Choose another." in said) == (6, True)
+    assert [path.name for path in seen_by_all.rglob("*")] == ["closed"]
+
+
 def test_too_little_retention_exits_5_after_saving_everything(place, tmp_path, capsys):
     assert main(words(place, tmp_path / "out", "--fail-if-retention-below", "1e9", "--learning_rate", "1e-2")) == 5
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -428,6 +492,14 @@ def test_a_finished_run_is_complete_where_nothing_can_be_written(complete, capsy
     assert "Already complete: 4 steps" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert main([*again, "--resume_from_checkpoint", str(out / "checkpoint-2")]) == 6  # trains again, and may not
+
+
+@pytest.mark.fault("A5", "A8")
+@ROOT_ALONE
+def test_a_finished_run_of_somebody_elses_is_complete(complete, seen_by_all):
+    out = shutil.copytree(complete[0], seen_by_all / "out")
+    code, said = as_nobody([*complete[1], "--output_dir", str(out), "--resume_from_checkpoint", "auto"])
+    assert (code, "Already complete: 4 steps" in said) == (0, True)
 
 
 @pytest.mark.fault("A8", "B9", "C1")

@@ -83,7 +83,7 @@ def _own_config() -> Path | None:
     from accelerate.commands.config.config_args import default_config_file
 
     file = Path(default_config_file)
-    return file if file.is_file() else None
+    return file if os.path.isfile(file) else None  # nor where it may not be looked for
 
 
 def start(launch: Sequence[str], words: Sequence[str], strategies: Sequence[Strategy]) -> None:
