@@ -90,3 +90,19 @@ def test_what_could_not_be_published_is_refused_before_anything_is_written(
 def test_every_file_of_the_template_is_in_the_package():
     assert plugin_new.TEMPLATE.is_relative_to(Path(plugin_new.__file__).parents[1])
     assert len(list(plugin_new.TEMPLATE.rglob("*.txt"))) == 8
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "plugins").glob("ftplus-*")), ids=lambda folder: folder.name)
+def test_our_plugins_have_what_a_new_distribution_has(tmp_path, folder):
+    name = folder.name.removeprefix("ftplus-")
+    made = {path.relative_to(tmp_path / "new") for path in plugin_new.write(tmp_path / "new", name, "nobody")}
+    module = Path(f"ftplus_{name}.py")  # or a package of this name
+    assert [str(file) for file in made - {module} if not (folder / file).exists()] == []
+    assert (folder / module).exists() or (folder / module.stem / "__init__.py").exists()
+    for file in (".gitignore", ".github/workflows/test.yml"):
+        assert (folder / file).read_text() == (tmp_path / "new" / file).read_text(), file
+    assert (folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    ours, theirs = ((place / "pyproject.toml").read_text() for place in (folder, tmp_path / "new"))
+    for line in ('license-files = ["LICENSE"]', 'test = ["pytest>=8.3"]'):
+        assert line in ours
+        assert line in theirs
