@@ -94,6 +94,7 @@ def load(name_or_path: str, *, blocked: Collection[str] = ()) -> type[Strategy]:
     file = FILE.fullmatch(name_or_path)
     if file:
         return _pick(load_file(Path(file["path"])), file["pick"], name_or_path)
+    _refuse_odd(name_or_path)
     known = offers()
     _check_blocked(blocked, known)
     wanted = [offer for offer in known if offer.answers_to(name_or_path)]
@@ -124,6 +125,21 @@ def find(name_or_path: str) -> list[type[Strategy]]:
             sys.path.insert(0, str(place.resolve()))  # it need not be installed; another process finds it there, too
     offers_here = [Offer(name, value, str(folder), "(a folder)") for name, value in modules.items()]
     return [item for offer in offers_here for item in _classes(offer)]
+
+
+def _refuse_odd(name: str) -> None:
+    """Several names in one, or a path at which no file of Python stands."""
+    parts = [part.strip() for part in name.split(",") if part.strip()]
+    if len(parts) > 1:
+        raise UsageError(
+            f"{name!r} names {len(parts)} plugins; expected one each: {' '.join(f'--plugin {part}' for part in parts)}."
+        )
+    if "/" in name or os.sep in name:
+        kind = "a folder" if os.path.isdir(os.path.expanduser(name)) else "not there"
+        raise UsageError(
+            f"{name} is {kind}; expected a Python file with a Strategy in it, such as ./my_idea.py, or, for `ftplus "
+            "plugin test`, also the folder of a distribution."
+        )
 
 
 def _offered_in(folder: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from training import trainer
 
 from hf_ftplus import Strategy, plugins
 from hf_ftplus.cli import main
+from hf_ftplus.deprecated import deprecated
 from hf_ftplus.errors import IncompatibleError, PluginError, UsageError
 
 MODULE = """
@@ -120,6 +121,21 @@ def test_an_unknown_plugin_names_the_nearest_the_available_and_what_to_type():
         plugins.load("ewcc")
     with pytest.raises(UsageError, match=r"For a file of your own, give its path"):
         plugins.load("My Idea")
+
+
+def test_several_names_in_one_are_told_apart():
+    with pytest.raises(UsageError, match=r"'distill,ewc' names 2 plugins.*one each: --plugin distill --plugin ewc\."):
+        plugins.load("distill,ewc")
+
+
+@pytest.mark.parametrize("ask", [plugins.load, plugins.find])
+def test_a_path_at_which_nothing_stands_is_not_told_to_give_a_path(ask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"^nowhere/ is not there; expected a Python file with a Strategy in it"):
+        ask("nowhere/")
+    (tmp_path / "here").mkdir()
+    with pytest.raises(UsageError, match=r"^\./here is a folder; expected a Python file"):
+        plugins.load("./here")
 
 
 # ---- a stranger's mistakes -------------------------------------------------------------------------------------------
@@ -242,6 +258,19 @@ def test_without_autoload_only_the_built_ins_are_left(publish, monkeypatch):
         plugins.load("pull")
     monkeypatch.setenv("FTPLUS_DISABLE_PLUGIN_AUTOLOAD", "0")
     assert plugins.load("pull").name == "pull"
+
+
+# ---- what will go ----------------------------------------------------------------------------------------------------
+
+
+def test_what_will_go_names_its_replacement_and_the_line_that_uses_it():
+    def old():
+        deprecated("Run.rate", "Run.learning_rate", since="0.2")
+
+    said = r"Run\.rate is deprecated since hf-ftplus 0\.2, and goes with plugin API 2\. Use Run\.learning_rate\."
+    with pytest.warns(DeprecationWarning, match=said) as caught:
+        old()
+    assert caught[0].filename == __file__
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ VERBS = ("new", "test")
 """Words after `ftplus plugin` that are no names."""
 
 
-@click.command(name="new")
+@click.command(name="new", short_help="Write a distribution with one strategy.")
 @click.argument("name")
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Where to.  [./ftplus-NAME]")
 @click.option("--author", metavar="NAME", help="Who holds the copyright.  [the authors of ftplus-NAME]")

@@ -22,7 +22,7 @@ LAW, WORD = 17, 7
 """Widths of the columns: the longest name of a law, the longest word on it."""
 
 
-@click.command(name="test")
+@click.command(name="test", short_help="Say which laws a strategy breaks.")
 @click.argument("name", metavar="NAME|PATH")
 @click.option("--set", "changes", multiple=True, metavar="SETTING=VALUE", help="A setting to judge it by. Repeatable.")
 @click.option(
