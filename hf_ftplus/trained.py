@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -165,6 +166,11 @@ def _said_of(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, malformed, other shapes, damaged
+        if "/" not in name and not os.path.exists(name):
+            raise DataError(
+                f"There is no folder {name}, nor could a model of this name be had from the Hub. Expected the folder "
+                "that `ftplus sft` wrote, a name on the Hub, or demo."
+            ) from error
         raise DataError(
             f"The model {name!r} cannot be loaded: {reason(error)} Expected a folder, a name on the Hub, or demo."
         ) from error

@@ -396,7 +396,7 @@ def test_rows_that_the_first_model_writes(place, tmp_path):
     [
         ("--measure a=asked.jsonl", 2, "There is no model. Type ftplus eval MODEL"),
         ("base", 2, "There is nothing to measure. Type --measure NAME=DATA"),
-        ("bse --measure a=asked.jsonl", 3, "The model 'bse' cannot be loaded"),
+        ("bse --measure a=asked.jsonl", 3, "There is no folder bse, nor could a model"),
         ("./bse --measure a=asked.jsonl", 3, "No model at './bse'; expected a folder"),
         ("bare --measure a=asked.jsonl", 3, "has no tokenizer that can be loaded"),
         ("base --measure a=askd.jsonl", 3, "Did you mean 'asked.jsonl'?"),

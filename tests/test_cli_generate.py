@@ -340,6 +340,12 @@ def test_damaged_adapters(place, tmp_path, monkeypatch, capsys, name, content, w
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--model", "out", "--prompt", "x"]) == 3
+    assert "There is no folder out, nor could a model of this name be had from the Hub." in capsys.readouterr().err
+
+
 def test_an_adapter_on_a_base_of_another_width(place, tmp_path, capsys):
     shutil.copytree(place / "adapter", tmp_path / "other")
     tiny_llama(hidden=64).save_pretrained(tmp_path / "wide")

@@ -99,6 +99,7 @@ def test_it_runs_as_a_module():
             2,
             f"No command 'plugns'. Did you mean 'plugins'? Commands: {', '.join(COMMANDS)}.",
         ),
+        (["train", "--model", "x"], 2, "No command 'train'. Did you mean 'sft'?"),
         (["plugins", "ewcc"], 2, "No plugin 'ewcc'. Did you mean 'ewc'?"),
         (["plugins", "./gone.py"], 2, "No plugin file at 'gone.py'"),
         (["plugins", "--jsn"], 2, "--json"),
@@ -223,6 +224,13 @@ def test_ewc_shows_its_settings(capsys):
 @pytest.mark.parametrize("line", [[], ["ewc"], ["--json"], ["ewc", "--json"], ["--json", "ewc"]])
 def test_plugin_and_plugins_are_one_command(capsys, line):
     assert run(capsys, "plugin", *line) == run(capsys, "plugins", *line)
+
+
+def test_the_commands_for_authors_are_found_without_help_and_not_cut_in_help(capsys):
+    assert "ftplus plugin new NAME, ftplus plugin test NAME|PATH" in run(capsys, "plugin")[1]
+    help = run(capsys, "plugins", "--help")[1]
+    assert "…" not in help
+    assert "..." not in help.partition("Commands:")[2]
 
 
 def test_both_forms_of_json_of_one_plugin_are_the_same(capsys):
@@ -363,6 +371,20 @@ def test_a_plugin_brings_a_command(capsys, monkeypatch):
     assert "ftplus frozen comes with ftplus-frozen 1.0." in run(capsys, "plugins")[1]
     monkeypatch.setenv("FTPLUS_DISABLE_PLUGIN_AUTOLOAD", "1")
     assert run(capsys, "frozen")[0] == 2
+
+
+def test_a_command_of_a_plugin_that_is_not_installed_says_what_to_install(capsys):
+    from hf_ftplus.cli import ELSEWHERE
+
+    scripts = {}
+    for file in (Path(__file__).parents[1] / "plugins").glob("*/pyproject.toml"):
+        found = re.findall(r"^ftplus-(\w+) = ", file.read_text(encoding="utf-8"), re.M)
+        scripts |= dict.fromkeys(found, file.parent.name)
+    assert scripts == ELSEWHERE
+    for word, distribution in scripts.items():
+        code, _, err = run(capsys, word, "anything")
+        assert code == 2
+        assert f"Type pip install {distribution}, or, in a clone, pip install ./plugins/{distribution}." in err
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,9 @@ REFUSED = [
     (2, ["--set", "ewc.strength=nan"], "ewc.strength is nan"),
     (2, ["--set", "ewc.strength"], "NAME.SETTING=VALUE"),
     (2, ["--set", "si.strength=1"], "no strategy 'si' in this run"),
+    (2, ["--ewc.lam", "0.4"], "A setting of a strategy is given so: --set ewc.strength=0.4. All: ftplus plugins ewc."),
+    (2, ["--ewc.row=9"], "--set ewc.rows=9"),
+    (2, ["--plugin", "distill,replay"], "expected one each: --plugin distill --plugin replay."),
     (2, ["--set", "ewc.fisher=sing"], "Did you mean 'sign'"),
     (2, ["--learning_rat", "1"], None),  # TRL's parser completes it, as it does for `trl sft`
     (2, ["--lerning_rate", "1"], "Did you mean '--learning_rate'"),
@@ -246,6 +249,12 @@ def test_bad_input_is_one_clear_line_an_exit_code_and_no_file(place, tmp_path, c
     assert "Traceback" not in error
     assert not list((tmp_path / "out").glob("*/*"))
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_model_may_be_called_as_the_other_commands_call_it(place, tmp_path, capsys):
+    line = [word.replace("--model_name_or_path", "--model") for word in words(place, tmp_path / "out", "--dry-run")]
+    assert "--model" in line
+    assert main(line) == 0, capsys.readouterr().err
 
 
 @pytest.mark.fault("E2")

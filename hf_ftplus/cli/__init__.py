@@ -34,6 +34,12 @@ COMMANDS = {
 
 ALIASES = {"plugin": "plugins"}
 
+MEANT = {"train": "sft", "finetune": "sft", "fine-tune": "sft"}
+"""What others call a command."""
+
+ELSEWHERE = {"repair": "ftplus-wise"}
+"""Commands of plugins that are kept in the repository."""
+
 RANKS = "FTPLUS_RANKS"
 """Environment variable: the folder in which launched processes leave how they ended (launch.py)."""
 
@@ -57,13 +63,23 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         args = [ALIASES.get(args[0], args[0]), *args[1:]]
         if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
-            known = list(COMMANDS)
-            raise UsageError(f"No command {args[0]!r}.{nearest(args[0], known)} Commands: {', '.join(known)}.")
+            raise UsageError(_unknown(args[0]))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):  # from the table above: help must not import what it lists
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _unknown(word: str) -> str:
+    if owner := ELSEWHERE.get(word):
+        return (
+            f"ftplus {word} comes with {owner}, which is not installed. Type pip install {owner}, or, in a clone, pip "
+            f"install ./plugins/{owner}."
+        )
+    known = list(COMMANDS)
+    meant = f" Did you mean {MEANT[word]!r}?" if word in MEANT else nearest(word, known)
+    return f"No command {word!r}.{meant} Commands: {', '.join(known)}."
 
 
 def _of_a_plugin(word: str) -> click.Command | None:

@@ -7,6 +7,7 @@ Replacing `trl` by `ftplus` in a command never breaks it. Flags of `accelerate l
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +31,10 @@ class Sft(click.Command):
 
 
 def _dashed(word: str) -> str:
-    """Our flags may be written with underscores, as TRL's are."""
+    """Our flags may be written with underscores, as TRL's are; --model is what our other commands call a model."""
     name, equals, value = word.partition("=")
+    if name == "--model":
+        return f"--model_name_or_path{equals}{value}"
     ours = {f"--{option.name}" for option in OPTIONS} | {"--dry_run", "--as_if", "--help_all"}
     return name.replace("_", "-") + equals + value if name in ours else word
 
@@ -248,12 +251,28 @@ def _check_words(words: Sequence[str], parser: Any) -> None:
         f"--{name}" for name in accelerate
     ]
     known += [flag for action in parser._actions for flag in action.option_strings]
-    for word in words:
-        name = word.partition("=")[0]
+    for place, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name.startswith("--") and "." in name:
+            value = value or "".join(words[place + 1 : place + 2])
+            raise UsageError(f"Unknown flag {name}. {_as_setting(name[2:], value)}")
         if name.startswith("--") and name[2:].replace("-", "_") not in accelerate:
             raise UsageError(f"Unknown flag {name}.{nearest(name, known)} See `ftplus sft --help-all`.")
     if words and not words[0].startswith("-"):
         raise UsageError(f"Unexpected {words[0]!r}; every value needs a flag before it. See `ftplus sft --help`.")
+
+
+def _as_setting(path: str, value: str) -> str:
+    """What to type for `--ewc.lam 0.4`: the setting of this name, the nearest, or how strong it is."""
+    from ..plugins import load
+    from ..strategy import settings
+
+    plugin, _, wanted = path.rpartition(".")
+    known = [item.name for item in settings(load(plugin))]
+    close = re.search(r"'(\w+)'", nearest(wanted, known))
+    meant = wanted if wanted in known else close[1] if close else "strength" if "strength" in known else "SETTING"
+    typed = f"--set {plugin}.{meant}={value or 'VALUE'}"
+    return f"A setting of a strategy is given so: {typed}. All: ftplus plugins {plugin}."
 
 
 def _without(words: list[str], taken: list[str]) -> list[str]:
