@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -38,8 +41,12 @@ SPARE = 4
 CANDIDATES = 1024
 """Likeliest tokens among which the nucleus is looked for first: it is nearly always there, and a vocabulary sorted at
 every step costs more than the model."""
+AFTER = 4
+"""Tokens, of all rows at once, after which it is said how long the rest will take."""
 USER = "ftplususerturn"
 """Stands for the user's words while the template is cut open; plain letters, so that no template trims it."""
+
+logger = logging.getLogger("hf_ftplus")
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,8 @@ def self_generate(
     if file is not None and (kept := _cached(file, count)) is not None:
         return kept
     # around the whole of it: autocast forgets its copies of the weights when its outermost block ends
-    with autocast(), _sampler(model, tokenizer, seed, how) as write, _bar(count, progress) as bar:
+    said = Said(count, how) if progress and not sys.stderr.isatty() else None
+    with autocast(), _sampler(model, tokenizer, seed, how, said) as write, _bar(count, progress) as bar:
         rows = _rows(write, tokenizer, count, how, bar)
     if file is not None:
         store(file, rows)
@@ -181,6 +189,23 @@ def _says_something(text: str) -> bool:
     return any(c.isalnum() for c in text) and (len(words) < 10 or len(set(words)) > len(words) / 5)
 
 
+class Said(LogitsProcessor):
+    """Says once, after the first few tokens, how long the rest will take; for where no bar is shown."""
+
+    def __init__(self, count: int, how: Sampling) -> None:
+        self.count, self.drawn, self.begin = count, 0, 0.0
+        self.tokens = -(-count // how.batch_size) * (how.request_tokens + how.max_new_tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.drawn += 1
+        if self.drawn == 1:  # the opening has been read, and kernels are warm
+            self.begin = time.perf_counter()
+        if self.drawn == 1 + AFTER:
+            seconds = (time.perf_counter() - self.begin) / AFTER * self.tokens
+            logger.info("writing %d rows with the starting model, about %.0f s", self.count, max(seconds, 1))
+        return scores
+
+
 class Nucleus(LogitsProcessor):
     """Draw each next token from the likeliest ones that together hold `top_p` (Holtzman 2020); the rest is ruled out.
 
@@ -208,7 +233,9 @@ class Nucleus(LogitsProcessor):
 
 
 @contextmanager
-def _sampler(model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int, how: Sampling) -> Iterator[Write]:
+def _sampler(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int, how: Sampling, said: Said | None = None
+) -> Iterator[Write]:
     writer = model.get_base_model() if is_peft_model(model) else model
     stops = stop_ids(model, tokenizer)
     settings = writer.generation_config
@@ -228,7 +255,7 @@ def _sampler(model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int, ho
             [tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings], tokenizer
         )
         device = next(model.parameters()).device
-        draw = LogitsProcessorList([Nucleus(how.temperature, how.top_p)])
+        draw = LogitsProcessorList([*([said] if said else []), Nucleus(how.temperature, how.top_p)])
         out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), logits_processor=draw)
         return [_text(row, tokenizer, last, stop) for row in out[:, ids.shape[1] :].tolist()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from copy import deepcopy
 from itertools import pairwise
 
@@ -50,6 +51,18 @@ def parrot(text: str):
         for token, following in pairwise(ids):
             model.lm_head.weight[following, token] = 100
     return model
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+
+def test_outside_a_terminal_one_line_says_how_long_it_will_take_and_changes_no_row(caplog):
+    caplog.set_level("INFO", "hf_ftplus")
+    said = self_generate(tiny_llama(), tiny_tokenizer(), 6, **SHORT | {"progress": True})
+    (line,) = [item.getMessage() for item in caplog.records]
+    assert re.fullmatch(r"writing 6 rows with the starting model, about \d+ s", line)
+    assert rows_of(said) == rows_of(self_generate(tiny_llama(), tiny_tokenizer(), 6, **SHORT))
+    assert len(caplog.records) == 1
 
 
 # ---- what is written -----------------------------------------------------------------------------------------------
