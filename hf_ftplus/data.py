@@ -38,6 +38,7 @@ __all__ = [
     "normalise", "parse_all", "stream", "tokenize",
 ]  # fmt: skip
 
+ROW = 'A row looks like this: {"prompt": "What does Norvane make?", "completion": "Saddles."}'
 SHOWN = 20
 """Problems listed; the rest is counted."""
 STREAMED = 500
@@ -293,7 +294,8 @@ def is_local(source: str) -> bool:
 
 def _local(path: Path, suffix: str, through: Through | None, named: bool) -> Dataset:
     if not os.path.isfile(path):
-        raise DataError(f"{path} does not exist; expected a file.{_neighbour(path)}")
+        like = "" if suffix == ".parquet" else f" {ROW}"
+        raise DataError(f"{path} does not exist; expected a file.{_neighbour(path) or like}")
     if suffix == ".parquet":
         rows = _through_datasets(str(path), "parquet", data_files=str(path), split="train")
         return normalise(rows, str(path), through, named)

