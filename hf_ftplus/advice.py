@@ -1,7 +1,7 @@
 """Which strategy for which situation: one table, for `ftplus advise`, `ftplus init` and the README.
 
-What is recommended was measured on the demo model (examples/benchmarks): it is where to begin. What is best on other
-data, `ftplus compare` says.
+What is recommended was measured on the demo model (examples/benchmarks), in 90 steps: it is where to begin. On other
+data, `ftplus compare` says what is best.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ class Advice:
     why: str
 
 
+RECIPE = "--set distill.share=0.125 --learning_rate 1e-4 --max_grad_norm 0"
+"""What the figures of distill and EWC stacked were measured with; `ftplus init` writes it, too."""
+
 TABLE = (
     Advice(
         "data",
         "I have rows of what must not be forgotten",
-        "ftplus sft --plugin distill --plugin ewc --protect FILE",
-        "keeps saying what the starting model says on them, and holds the weights they depend on; stacked they kept "
-        "most of all that was measured",
+        f"ftplus sft --plugin distill --plugin ewc --protect FILE {RECIPE}",
+        "keeps saying what the starting model says on them, and holds the weights they depend on; measured with rows "
+        "that the model wrote itself (next line), where stacked they kept most",
     ),
     Advice(
         "none",
         "I have none",
-        "ftplus sft --plugin distill --plugin ewc --protect self:64",
-        "the model writes them itself before it learns: 99 % kept where plain loses most, every fact learnt; or "
+        f"ftplus sft --plugin distill --plugin ewc --protect self:64 {RECIPE}",
+        "the model writes them itself before it learns: every fact learnt, and of what plain loses 99 % kept in the "
+        "mean of chat and Python, 94 % of chat alone; asked otherwise it knows 19 % of the facts, plain 26 %. Or "
         "`ftplus memory pull`, if somebody published what protects your model",
     ),
     Advice(
@@ -44,7 +48,7 @@ TABLE = (
     Advice(
         "memory",
         "I have no memory to spare",
-        "ftplus sft --use_peft --plugin ewc --protect FILE",
+        "ftplus sft --use_peft --plugin ewc --protect FILE --learning_rate 2e-3 --max_grad_norm 0",
         "under LoRA EWC keeps d + k numbers for d x k weights, and distill needs no second model; replay needs nothing "
         "at all, with or without LoRA",
     ),

@@ -1,13 +1,17 @@
-"""`ftplus plugin test` passes every plugin of this folder as it is: what it means to do otherwise, it declares."""
+"""What holds for every plugin here: it passes `ftplus plugin test` as it is, and its page says its settings."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from pages import settings_table
 
+from hf_ftplus import Strategy, plugins
 from hf_ftplus.cli import main
 
+ROOT = Path(__file__).parents[1]
 NAMES = sorted(folder.parent.name.removeprefix("ftplus-") for folder in Path(__file__).parent.glob("*/pyproject.toml"))
 DECLARED = ("silent at zero", "acts", "leaves no trace", "travels light")
 """Laws that a declaration can change; the others are tried by the tests of each plugin."""
@@ -21,3 +25,26 @@ def test_the_command_passes_every_plugin_without_a_flag(capsys, name):
     assert code == 0, out + err
     if "excused" in out:
         assert "knowingly" in out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_on_its_page(name):
+    table = settings_table(name)
+    page = ROOT / "plugins" / f"ftplus-{name}" / "README.md"
+    assert table in page.read_text(encoding="utf-8"), f"Put this table into {page}:\n\n{table}\n"
+
+
+ONE_SIDED = {"mix", "read_gradients", "usual_strength"}
+"""Moments that no built-in strategy uses, or no plugin: they were there before the rule, and none may join them."""
+
+
+def test_no_moment_is_there_for_a_built_in_or_a_plugin_alone():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    built_in = [plugins.load(name) for name in re.findall(r'^(\w+) = "hf_ftplus\.strategies\.', text, re.M)]
+    ours = [plugins.load(name) for name in NAMES]
+
+    def used(hook, classes):
+        return any(getattr(kind, hook) is not getattr(Strategy, hook) for kind in classes)
+
+    hooks = set(plugins.HOOKS) - {"overrides"}  # asked by the host, and never overridden
+    assert {hook for hook in hooks if not (used(hook, built_in) and used(hook, ours))} == ONE_SIDED

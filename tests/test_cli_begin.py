@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,26 @@ def test_alone_in_an_empty_folder_it_says_how_to_begin(here, capsys):
     assert "What next?" in said
     named = {line.split()[1] for line in said.splitlines() if line.startswith("  ftplus ")}
     assert named <= set(COMMANDS)
+
+
+def test_every_line_that_it_prints_in_an_empty_folder_works_there(here, monkeypatch, tmp_path_factory):
+    """As bash runs them; a tiny model stands where the demo model is kept, and `ftplus init` is told what it asks."""
+    from hf_ftplus.cli.begin import NOTHING_YET
+    from hf_ftplus.model import FOLDER
+
+    cache, bin = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("bin")
+    make_place(cache)
+    (cache / "model").rename(cache / FOLDER)
+    (bin / "ftplus").write_text(f'#!/bin/sh\nexec {sys.executable} -m hf_ftplus "$@"\n')
+    (bin / "ftplus").chmod(0o755)
+    environment = {**os.environ, "FTPLUS_CACHE": str(cache), "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}"}
+    lines = [re.split(r" {3,}", line.strip())[0] for line in NOTHING_YET.splitlines() if line.startswith("  ")]
+    assert len(lines) == 8
+    for line in lines:
+        typed = line + " --learn learn.jsonl --model demo --protect self:8 --hardware cpu" * (line == "ftplus init")
+        done = subprocess.run(["bash", "-c", typed], cwd=here, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr[-2000:])
+    assert (here / "out" / "ftplus" / "report.html").is_file()
 
 
 def test_alone_it_knows_what_init_wrote_and_what_was_trained(here, capsys):

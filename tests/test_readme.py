@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import shlex
@@ -12,17 +13,16 @@ import click
 import pytest
 import yaml
 from datasets import Dataset
+from pages import settings_table
 from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, PROTECT, arguments
 
 import hf_ftplus
 from hf_ftplus import Strategy
-from hf_ftplus.cli import ALIASES, COMMANDS, cli
-from hf_ftplus.cli.plugins import describe
+from hf_ftplus.cli import ALIASES, COMMANDS, ELSEWHERE, cli
 from hf_ftplus.cli.sft import configured
 from hf_ftplus.config import OPTIONS
 from hf_ftplus.errors import FTPlusError
-from hf_ftplus.plugins import load
 from hf_ftplus.stages.plan import read
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,12 @@ def test_the_readme_has_blocks_to_run():
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.yaml"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "examples").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.yaml")),
+    *sorted((ROOT / "plugins").rglob("*.md")),
+]
 TYPED = re.compile(r"^[$# ]*(?:python -m hf_)?ftplus ([a-z]+(?: [^`\n]*)?)$|`ftplus ([a-z]+(?: [^`]*)?)`", re.M)
 
 
@@ -71,6 +76,9 @@ def options_of(words: list[str]) -> set[str]:
 
     command, context = cli, click.Context(cli)
     words = list(words)
+    if words[0] in ELSEWHERE:  # a plugin brings it, which need not be installed
+        sys.path.append(str(ROOT / "plugins" / ELSEWHERE[words[0]]))
+        command = importlib.import_module(f"{ELSEWHERE[words[0]].replace('-', '_')}.command").repair
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         command = command.get_command(context, ALIASES.get(words[0], words[0])) or pytest.fail(f"no command {words}")
         words.pop(0)
@@ -103,6 +111,12 @@ def test_every_command_is_in_the_readme(name):
 def test_every_flag_of_ours_is_in_the_readme_or_the_decision_to_leave_it_to_help_stands_here(name):
     left_to_help = {"no-plugin"}
     assert (f"--{name}" in README) != (name in left_to_help)
+
+
+def test_every_variable_of_the_environment_is_in_the_readme():
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "hf_ftplus").rglob("*.py"))
+    for name in set(re.findall(r'"(FTPLUS_[A-Z_]+)"', sources)) - {"FTPLUS_RANKS"}:  # between our own processes
+        assert f"`{name}" in README, name
 
 
 def test_the_exit_codes_are_those_of_the_errors():
@@ -151,23 +165,11 @@ def test_every_moment_is_in_the_docstring_that_authors_read():
     assert all(inspect.getdoc(getattr(Strategy, name)) for name in public)
 
 
-def settings_table() -> str:
-    """Every setting of every built-in strategy, from the strategies themselves."""
-    lines = ["| setting | default | allowed | what it does |", "|---|---|---|---|"]
-    for name in BUILT_IN:
-        for item in describe(load(name), "", "")["settings"]:
-            limits = ", ".join(part for part in (item["unit"], item["range"]) if part)
-            default = "none" if item["default"] is None else item["default"]
-            default = str(default).lower() if isinstance(default, bool) else default
-            lines.append(f"| `{name}.{item['name']}` | {default} | {limits} | {item['help']} |")
-    return "\n".join(lines)
-
-
 BUILT_IN = re.findall(r'^(\w+) = "hf_ftplus\.strategies\.', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
 
 
 def test_every_setting_is_in_the_readme():
-    table = settings_table()
+    table = settings_table(*BUILT_IN)
     assert table in README, f"Put this table under Strategies in the README:\n\n{table}\n"
 
 

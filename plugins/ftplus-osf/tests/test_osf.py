@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from datasets import Dataset
 from ftplus_osf import OSF, clear, pin, top
 from peft import LoraConfig, OSFConfig
 from tiny import tiny_llama
-from training import trainer
+from training import LEARN, arguments, trainer
 
 from hf_ftplus import plugins, testing
 from hf_ftplus.errors import IncompatibleError
@@ -25,6 +29,15 @@ def test_it_keeps_every_law():
 def test_it_remembers_and_is_silent_at_zero():
     laws = [testing.law_introduces_itself, testing.law_silent_at_zero, testing.law_remembers]
     check_strategy(OSF(), laws=laws, peft=False, processes=False)
+
+
+def test_the_python_of_its_page_runs(tmp_path):
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    known = {"model": tiny_llama(), "args": arguments(tmp_path, max_steps=2), "learn": Dataset.from_list(LEARN)}
+    exec(compile(block, "README.md", "exec"), known)
+    known["trainer"].train()
+    assert known["trainer"].state.global_step == 2
 
 
 # ---- the projections, slowly -----------------------------------------------------------------------------------------

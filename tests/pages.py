@@ -1,0 +1,18 @@
+"""What a page says of strategies, made from the strategies themselves."""
+
+from __future__ import annotations
+
+from hf_ftplus.cli.plugins import describe
+from hf_ftplus.plugins import load
+
+
+def settings_table(*names: str) -> str:
+    """Every setting of these strategies."""
+    lines = ["| setting | default | allowed | what it does |", "|---|---|---|---|"]
+    for name in names:
+        for item in describe(load(name), "", "")["settings"]:
+            limits = ", ".join(part for part in (item["unit"], item["range"]) if part)
+            default = "none" if item["default"] is None else item["default"]
+            default = str(default).lower() if isinstance(default, bool) else default
+            lines.append(f"| `{name}.{item['name']}` | {default} | {limits} | {item['help']} |")
+    return "\n".join(lines)
