@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from ftplus_osf import OSF, clear, pin, top
 from peft import LoraConfig, OSFConfig
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, arguments, trainer
 
 from hf_ftplus import plugins, testing
@@ -34,7 +34,8 @@ def test_it_remembers_and_is_silent_at_zero():
 def test_the_python_of_its_page_runs(tmp_path):
     page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    known = {"model": tiny_llama(), "args": arguments(tmp_path, max_steps=2), "learn": Dataset.from_list(LEARN)}
+    data = {"learn": Dataset.from_list(LEARN), "tokenizer": tiny_tokenizer()}
+    known = {"model": tiny_llama(), "args": arguments(tmp_path, max_steps=2), **data}
     exec(compile(block, "README.md", "exec"), known)
     known["trainer"].train()
     assert known["trainer"].state.global_step == 2
