@@ -151,7 +151,7 @@ def _show_table(rows: list[Plugin], commands: list[Offer]) -> None:
     _console().print(table)
     for command in commands:
         click.echo(f"ftplus {command.name} comes with {command.distribution} {command.version}.")
-    click.echo("One of them: ftplus plugins NAME. Your own: ftplus plugin new NAME, ftplus plugin test NAME|PATH.")
+    click.echo("One of them: ftplus plugins NAME\nYour own: ftplus plugin new NAME, ftplus plugin test NAME|PATH")
 
 
 def _show_strategy(strategy: type[Strategy], facts: dict[str, Any]) -> None:
