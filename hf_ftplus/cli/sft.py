@@ -134,7 +134,7 @@ def _built(ours: dict[str, Any], words: Sequence[str], yaml: dict[str, Any]) -> 
 
 def _value(words: Sequence[str], name: str) -> str | None:
     """What follows the last `--name` among words that are not parsed yet."""
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = zip(words, [*words[1:], ""], strict=False)
     found = [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == f"--{name}"]
     return found[-1] if found else None
 
