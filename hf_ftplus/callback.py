@@ -37,7 +37,7 @@ class StrategyCallback(TrainerCallback):
     """Runs strategies inside any `transformers.Trainer`, through the events that every Trainer has.
 
     Args:
-        *strategies: names ("ewc"), names with settings (("ewc", {"strength": 3000})), or objects (EWC(strength=3000)).
+        *strategies: names ("ewc"), names with settings (("ewc", {"rows": 128})), or objects (EWC(rows=128)).
         protect: what must not be forgotten: a dataset, `{"name": dataset}`, a path, "self:256", or ready micro-batches.
         memory: `OUTPUT/ftplus/memory` of an earlier run, whose importances still count.
 

@@ -37,7 +37,7 @@ def _assignment(text: str) -> tuple[str, str, str]:
     path, equals, value = text.partition("=")
     name, dot, setting = path.strip().rpartition(".")
     if not (equals and dot and name and setting):
-        raise UsageError(f"--set {text!r}; expected NAME.SETTING=VALUE, such as ewc.strength=3000.")
+        raise UsageError(f"--set {text!r}; expected NAME.SETTING=VALUE, such as ewc.strength=30000.")
     return name, setting, value.strip()
 
 
@@ -58,7 +58,7 @@ def plugins_of(given: Any) -> tuple[list[str], dict[str, dict[str, Any]]]:
         for name, values in pairs:
             if not isinstance(name, str) or not isinstance(values, (dict, type(None))):
                 raise UsageError(
-                    f"plugins: {item!r}; expected a name, or a name with its settings: ewc: {{strength: 3000}}."
+                    f"plugins: {item!r}; expected a name, or a name with its settings: ewc: {{strength: 30000}}."
                 )
             names.append(name)
             settings[name] = dict(values or {})

@@ -48,7 +48,7 @@ OPTIONS = (
         metavar="NAME",
         key="plugins",
     ),
-    Option("set", "A setting: ewc.strength=3000. Repeatable.", True, metavar="NAME.SETTING=VALUE"),
+    Option("set", "A setting: ewc.strength=30000. Repeatable.", True, metavar="NAME.SETTING=VALUE"),
     Option("no_plugin", "Never load this installed plugin. Repeatable.", True, metavar="NAME"),
     Option(
         "protect",

@@ -543,7 +543,7 @@ def test_bad_settings_are_refused_by_name(setting, value):
 
 @pytest.mark.dist
 def test_si_keeps_every_law_on_one_process_and_two():
-    check_strategy(SI(), second_run=True, peft=False)
+    check_strategy(SI())
 
 
 @pytest.mark.dist

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import DataError, UsageError, nearest
 from ..hookspecs import hookimpl
@@ -42,6 +42,7 @@ class MultiTask(Strategy):
     """Multi-task sampler: share training between several learn tasks."""
 
     name: ClassVar[str] = "multitask"
+    judged: ClassVar[dict[str, Any]] = {"tasks": 2, "zero": {"mode": "proportional"}, "peft": False}
 
     mode: str | None = setting(
         None,

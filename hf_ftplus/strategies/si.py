@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import DataError, IncompatibleError
 from ..hookspecs import hookimpl
@@ -44,6 +44,7 @@ class SI(Strategy):
     """Synaptic Intelligence: hold each weight by how much moving it taught earlier runs."""
 
     name: ClassVar[str] = "si"
+    judged: ClassVar[dict[str, Any]] = {"second_run": True, "peft": False}
 
     strength: float = setting(
         1.0, "what undoing a nat that earlier runs learnt costs, in nats of learn loss", unit="nats per nat", low=0

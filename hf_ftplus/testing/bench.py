@@ -203,9 +203,9 @@ def tiny_rows(seed: int, count: int = 24) -> Any:
 
 
 def rows_of(tasks: int) -> Any:
-    """The same rows, of so many tasks."""
+    """The same rows, of so many tasks, the last of them the largest."""
     rows = tiny_rows(seed=0)
-    return rows.add_column("task", [f"task {i % tasks + 1}" for i in range(len(rows))])
+    return rows.add_column("task", [f"task {min(i % (tasks + 2), tasks - 1) + 1}" for i in range(len(rows))])
 
 
 def tiny_batches(seed: int, count: int = 12, size: int = 3) -> list[dict[str, Tensor]]:
