@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test plugins benchmark storm fuzz lint compat clean
+.PHONY: demo test plugins benchmark storm fuzz deepspeed lint compat clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo/run.py
@@ -20,6 +20,10 @@ storm: .venv/test
 
 fuzz: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m fuzz tests/test_fuzz.py $(ARGS)
+
+# what trains under DeepSpeed, on two processes of CPUs; skipped without `.venv/bin/pip install deepspeed`
+deepspeed: .venv/test
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/distributed/test_deepspeed.py $(ARGS)
 
 # all laws on every plugin, from wheels built of them; `make test` tries some
 plugins: .venv/demo .venv/test

@@ -64,12 +64,12 @@ def plan(config: RunConfig, asked: AsIf) -> None:
 
     Raises:
         DataError: there is no config of that model.
-        IncompatibleError: a strategy that acts on weights, under DeepSpeed.
+        IncompatibleError: a strategy that cannot act under DeepSpeed ZeRO-3.
     """
     if asked.sharding.startswith("zero"):
         from .strategy import refuse_deepspeed
 
-        refuse_deepspeed(list(config.strategies))
+        refuse_deepspeed(list(config.strategies), int(asked.sharding.removeprefix("zero")))
     built = on_meta(asked.model or config.model.model_name_or_path, config)
     model, layout = numbers(built), layout_of(config, asked, built)
     device = Device()

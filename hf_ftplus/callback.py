@@ -24,13 +24,16 @@ from .data import as_tasks
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
 from .mixture import check_drawn, rows_drawn
 from .plugins import HOST, origin, resolve
-from .strategy import Memory, Run, Strategy, refuse_deepspeed
+from .strategy import Memory, Run, Strategy, acts_on_gradients, refuse_deepspeed
 from .weights import sharded, trainable
+from .zero import Around, under_deepspeed
 
 logger = logging.getLogger("hf_ftplus")
 
 STATE_FOLDER = "ftplus"
 NEEDS_TRAINER = ("token_loss", "mix")
+NEEDS_WEIGHTS = ("prepare", "load_state_dict", "finish")
+"""Hooks between which and the optimizer's steps a strategy compares weights."""
 
 
 class StrategyCallback(TrainerCallback):
@@ -52,6 +55,8 @@ class StrategyCallback(TrainerCallback):
         self.strategies: list[Strategy] = [resolve(item) for item in strategies]
         self.protect, self.memory = protect, Path(memory) if memory else None
         self.run: Run | None = None
+        self.around: Around | None = None
+        """Under DeepSpeed, what gives strategies their moments."""
         self.resumed_from: str | None = None
         self.learn_rows: int | None = None
         """Learn rows with which the training set begins, where protect rows follow them."""
@@ -77,8 +82,10 @@ class StrategyCallback(TrainerCallback):
     def call(self, strategy: Strategy, hook: str, *args: Any) -> Any:
         """One hook of one strategy: timed, and with its name on whatever it raises."""
         begin = time.perf_counter()
+        looks = self.around is not None and hook in NEEDS_WEIGHTS and acts_on_gradients(strategy)
         try:
-            return getattr(strategy, hook)(*args)
+            with self.around.whole() if looks else nullcontext():
+                return getattr(strategy, hook)(*args)
         except (FTPlusError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -142,7 +149,7 @@ class StrategyCallback(TrainerCallback):
             seed=args.seed,
             memory=Memory(read=self.memory, write=out),
             autocast=autocast(args),
-            clip=None if args.max_grad_norm and not self.within_trainer else 1.0,
+            clip=None if args.max_grad_norm and not (self.within_trainer or under_deepspeed(args)) else 1.0,
             strategies=tuple(self.strategies),
             tokenizer=getattr(tokenizer, "tokenizer", tokenizer),
         )
@@ -168,6 +175,8 @@ class StrategyCallback(TrainerCallback):
         model: Any = None,
         processing_class: Any = None,
         train_dataloader: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
         if not self.strategies:
@@ -183,10 +192,16 @@ class StrategyCallback(TrainerCallback):
                 "with. Make the trainer with the starting model; resume_from_checkpoint brings the trained weights."
             )
         run.step, self._saved = state.global_step, None
+        if under_deepspeed(args) and any(map(acts_on_gradients, self.strategies)):
+            before = partial(self._before_step, args, state, lr_scheduler)
+            after = self._after_step if self.acting("after_step") else None
+            self.around = Around(optimizer.optimizer, run.weights.values(), before, after)
         if args.max_grad_norm and self.acting("before_step"):
             logger.info(
-                "gradients are clipped to %g before strategies add to them, which makes a strength weigh more than it "
-                "says; --max_grad_norm 0 keeps it to its word",
+                "DeepSpeed clips gradients to %g with what strategies added to them; --max_grad_norm 0 clips neither"
+                if self.around
+                else "gradients are clipped to %g before strategies add to them, which makes a strength weigh more "
+                "than it says; --max_grad_norm 0 keeps it to its word",
                 args.max_grad_norm,
             )
         if checkpoint is None:
@@ -205,9 +220,9 @@ class StrategyCallback(TrainerCallback):
     ) -> None:
         if self.run:
             self.run.step = state.global_step
-            self.run.clip = None if args.max_grad_norm else 1.0  # within a trainer, until it has clipped
+            clipped = args.max_grad_norm and self.around is None  # DeepSpeed clips later
+            self.run.clip = None if clipped else 1.0  # within a trainer, until it has clipped
 
-    @torch.no_grad()
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,
@@ -216,14 +231,9 @@ class StrategyCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
-        if self.run:
-            self.run.learning_rate = lr_scheduler.get_last_lr()[0] if lr_scheduler else args.learning_rate
-            self.run.measuring = ends_window(args, state)
-            for hook in ("read_gradients", "before_step"):
-                for strategy in self.acting(hook):
-                    self.call(strategy, hook, self.run)
+        if self.run and self.around is None:
+            self._before_step(args, state, lr_scheduler)
 
-    @torch.no_grad()
     def on_optimizer_step(
         self,
         args: TrainingArguments,
@@ -232,9 +242,21 @@ class StrategyCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if self.run and not getattr(optimizer, "step_was_skipped", False):
-            for strategy in self.acting("after_step"):
-                self.call(strategy, "after_step", self.run)
+        if self.run and self.around is None and not getattr(optimizer, "step_was_skipped", False):
+            self._after_step()
+
+    @torch.no_grad()
+    def _before_step(self, args: TrainingArguments, state: TrainerState, lr_scheduler: Any) -> None:
+        self.run.learning_rate = lr_scheduler.get_last_lr()[0] if lr_scheduler else args.learning_rate
+        self.run.measuring = ends_window(args, state)
+        for hook in ("read_gradients", "before_step"):
+            for strategy in self.acting(hook):
+                self.call(strategy, hook, self.run)
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        for strategy in self.acting("after_step"):
+            self.call(strategy, "after_step", self.run)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The Trainer saves, rotates and pushes before on_save: write now what belongs to the checkpoint it will make.
@@ -277,6 +299,14 @@ class StrategyCallback(TrainerCallback):
         except KeyboardInterrupt:
             logger.warning(rescued(self.run.model, args, processing_class))
             raise
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Leave DeepSpeed's optimizer as it was found."""
+        if self.around is not None:
+            self.around.remove()
+            self.around = None
 
     def metrics(self) -> dict[str, float]:
         """Figures of every strategy for the logging window that just ended, as `ewc/penalty`."""

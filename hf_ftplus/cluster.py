@@ -55,7 +55,8 @@ def check() -> Found:
     ranks(accelerator, found)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # of which accelerate makes DDP on CPUs
         found.facts["sharding"] = {
-            "DeepSpeed": "strategies that act on weights (ewc, si) are refused; use fsdp2 or multi_gpu"
+            "DeepSpeed": "strategies that act on weights (ewc, si) train under ZeRO-1 and ZeRO-2, with gradients and "
+            "state whole on each rank; under ZeRO-3 they are refused: use zero2, fsdp2 or multi_gpu"
         }
     else:
         sharding_and_laws(accelerator, found)

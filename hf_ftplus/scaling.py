@@ -201,13 +201,26 @@ def ewc(model: Model, layout: Layout, state: float, rows: int = 256, remember: b
         sent = 0.0 if lora else 2 * layout.ring * 4.0 * model.trained
     cost.before = {"flops": flops(model, layout, mine), "wire": sent}
     cost.note = f"Fisher of {rows} rows before the first step" + (", and as much after the last" if remember else "")
-    return cost
+    return around_step(cost, model, layout, moments=1)
 
 
 def si(model: Model, layout: Layout, state: float, memory: bool = False) -> Cost:
     """Of a weight on a GPU: two differences, a product of the gradient cleaned of what is not finite, and a sum."""
     shards = layout.world if layout.sharding in IN_SHARDS else 1
-    return Cost(state=state, touched=(80.0 if memory else 64.0) * model.trained / shards)
+    cost = Cost(state=state, touched=(80.0 if memory else 64.0) * model.trained / shards)
+    return around_step(cost, model, layout, moments=2)
+
+
+def around_step(cost: Cost, model: Model, layout: Layout, moments: int) -> Cost:
+    """Under ZeRO-1 and -2 every rank gathers all gradients in fp32 for the step, and where passes are in 16 bits the
+    fp32 weights, too, before the step and, with 2 `moments`, after it (`zero.py`). Summed, so sent twice."""
+    if layout.sharding in ("zero1", "zero2"):
+        narrow = layout.pass_bytes < 4
+        cost.state += 4.0 * model.trained * (1 + narrow)
+        cost.wire += 2 * layout.ring * 4.0 * model.trained * (1 + narrow * moments)
+        whole = "gradients and fp32 weights" if narrow else "gradients"
+        cost.note = "; ".join(filter(None, (cost.note, f"of it whole {whole} once for all strategies")))
+    return cost
 
 
 def distill(

@@ -343,14 +343,20 @@ def configure(strategy: type[Strategy], values: dict[str, Any]) -> Strategy:
     return strategy(**values)
 
 
-def refuse_deepspeed(strategies: list[Strategy], stage: int = 0) -> None:
-    """Raise for strategies that need the moment between backward and optimizer step, which DeepSpeed does not show, and
-    with ZeRO `stage` 3 for those that need the LM head outside of the forward pass, where it is in parts."""
-    acting = [s.name for s in strategies if any(map(s.overrides, ("read_gradients", "before_step", "after_step")))]
+def acts_on_gradients(strategy: Strategy) -> bool:
+    """Whether it acts between backward and optimizer step, or looks back on that moment after the step."""
+    return any(map(strategy.overrides, ("read_gradients", "before_step", "after_step")))
+
+
+def refuse_deepspeed(strategies: list[Strategy], stage: int) -> None:
+    """Raise for what cannot act under DeepSpeed: with ZeRO-3, or without ZeRO (`stage` 0), what needs whole gradients;
+    with ZeRO-3 also what needs the LM head outside of the forward pass."""
+    acting = [strategy.name for strategy in strategies if stage not in (1, 2) and acts_on_gradients(strategy)]
     if acting:
+        why = f"ZeRO-{stage} keeps every weight in parts" if stage else "without ZeRO shows no gradient"
         raise IncompatibleError(
-            f"{', '.join(acting)} acts on weights between backward and optimizer step, but DeepSpeed does both inside "
-            "backward(). Launch with --accelerate_config fsdp2 or multi_gpu instead."
+            f"{', '.join(acting)} acts on weights between backward and optimizer step, when DeepSpeed {why}. Launch "
+            "with --accelerate_config zero2, fsdp2 or multi_gpu instead."
         )
     reading = [s.name for s in strategies if stage == 3 and s.overrides("token_loss")]
     if reading:

@@ -96,8 +96,12 @@ class StrategyMixin(MixingMixin):
         self._origin = origin(self)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._verified(resume_from_checkpoint)
-        with self._watching():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            with self._watching():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.ftplus is not None:
+                self.ftplus.release()
 
     def _verified(self, checkpoint: str | bool) -> str | bool:
         """The checkpoint to go on from, whole and of this run; `True` asks for the newest that is whole."""
@@ -145,7 +149,7 @@ class StrategyMixin(MixingMixin):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
-        if self.ftplus is not None and self.ftplus.run is not None:
+        if self.ftplus is not None and self.ftplus.run is not None and self.ftplus.around is None:
             self.ftplus.run.clip = (self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6)).clamp(max=1.0)  # as torch
         return norm
 

@@ -50,7 +50,7 @@ REQUIRED = {
     "D6": "Experts that no row reached hold nothing, and the share of weights that is held is said.",
     "D7": "Weights without a gradient are left alone.",
     "D8": "Under FSDP2 state is sharded as the weights are.",
-    "D9": "DeepSpeed is refused by name for what it would break.",
+    "D9": "DeepSpeed is refused by name where it would break a strategy: without ZeRO, and under ZeRO-3.",
     "D10": "Models that the Trainer spreads by itself are not resumed with strategies.",
     "D11": "Nothing trainable, strengths that are none, and empty importances are refused.",
     # data

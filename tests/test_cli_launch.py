@@ -38,9 +38,18 @@ def run(line) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.fault("D9")
-def test_deepspeed_is_refused_before_anything_is_launched(place, tmp_path, capsys):
-    assert main(words(place, tmp_path / "out", "--accelerate_config", "zero2", "--num_processes", "2")) == 4
-    assert "fsdp2 or multi_gpu" in capsys.readouterr().err
+def test_zero_3_is_refused_before_anything_is_launched(place, tmp_path, capsys, monkeypatch):
+    from accelerate.commands import launch as accelerate
+
+    monkeypatch.setattr(accelerate, "launch_command", lambda args: (_ for _ in ()).throw(ValueError("launched")))
+    for stage, code, says in (
+        ("zero3", 4, "zero2, fsdp2 or multi_gpu"),
+        ("zero2", 2, "launched"),
+        ("zero1", 2, "launched"),
+    ):
+        line = words(place, tmp_path / "out", "--accelerate_config", stage, "--num_processes", "2")
+        assert main(line) == code
+        assert says in capsys.readouterr().err
 
 
 def test_what_reads_the_head_is_refused_under_zero_3_alone(place, tmp_path, capsys, monkeypatch):

@@ -201,6 +201,19 @@ def test_a_plan_knows_adapters_and_ddp(config, capsys):
     assert "the adapter switched off" in said
 
 
+def test_under_zero_2_strategies_hold_whole_gradients_and_weights_for_the_step():
+    model = scaling.Model(
+        weights=1000, trained=1000, active=900, layer=100, root=100, top=50, layers=9, width=8, inner=16
+    )
+    shards, zero2, fp32 = Layout(4), Layout(4, "zero2"), Layout(4, "zero2", bf16=False)
+    assert scaling.si(model, shards, 0.0).state == scaling.si(model, shards, 0.0).wire == 0
+    assert scaling.si(model, zero2, 0.0).state == 8 * 1000
+    assert scaling.ewc(model, fp32, 0.0).state == 4 * 1000
+    assert scaling.ewc(model, fp32, 0.0).wire == 2 * 3 / 4 * 4 * 1000
+    assert scaling.ewc(model, zero2, 0.0).wire == 2 * scaling.ewc(model, fp32, 0.0).wire
+    assert scaling.si(model, zero2, 0.0).wire == 3 * scaling.ewc(model, fp32, 0.0).wire
+
+
 @pytest.mark.parametrize(
     ("asked", "code", "says"),
     [
@@ -208,7 +221,7 @@ def test_a_plan_knows_adapters_and_ddp(config, capsys):
         ("world=many", 2, "world is 'many'; expected the number of ranks"),
         ("sharding=fsdp", 2, "expected one of ddp, fsdp2, zero1, zero2, zero3. Did you mean 'fsdp2'?"),
         ("model=/nowhere/config.json", 3, "No model at '/nowhere/config.json'"),
-        ("sharding=zero2", 4, "ewc acts on weights between backward and optimizer step"),
+        ("sharding=zero3", 4, "ewc acts on weights between backward and optimizer step"),
     ],
 )
 def test_what_cannot_be_planned_is_said(config, capsys, asked, code, says):

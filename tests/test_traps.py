@@ -363,11 +363,14 @@ def test_a_callback_and_the_trainer_agree_under_clipping(tmp_path):
 
 
 @pytest.mark.fault("D9")
-def test_deepspeed_is_refused_for_what_acts_between_backward_and_step_only():
+def test_deepspeed_is_refused_where_what_acts_between_backward_and_step_finds_nothing_whole():
     """There backward() already steps: an injected gradient would come too late, in silence."""
-    with pytest.raises(IncompatibleError, match=r"ewc acts on weights between backward and optimizer step.*fsdp2"):
-        refuse_deepspeed([SmallLogits(), EWC()])
-    refuse_deepspeed([SmallLogits(), Quarter()])
+    for stage, why in ((3, "ZeRO-3 keeps every weight in parts"), (0, "without ZeRO shows no gradient")):
+        with pytest.raises(IncompatibleError, match=rf"ewc acts on weights between backward .* {why}.*zero2, fsdp2"):
+            refuse_deepspeed([SmallLogits(), EWC()], stage)
+    for stage in (1, 2):
+        refuse_deepspeed([SmallLogits(), EWC()], stage)
+    refuse_deepspeed([SmallLogits(), Quarter()], 0)
 
 
 def test_memory_is_written_also_when_the_trainer_loads_its_best_checkpoint_at_the_end(tmp_path):

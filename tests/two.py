@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 SECONDS = 120
 
 
-def launch(script: Path, what: str, folder: Path) -> list[dict[str, torch.Tensor]]:
+def launch(script: Path, what: str, folder: Path, seconds: float = SECONDS) -> list[dict[str, torch.Tensor]]:
     """What both ranks found, who each ran `script WHAT FOLDER RANK` and left FOLDER/rankN.safetensors."""
     ranks = []
     try:
@@ -30,7 +30,7 @@ def launch(script: Path, what: str, folder: Path) -> list[dict[str, torch.Tensor
                 subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             )
         for process in ranks:
-            errors = process.communicate(timeout=SECONDS)[1]
+            errors = process.communicate(timeout=seconds)[1]
             assert process.returncode == 0, errors[-3000:]
     finally:
         for process in ranks:

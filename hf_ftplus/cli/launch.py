@@ -91,7 +91,7 @@ def start(launch: Sequence[str], words: Sequence[str], strategies: Sequence[Stra
 
     Raises:
         UsageError: accelerate refuses its flags.
-        IncompatibleError: a launch with DeepSpeed, under which a strategy cannot act.
+        IncompatibleError: a launch with DeepSpeed ZeRO-3, under which a strategy cannot act.
         click.ClickException: a rank failed; it has the rank's exit code and says what the rank said.
     """
     from accelerate.commands.launch import launch_command
@@ -212,5 +212,5 @@ def _refuse_deepspeed(args: Namespace, strategies: Sequence[Strategy]) -> None:
     if args.use_deepspeed or said.get("distributed_type") == "DEEPSPEED":
         from ..strategy import refuse_deepspeed
 
-        stage = args.zero_stage or (said.get("deepspeed_config") or {}).get("zero_stage") or 0
-        refuse_deepspeed(list(strategies), int(stage))
+        stage = (said.get("deepspeed_config") or {}).get("zero_stage", 2)  # accelerate's own default
+        refuse_deepspeed(list(strategies), int(stage if args.zero_stage is None else args.zero_stage))

@@ -1,6 +1,6 @@
 """What trains under DeepSpeed on two processes of CPUs is what DDP trains; what does not is refused (test_cli_launch.py).
 
-Needs `pip install deepspeed`, which CI does not have: `DS_ACCELERATOR=cpu pytest tests/distributed/test_deepspeed.py`.
+Needs `pip install deepspeed`, which CI does not have: `make deepspeed` runs these where it is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 import two
+
+from hf_ftplus import zero
+from hf_ftplus.errors import IncompatibleError
 
 pytestmark = [
     pytest.mark.dist,
@@ -18,14 +22,63 @@ pytestmark = [
 SCRIPT = Path(__file__).with_name("zero.py")
 
 
+ACTING = ("ewc", "si", "both")
+
+
 @pytest.fixture(scope="module")
-def parallel(tmp_path_factory):
-    return two.launch(SCRIPT, "0", tmp_path_factory.mktemp("ddp"))[0]
+def parallel_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ddp")
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_replay_and_distill_train_as_under_ddp(parallel, tmp_path, stage):
-    first = two.launch(SCRIPT, str(stage), tmp_path)[0]
-    assert {name.partition("/")[0] for name in first} == ({"replay"} if stage == 3 else {"replay", "distill"})
+@pytest.fixture(scope="module")
+def parallel(parallel_folder):
+    return two.launch(SCRIPT, "0", parallel_folder, seconds=300)[0]
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def ranks(request, parallel, parallel_folder, tmp_path_factory):
+    """What both ranks have, of ZeRO-1 and ZeRO-2: these runs also look at each step of SGD in fp32 and in bf16."""
+    folder = tmp_path_factory.mktemp(f"zero{request.param}")
+    (folder / "first").symlink_to(parallel_folder / "first")
+    return two.launch(SCRIPT, str(request.param), folder, seconds=600)
+
+
+def test_every_strategy_trains_as_under_ddp(parallel, ranks):
+    for rank in ranks:
+        assert rank.keys() == parallel.keys()
+        assert {name.partition("/")[0] for name in rank} == {"replay", "distill", *ACTING}
+        for name, tensor in rank.items():
+            assert (tensor - parallel[name]).abs().max() < 1e-6, name
+
+
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped(ranks):
+    for rank in ranks:
+        again = {name: tensor for name, tensor in rank.items() if "/resumed " in name}
+        assert {name.partition("/")[0] for name in again} == set(ACTING)
+        for name, tensor in again.items():
+            assert torch.equal(tensor, rank[name.replace("/resumed ", "/")]), name
+
+
+def test_under_zero_3_replay_trains_as_under_ddp(parallel, tmp_path):
+    first = two.launch(SCRIPT, "3", tmp_path, seconds=300)[0]
+    assert {name.partition("/")[0] for name in first} == {"replay"}
     for name, weight in first.items():
         assert (weight - parallel[name]).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({"version": "0.18.0"}, "DeepSpeed 0.18.0 is installed; strategies that act on gradients need 0.19.8"),
+        ({"kind": "BF16_Optimizer"}, "trains with its BF16_Optimizer, whose gradients strategies cannot reach"),
+        ({"cpu_offload": True}, "Leave offload_optimizer out"),
+    ],
+)
+def test_what_keeps_gradients_elsewhere_is_refused(monkeypatch, found, says):
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    optimizer = object.__new__(type(found["kind"], (), {}) if "kind" in found else DeepSpeedZeroOptimizer)
+    optimizer.cpu_offload = found.get("cpu_offload", False)
+    monkeypatch.setattr(zero.metadata, "version", lambda name: found.get("version", "0.19.8"))
+    with pytest.raises(IncompatibleError, match=says):
+        zero.refuse(optimizer)
