@@ -38,6 +38,7 @@ EWC = "--plugin ewc --set ewc.remember=false --set ewc.strength"
 SELF = "--protect chat=self:64"
 """Protects with what the model wrote itself, and nothing of the user's."""
 MORE = "--protect chat=self:192"
+EIGHTY = '--max_steps 80 --lr_scheduler_kwargs {"num_decay_steps":24}'
 NINETY = '--max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}'
 EIGHTH = "--set distill.share=0.125"
 HUNDRED = '--max_steps 100 --lr_scheduler_kwargs {"num_decay_steps":30}'
@@ -50,18 +51,17 @@ ROWS = {
     "plain 5e-5": f"--learning_rate 5e-5 {NINETY}",
     "plain 1e-4": "--learning_rate 1e-4",
     "EWC 30,000, 2e-4": f"{EWC}=30000 --learning_rate 2e-4",
-    "replay 1/8": f"{REPLAY} --learning_rate 1e-4 --max_steps 69",
     "replay 1/8, self": f"{REPLAY} {SELF} --learning_rate 1e-4 --max_steps 69",
     "replay 1/8, self, 5e-5, 100 steps": f"{REPLAY} {SELF} --learning_rate 5e-5 {HUNDRED}",
-    "distill": f"{DISTILL} --learning_rate 1e-4",
     "distill, self": f"{DISTILL} {SELF} --learning_rate 1e-4",
     "distill, self, 2e-4": f"{DISTILL} {SELF} --learning_rate 2e-4",
     "distill 10, self, 2e-4": f"{DISTILL} {SELF} --set distill.strength=10 --learning_rate 2e-4",
     "distill 1/8, self, 90 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 1e-4 {NINETY}",
     "distill 1/8, self, 5e-5, 90 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 5e-5 {NINETY}",
-    "distill 1/8, self, 5e-5, 100 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 5e-5 {HUNDRED}",
     "distill 1/8, self 192, 90 steps": f"{DISTILL} {EIGHTH} {MORE} --learning_rate 1e-4 {NINETY}",
-    "distill 1/16, self 192, 90 steps": f"{DISTILL} {MORE} --learning_rate 1e-4 {NINETY}",
+    "distill 1/16 + EWC 10,000, self, 80 steps": (
+        f"{DISTILL} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1.1e-4 {EIGHTY}"
+    ),
     "distill on learn": "--plugin distill --set distill.on=learn --learning_rate 1e-4",
     "replay + EWC 10,000, self": f"{REPLAY} {EWC}=10000 {SELF} --learning_rate 1e-4 --max_steps 69",
     "distill 1/8 + EWC 30,000, self, 2e-4": f"{DISTILL} {EIGHTH} {EWC}=30000 {SELF} --learning_rate 2e-4",
