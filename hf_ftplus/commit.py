@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -62,7 +63,7 @@ def commit(checkpoint: Path, step: int, resumable: bool, facts: dict[str, Any]) 
         checkpoint: the folder; nothing is written to it afterwards.
         step: of the trainer.
         resumable: whether it has more than weights.
-        facts: which run it is of (see `facts.py`).
+        facts: which run it is of (see `origin.py`).
 
     Raises:
         OSError: the disk failed.
@@ -113,15 +114,18 @@ def writing(checkpoint: Path) -> Iterator[None]:
     Raises:
         StorageError: the disk failed; says which checkpoint is the last whole one.
     """
+    begun = False
     try:
         on_first_rank(lambda: _begin(checkpoint))
+        begun = True
         yield
     except (OSError, RuntimeError, SafetensorError, StorageError) as error:
         if not of_the_disk(error):
             raise
         left = None
         if _rank() == 0:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            if begun:  # else what stands there is an earlier one
+                shutil.rmtree(checkpoint, ignore_errors=True)
             left = newest(checkpoint.parent)
         raise StorageError(
             f"{checkpoint.name} could not be written: {error}. "
@@ -145,6 +149,8 @@ def _begin(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint)
     elif checkpoint.is_dir():
         earlier = _replaced(checkpoint)
+        if earlier.is_dir() and not (earlier / COMMIT).is_file():  # another program's stays
+            os.replace(earlier, earlier.with_name(f".kept-{time.time_ns()}-{checkpoint.name}"))
         shutil.rmtree(earlier, ignore_errors=True)
         if not (checkpoint / COMMIT).is_file():
             logger.warning("%s is of another program, and is written again: it is now %s.", checkpoint, earlier.name)

@@ -47,11 +47,17 @@ def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
             logger.warning(dropped(name, part, len(part) - len(own), trainer))
 
 
+LOOKED_THROUGH = 20_000
+"""Rows up to which those that do not train are looked up by their numbers."""
+
+
 def dropped(name: str, part: Dataset, lost: int, trainer: SFTTrainer) -> str:
     """How many rows of a task do not train, why, and which."""
     length, tokenizer = trainer.args.max_length, trainer.processing_class
     said = f"{escape(name)}: {lost} of {len(part)} rows ({lost / len(part):.0%}) do not train at max_length {length}"
     with suppress(FTPlusError):  # rows that TRL reads and we do not
+        if len(part) > LOOKED_THROUGH:
+            raise DataError("too many to hold")
         found = tokenize(normalise(part, name), getattr(tokenizer, "tokenizer", tokenizer), length, name)
         said += f": {found.why()}" if found.dropped == lost else ""
     return f"{said}. Type a larger --max_length, or shorten the prompts."

@@ -51,7 +51,7 @@ OUTPUTS = (
 )
 """What a run leaves, ours or `trl sft`'s."""
 
-TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 """As the Hub gives them out, wherever they stand."""
 
 logger = logging.getLogger("hf_ftplus")

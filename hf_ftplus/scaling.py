@@ -205,9 +205,10 @@ def ewc(model: Model, layout: Layout, state: float, rows: int = 256, remember: b
 
 
 def si(model: Model, layout: Layout, state: float, memory: bool = False) -> Cost:
-    """Of a weight on a GPU: two differences, a product of the gradient cleaned of what is not finite, and a sum."""
+    """Of a weight on a GPU: a difference, the gradient cleaned of what is not finite, their product added, and a copy;
+    with memory a second difference instead of the copy, and the pull."""
     shards = layout.world if layout.sharding in IN_SHARDS else 1
-    cost = Cost(state=state, touched=(80.0 if memory else 64.0) * model.trained / shards)
+    cost = Cost(state=state, touched=(80.0 if memory else 52.0) * model.trained / shards)
     return around_step(cost, model, layout, moments=2)
 
 

@@ -166,7 +166,7 @@ def _said_of(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # missing, malformed, other shapes, damaged
-        if "/" not in name and not os.path.exists(name):
+        if isinstance(error, OSError) and "/" not in name and not os.path.exists(name):
             raise DataError(
                 f"There is no folder {name}, nor could a model of this name be had from the Hub. Expected the folder "
                 "that `ftplus sft` wrote, a name on the Hub, or demo."

@@ -40,6 +40,7 @@ from .pools import EVALUATED, together
 from .shared.hub import of_push, refusal
 from .strategy import Batch, Strategy
 from .weights import local, trainable
+from .zero import under_deepspeed
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -48,6 +49,7 @@ logger = logging.getLogger("hf_ftplus")
 compat.check()
 
 UNTOUCHED = "Training stopped before the update; the last checkpoint is intact."
+SPOILT = "The update was made, so these weights are spoilt: resume from a checkpoint of before this logging window."
 ONE_PRESS = 1.0
 """Seconds within which signals are one and the same Ctrl-C: launchers pass on what the terminal sent as well."""
 
@@ -144,8 +146,13 @@ class StrategyMixin(MixingMixin):
         loss = super().training_step(*args, **kwargs)
         # with its default filter the Trainer waits for this very value next, and hides what is not finite: look first
         if self.args.logging_nan_inf_filter and not torch.isfinite(loss):
-            raise not_finite("loss", loss.item(), self.state.global_step + 1, UNTOUCHED)
+            what = SPOILT if under_deepspeed(self.args) else UNTOUCHED
+            raise not_finite("loss", loss.item(), self.state.global_step + 1, what)
         return loss
+
+    def _skips(self) -> bool:
+        """Whether steps whose gradient is not finite are skipped, or DeepSpeed has made or skipped them already."""
+        return self.args.fp16 or under_deepspeed(self.args)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -155,8 +162,8 @@ class StrategyMixin(MixingMixin):
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
         norm = super()._get_grad_norm(*args, **kwargs)
-        known = norm is not None and not self.args.fp16  # DeepSpeed may have none; fp16 skips such steps
-        if known and not math.isfinite(norm):
+        waits = self.args.logging_nan_inf_filter or self.ftplus is not None  # else nobody waits for the device here
+        if waits and norm is not None and not self._skips() and not math.isfinite(norm):
             raise not_finite("gradient's norm", norm, self.state.global_step + 1, UNTOUCHED)
         return norm
 
@@ -193,15 +200,9 @@ class StrategyMixin(MixingMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            for name in ("loss", "grad_norm"):  # fp16 overflows are skipped steps, not broken runs
-                if not math.isfinite(logs.get(name, 0.0)) and not (name == "grad_norm" and self.args.fp16):
-                    raise not_finite(
-                        name,
-                        logs[name],
-                        self.state.global_step,
-                        "The update was made, so these weights are spoilt: resume from a checkpoint of before this "
-                        "logging window.",
-                    )
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(logs.get(name, 0.0)) and not (name == "grad_norm" and self._skips()):
+                    raise not_finite(name, logs[name], self.state.global_step, SPOILT)
             logs = {**logs, **(self.ftplus.metrics() if self.ftplus is not None else {})}
         super().log(logs, *args, **kwargs)
 

@@ -62,7 +62,7 @@ class Around:
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         gradients = self._gathered()
-        if self.optimizer.check_grad_overflow and not all(map(finite, gradients.values())):
+        if self.optimizer.check_grad_overflow and not finite(gradients.values()):
             return self._inner(*args, **kwargs)  # which skips it
         with self.whole(gradients):
             self.before()
@@ -131,8 +131,9 @@ class Around:
             safe_set_full_grad(weight, gradient * self.optimizer.loss_scale)
 
 
-def finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are; waits for the device once."""
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
 def refuse(optimizer: Any) -> None:

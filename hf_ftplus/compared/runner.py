@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,7 @@ def check(all_cells: Sequence[Cell], config: RunConfig) -> None:
         FTPlusError: with the cell that it is about, where it is about one.
     """
     from ..callback import refuse
+    from ..foreseen import refuse_foreseen
     from ..model import DEMO, to_train
     from ..rows import find
     from ..trained import tokenizer_of
@@ -129,6 +130,7 @@ def check(all_cells: Sequence[Cell], config: RunConfig) -> None:
         look(cell)
     for row in {id(cell.row): cell.row for cell in all_cells}.values():
         refuse(row.strategies, config.training)
+        refuse_foreseen(replace(config, strategies=row.strategies), row.strategies)
     if any(cell.state != "finished" for cell in all_cells):
         find(config)
 

@@ -4,8 +4,8 @@
 
 F is the Fisher information per supervised token at the starting weights w* (`fisher.py`), so that penalty / strength
 is, to second order, the drift KL(start || now) in nats per protect token. Its gradient strength * F * (w - w*) is added
-once per optimizer step, in closed form, after accumulation, reduction and clipping: no autograd graph over the weights,
-and the same strength at any batch layout.
+once per optimizer step, in closed form, after accumulation, reduction and (but under DeepSpeed) clipping: no autograd
+graph over the weights, and the same strength at any batch layout.
 
 LoRA moves a weight through scale * B A, so the penalty is on that change, never on A and B, whose split is arbitrary
 and whose Fisher is zero on a fresh adapter (`quadratic.py`).
