@@ -40,6 +40,7 @@ from .rows import Rows, find, tokenizer_of, write
 from .shared import base
 from .shared.hub import said_of
 from .trainer import SaveOnInterrupt, SFTTrainer, refuse_not_finite, sft_trainer
+from .zero import unseen
 
 OUTPUTS = (
     "checkpoint-*",
@@ -210,7 +211,9 @@ def costs(trainer: SFTTrainer, train_dataloader: Any = None) -> Iterator[tuple[s
     run = strategies.setup(trainer.model, trainer.args, trainer.processing_class, train_dataloader)
     strategies.protect = run.protect or None  # as micro-batches, not to be made again when training starts
     for strategy in strategies.strategies:
-        yield strategy.name, strategies.call(strategy, "preview", run)
+        with unseen(getattr(trainer.optimizer, "optimizer", None)):
+            cost = strategies.call(strategy, "preview", run)
+        yield strategy.name, cost
 
 
 def refuse_fsdp(config: RunConfig, trainer: SFTTrainer) -> None:

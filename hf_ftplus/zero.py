@@ -79,13 +79,14 @@ class Around:
     def whole(self, gradients: dict[nn.Parameter, Tensor] | None = None) -> Iterator[None]:
         """For the block: the fp32 weights in place of those in 16 bits, and `gradients`, which are taken back as they
         are left. What is done to weights, the optimizer's own learn. DeepSpeed sees no backward pass of the block."""
+        with unseen(self.optimizer), self._in_place(gradients):
+            yield
+
+    @contextmanager
+    def _in_place(self, gradients: dict[nn.Parameter, Tensor] | None) -> Iterator[None]:
         from deepspeed.utils import safe_set_full_fp32_param
 
         narrow = {weight: weight.data for weight in self._wide}
-        handles = self.optimizer._grad_acc_hooks
-        hooked = bool(handles)
-        while handles:
-            handles.pop().remove()
         try:
             for weight in narrow:
                 weight.data = self._widened(weight)
@@ -103,8 +104,6 @@ class Around:
                 weight.grad = None
             for weight, data in narrow.items():
                 weight.data = data
-            if hooked:
-                self.optimizer.create_gradient_handling_hooks()
 
     def _widened(self, weight: nn.Parameter) -> Tensor:
         """The optimizer's own copy of a weight, always at one place: strategies keep views of it."""
@@ -129,6 +128,21 @@ class Around:
                 parts[group] = [part.float() for part in held]
         for weight, gradient in gradients.items():
             safe_set_full_grad(weight, gradient * self.optimizer.loss_scale)
+
+
+@contextmanager
+def unseen(optimizer: Any) -> Iterator[None]:
+    """DeepSpeed's `optimizer` of ZeRO-1 or -2 sees no backward pass of the block, which it would take for training."""
+    handles = getattr(optimizer, "_grad_acc_hooks", [])
+    if not handles or not hasattr(optimizer, "create_gradient_handling_hooks"):
+        yield
+        return
+    while handles:
+        handles.pop().remove()
+    try:
+        yield
+    finally:
+        optimizer.create_gradient_handling_hooks()
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:

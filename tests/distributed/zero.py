@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 from torch import Tensor
 from training import PROTECT, trainer
+from transformers import TrainerCallback
 from two import meet
 
 from hf_ftplus import EWC, Run, Strategy, StrategyCallback
+from hf_ftplus.run import costs
 from hf_ftplus.strategies.distill import Distill
 from hf_ftplus.strategies.replay import Replay
 from hf_ftplus.strategies.si import SI
@@ -61,6 +63,14 @@ class Nudge(Strategy):
         assert all(torch.equal(weight, self.asked[name]) for name, weight in run.weights.items())
 
 
+class Preview(TrainerCallback):
+    """Asks what preparing will cost when DeepSpeed holds the model already, as `ftplus sft` does."""
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if not state.global_step:
+            list(costs(self.trainer, train_dataloader))
+
+
 def made(stage: int, folder: Path, *strategies, first: Path | None = None, **kwargs):
     """A trainer of the tiny model, or of what a first run made of it and with its memory."""
     model = tiny_llama(tie=False)
@@ -92,7 +102,8 @@ def found_in(it, stage: int) -> dict[str, Tensor]:
 
 
 def trained(stage: int, folder: Path, *strategies, **kwargs) -> dict[str, Tensor]:
-    it = made(stage, folder, *strategies, **kwargs)
+    preview = Preview()
+    preview.trainer = it = made(stage, folder, *strategies, callbacks=[preview], **kwargs)
     it.train()
     if stage:  # DeepSpeed's optimizer steps by itself again
         assert "step" not in vars(it.optimizer.optimizer)
