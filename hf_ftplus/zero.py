@@ -4,7 +4,7 @@ There backward() steps as well, so the Trainer's moments before and after the op
 optimizer has a `step` of its own, called when all micro-batches of all ranks are reduced, and each rank holds a part of
 every gradient, and of the fp32 weights that the optimizer moves:
 
-    gather both into the weights, the loss scale taken out        strategies read and add to gradients
+    gather both into the weights                                  strategies read and add to gradients
     leave to each rank its part; DeepSpeed clips and steps
     put both into the weights once more                           strategies see what the step did
 
@@ -62,8 +62,6 @@ class Around:
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         gradients = self._gathered()
-        if self.optimizer.check_grad_overflow and not finite(gradients.values()):
-            return self._inner(*args, **kwargs)  # which skips it
         with self.whole(gradients):
             self.before()
         self._scatter(gradients)
@@ -116,7 +114,7 @@ class Around:
     def _gathered(self) -> dict[nn.Parameter, Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
-        return {weight: safe_get_full_grad(weight).div_(self.optimizer.loss_scale) for weight in self.weights}
+        return {weight: safe_get_full_grad(weight) for weight in self.weights}
 
     def _scatter(self, gradients: dict[nn.Parameter, Tensor]) -> None:
         """To each rank its part, in fp32: in 16 bits the pull of a penalty would be lost beside a larger gradient."""
@@ -127,7 +125,7 @@ class Around:
             if any(part.dtype != torch.float32 for part in held):
                 parts[group] = [part.float() for part in held]
         for weight, gradient in gradients.items():
-            safe_set_full_grad(weight, gradient * self.optimizer.loss_scale)
+            safe_set_full_grad(weight, gradient)
 
 
 @contextmanager
@@ -145,13 +143,9 @@ def unseen(optimizer: Any) -> Iterator[None]:
         optimizer.create_gradient_handling_hooks()
 
 
-def finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all are; waits for the device once."""
-    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
-
-
 def refuse(optimizer: Any) -> None:
-    """Raise for what was not tried: other versions, other optimizers of DeepSpeed, and those that lie on the CPU."""
+    """Raise for what was not tried: other versions, other optimizers of DeepSpeed, those that lie on the CPU, and fp16,
+    whose gradients are scaled."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     found = metadata.version("deepspeed")
@@ -170,4 +164,9 @@ def refuse(optimizer: Any) -> None:
         raise IncompatibleError(
             "DeepSpeed keeps the optimizer in CPU memory, where strategies cannot reach its gradients. Leave "
             "offload_optimizer out (offload_optimizer_device: none), or launch with --accelerate_config fsdp2."
+        )
+    if optimizer.dtype == torch.float16:
+        raise IncompatibleError(
+            "DeepSpeed trains in fp16, where it scales gradients and skips steps, which no strategy has tried. Type "
+            "--bf16 true, or launch with --accelerate_config fsdp2."
         )

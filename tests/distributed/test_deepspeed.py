@@ -72,13 +72,14 @@ def test_under_zero_3_replay_trains_as_under_ddp(parallel, tmp_path):
         ({"version": "0.18.0"}, "DeepSpeed 0.18.0 is installed; strategies that act on gradients need 0.19.8"),
         ({"kind": "BF16_Optimizer"}, "trains with its BF16_Optimizer, whose gradients strategies cannot reach"),
         ({"cpu_offload": True}, "Leave offload_optimizer out"),
+        ({"dtype": torch.float16}, "trains in fp16"),
     ],
 )
 def test_what_keeps_gradients_elsewhere_is_refused(monkeypatch, found, says):
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     optimizer = object.__new__(type(found["kind"], (), {}) if "kind" in found else DeepSpeedZeroOptimizer)
-    optimizer.cpu_offload = found.get("cpu_offload", False)
+    optimizer.cpu_offload, optimizer.dtype = found.get("cpu_offload", False), found.get("dtype", torch.bfloat16)
     monkeypatch.setattr(zero.metadata, "version", lambda name: found.get("version", "0.19.8"))
     with pytest.raises(IncompatibleError, match=says):
         zero.refuse(optimizer)
