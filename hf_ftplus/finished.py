@@ -15,10 +15,11 @@ from .errors import StorageError
 from .origin import APPLIED, OVERRULED, REFUSED
 from .report import Report
 from .report.record import strict
+from .state import settings_in
 
 LONGER = ("max_steps", "num_train_epochs")
 """With another value it is to train longer."""
-PARTS = ("strategies", "protect", "tasks", "memory", "stop_when", "model", "data", "mixture")
+PARTS = ("protect", "tasks", "memory", "stop_when", "model", "data", "mixture")
 ARGUMENTS = (
     *(*REFUSED, *OVERRULED, *APPLIED),
     *("seed", "data_seed", "max_length", "packing", "truncation_mode", "chat_template_path", "dataset_text_field"),
@@ -41,7 +42,9 @@ def finished(config: RunConfig) -> Report | None:
     was = then.get("training", {})
     if not _from_its_end(config, report) or any(was.get(key) != getattr(training, key) for key in LONGER):
         return None
-    if differ := _differ(_deciding(then, report.facts.get("processes", 1)), _deciding(now, training.world_size)):
+    there = _strategies(then, config) | _deciding(then, report.facts.get("processes", 1))
+    here = _strategies(now, config) | _deciding(now, training.world_size)
+    if differ := _differ(there, here):
         said = "; ".join(f"{name} {_shown(was)} there, {_shown(now)} here" for name, (was, now) in differ.items())
         raise StorageError(
             f"{training.output_dir} holds another run, which is complete: {said}. Choose another --output_dir for this "
@@ -57,8 +60,20 @@ def _from_its_end(config: RunConfig, report: Report) -> bool:
     return given.lower() in ("true", "auto") or Path(given).resolve() == last.resolve()
 
 
+def _strategies(resolved: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """`{"strategies": ["EWC"], "ewc.strength": "3000.0"}`: the classes, and the settings of those that `config` has."""
+    said = resolved.get("strategies")
+    if said is None:
+        return {}
+    found: dict[str, Any] = {"strategies": [text.partition("(")[0] for text in said]}
+    for strategy, kind, text in zip(config.strategies, found["strategies"], said, strict=False):
+        if kind == type(strategy).__name__:
+            found |= {f"{strategy.name}.{key}": value for key, value in settings_in(text).items()}
+    return found
+
+
 def _deciding(resolved: dict[str, Any], processes: int) -> dict[str, Any]:
-    """What decides, by name; a configuration that an earlier version wrote may lack some of it."""
+    """What else decides, by name; a configuration that an earlier version wrote may lack some of it."""
     training = resolved.get("training", {})
     parts = {key: resolved[key] for key in PARTS if key in resolved}
     found = {key: part for key, part in parts.items() if not isinstance(part, dict)}

@@ -128,7 +128,7 @@ def _same_settings(saved: dict[str, str], now: dict[str, str], folder: Path) -> 
     """Raise where a setting that both know has another value."""
     differ = []
     for name in sorted(saved.keys() & now):
-        there, here = _settings(saved[name]), _settings(now[name])
+        there, here = settings_in(saved[name]), settings_in(now[name])
         keys = [key for key in here if key in there and there[key] != here[key]]
         differ += [f"{name}.{key} {there[key]} there, {here[key]} here" for key in keys]
     if differ:
@@ -138,7 +138,7 @@ def _same_settings(saved: dict[str, str], now: dict[str, str], folder: Path) -> 
         )
 
 
-def _settings(text: str) -> dict[str, str]:
+def settings_in(text: str) -> dict[str, str]:
     """`EWC(strength=3000.0)` -> {"strength": "3000.0"}; nothing of a text that is no such call."""
     try:
         call = ast.parse(text, mode="eval").body

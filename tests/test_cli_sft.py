@@ -515,8 +515,8 @@ def test_a_finished_run_of_somebody_elses_is_complete(complete, seen_by_all):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        (["--plugin", "distill"], "strategies EWC("),
-        (["--set", "ewc.strength=7"], "strategies EWC("),
+        (["--plugin", "distill"], "strategies EWC there, EWC, Distill here"),
+        (["--set", "ewc.strength=7"], "ewc.strength None there, 7.0 here"),
         (["--seed", "7"], "seed 42 there, 7 here"),
         (["--learning_rate", "0.5"], "learning_rate 0.001 there, 0.5 here"),
         (["--per_device_train_batch_size", "2"], "rows per step 8 there, 2 here"),
@@ -540,6 +540,22 @@ def test_how_a_finished_run_is_measured_logged_and_shared_out_makes_no_other_run
     split = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     assert main([*complete[1], *more, *split, "--resume_from_checkpoint", "auto"]) == 0
     assert "Already complete: 4 steps" in capsys.readouterr().err
+
+
+@pytest.mark.fault("A8")
+def test_a_finished_run_stays_complete_where_only_one_version_knows_a_setting(complete, tmp_path, capsys):
+    out = shutil.copytree(complete[0], tmp_path / "out")
+    file = out / "ftplus" / "report.json"
+    was = file.read_text()
+    other = was.replace("EWC(strength=", "EWC(older=1, strength=").replace(", rows=", ", newer=")
+    assert "EWC(older=1, strength=None" in other
+    assert other.count(", newer=") == 1
+    file.write_text(other)
+    again = [*complete[1], "--output_dir", str(out), "--resume_from_checkpoint", "auto"]
+    assert main(again) == 0
+    assert "Already complete: 4 steps" in capsys.readouterr().err
+    assert main([*again, "--set", "ewc.strength=7"]) == 6
+    assert "complete: ewc.strength None there, 7.0 here. Choose" in capsys.readouterr().err
 
 
 @pytest.mark.fault("A1")
