@@ -34,7 +34,7 @@ GROUP = "ftplus"
 API = 1
 """The contract of this page and of `strategy.py`. It grows without a new number: a strategy that was written for an
 older host of the same number keeps working. What would break one is announced by a DeprecationWarning for at least one
-minor version (`deprecated.py`), and then raises the number."""
+minor version, and then raises the number."""
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)

@@ -12,7 +12,6 @@ from training import trainer
 
 from hf_ftplus import Strategy, plugins
 from hf_ftplus.cli import main
-from hf_ftplus.deprecated import deprecated
 from hf_ftplus.errors import IncompatibleError, PluginError, UsageError
 
 MODULE = """
@@ -258,19 +257,6 @@ def test_without_autoload_only_the_built_ins_are_left(publish, monkeypatch):
         plugins.load("pull")
     monkeypatch.setenv("FTPLUS_DISABLE_PLUGIN_AUTOLOAD", "0")
     assert plugins.load("pull").name == "pull"
-
-
-# ---- what will go ----------------------------------------------------------------------------------------------------
-
-
-def test_what_will_go_names_its_replacement_and_the_line_that_uses_it():
-    def old():
-        deprecated("Run.rate", "Run.learning_rate", since="0.2")
-
-    said = r"Run\.rate is deprecated since hf-ftplus 0\.2, and goes with plugin API 2\. Use Run\.learning_rate\."
-    with pytest.warns(DeprecationWarning, match=said) as caught:
-        old()
-    assert caught[0].filename == __file__
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
