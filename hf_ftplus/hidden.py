@@ -24,8 +24,8 @@ class Hidden(str):
 
 
 def hide(args: Any) -> None:
-    """Hide what is secret in a Trainer's arguments. A token in `model_init_kwargs`, by which the model was loaded, is taken
-    out of them: give it anew to another trainer, or set HF_TOKEN."""
+    """Hide what is secret in a Trainer's arguments. A token in `model_init_kwargs`, by which the model was loaded,
+    is taken out of them: give it anew to another trainer, or set HF_TOKEN."""
     for name, value in vars(args).items():
         if name in SECRETS and isinstance(value, str):
             setattr(args, name, Hidden(value))

@@ -198,10 +198,8 @@ def recommended(rows: Sequence[Judged]) -> tuple[Judged | None, str]:
         return None, "Nothing is recommended: no row has both a figure of learning and one of retention."
     top = max(known, key=lambda item: item.learning.value)
     if top.learning.value <= 0:
-        return (
-            None,
-            "Nothing is recommended: no row learnt anything, so keeping says nothing. Train longer, or at a higher learning rate.",
-        )
+        said = "no row learnt anything, so keeping says nothing. Train longer, or at a higher learning rate."
+        return None, f"Nothing is recommended: {said}"
     room = allowance(top)
     near = [item for item in known if item.learning.value >= top.learning.value - room]
     firm = max(near, key=lambda item: item.retention.value)
