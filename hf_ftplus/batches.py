@@ -172,7 +172,7 @@ def say_learnt(name: str, same: int, rows: int) -> None:
         )
 
 
-def warn_of_learnt(learn: Any, rows: int | None, protect: dict[str, list[dict[str, Tensor]]]) -> None:
+def warn_of_learnt_tokens(learn: Any, rows: int | None, protect: dict[str, list[dict[str, Tensor]]]) -> None:
     """Say which protect tasks hold learn rows, where both are tokens already (`row_checks.warn_of_learnt` reads words).
 
     Args:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from . import state
-from .batches import SelfText, learn_batches, protect_batches, same_batches, warn_of_learnt
+from .batches import SelfText, learn_batches, protect_batches, same_batches, warn_of_learnt_tokens
 from .data import as_tasks
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
 from .mixture import check_drawn, rows_drawn
@@ -206,7 +206,7 @@ class StrategyCallback(TrainerCallback):
             )
         if checkpoint is None:
             if not self.told and args.process_index == 0:
-                warn_of_learnt(getattr(train_dataloader, "dataset", None), self.learn_rows, run.protect)
+                warn_of_learnt_tokens(getattr(train_dataloader, "dataset", None), self.learn_rows, run.protect)
             for strategy in self.strategies:
                 self.call(strategy, "prepare", run)
         else:

@@ -474,7 +474,7 @@ def claim(config: RunConfig, probe: bool = True) -> None:
 def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> dict[str, Any]:
     """What the report says beside the figures: how the run was made and what it cost."""
     return {
-        "command": ["ftplus", *without_secrets(sys.argv[1:])],
+        "command": ["ftplus", *masked(sys.argv[1:])],
         "config": config.resolved(),
         "versions": versions(),
         "seed": config.training.seed,
@@ -488,15 +488,15 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
     }
 
 
-def without_secrets(words: list[str]) -> list[str]:
+def masked(words: list[str]) -> list[str]:
     """A command line with the value of every secret flag masked, and whatever else looks like a token."""
-    masked, secret = [], False
+    shown, secret = [], False
     for word in words:
         name, equals, _ = word.partition("=")
         hides = name.lstrip("-").replace("-", "_") in SECRETS
-        masked.append("***" if secret else f"{name}=***" if equals and hides else TOKENS.sub("***", word))
+        shown.append("***" if secret else f"{name}=***" if equals and hides else TOKENS.sub("***", word))
         secret = hides and not equals
-    return masked
+    return shown
 
 
 def strategy_facts(trainer: SFTTrainer) -> dict[str, dict[str, Any]]:

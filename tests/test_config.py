@@ -10,7 +10,7 @@ from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 from hf_ftplus.config import DEFAULTS, RunConfig, build, merge
 from hf_ftplus.errors import UsageError
 from hf_ftplus.report import Report
-from hf_ftplus.run import without_secrets
+from hf_ftplus.run import masked
 
 
 @pytest.mark.parametrize("value", [3.7, True, "many", float("nan"), float("inf"), [3]])
@@ -47,5 +47,5 @@ def test_the_report_holds_the_whole_configuration_less_its_secrets(tmp_path):
 
 @pytest.mark.fault("F8")
 def test_a_command_is_kept_without_its_secrets():
-    assert without_secrets(["--hub_token", "hf_x", "--a", "b"]) == ["--hub_token", "***", "--a", "b"]
-    assert without_secrets(["--hub_token=hf_x", "--eos_token", "</s>"]) == ["--hub_token=***", "--eos_token", "</s>"]
+    assert masked(["--hub_token", "hf_x", "--a", "b"]) == ["--hub_token", "***", "--a", "b"]
+    assert masked(["--hub_token=hf_x", "--eos_token", "</s>"]) == ["--hub_token=***", "--eos_token", "</s>"]
