@@ -17,6 +17,14 @@ class UsageError(FTPlusError):
     exit_code = 2
 
 
+class MissingPluginError(UsageError):
+    """No installed distribution offers the strategy `name`."""
+
+    def __init__(self, message: str, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class DataError(FTPlusError):
     """Data that is missing, empty, malformed, or leaves nothing to learn from or to protect."""
 

@@ -27,7 +27,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .errors import FTPlusError, PluginError, UsageError, nearest
+from .errors import FTPlusError, MissingPluginError, PluginError, UsageError, nearest
 from .strategy import Strategy, configure, settings
 
 HOST = "hf-ftplus"
@@ -293,7 +293,8 @@ def _search(name: str, known: list[Offer]) -> type[Strategy]:
         _only([dataclasses.replace(offer, name=item.name) for offer, item in matches], name)
         return matches[0][1]
     available = sorted({item.name for _, item in found})
-    raise UsageError(f"No plugin {name!r}.{nearest(name, available)} {_what_to_type(name, available)}")
+    said = f"No plugin {name!r}.{nearest(name, available)} {_what_to_type(name, available)}"
+    raise MissingPluginError(said, name)
 
 
 def _what_to_type(name: str, available: list[str]) -> str:

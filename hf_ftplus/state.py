@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,13 +106,13 @@ def load_checkpoint(
     return {name: _read(folder, name, manifest) for name in names}
 
 
-def missing_plugins(output: Path, names: Iterable[str]) -> str:
-    """Which of these, that are not installed, a run was begun with, and what to type; or nothing."""
+def missing_plugin(output: Path, name: str) -> str:
+    """Where a run was begun with this strategy, which is not installed, and what to type; or nothing."""
     for folder in sorted(output.glob("checkpoint-*/ftplus"), key=lambda folder: folder.stat().st_mtime, reverse=True):
         with suppress(FTPlusError, OSError):
             manifest = _manifest(folder) or {"files": {}}
-            if said := [_to_install(name, manifest) for name in names if name in manifest["files"]]:
-                return f"{folder.parent} was written with it.{''.join(said)}"
+            if name in manifest["files"]:
+                return f"{folder.parent} was written with it.{_to_install(name, manifest)}"
     return ""
 
 

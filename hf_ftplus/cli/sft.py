@@ -6,8 +6,8 @@ Replacing `trl` by `ftplus` in a command never breaks it. Flags of `accelerate l
 
 from __future__ import annotations
 
+import difflib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import click
 
 from .. import compat
 from ..config import OPTIONS, YAML_ONLY, RunConfig, build, merge, read_yaml
-from ..errors import IncompatibleError, UsageError, nearest
+from ..errors import IncompatibleError, MissingPluginError, UsageError, nearest
 from . import launch
 from .doctor import cpu_bf16_units
 
@@ -120,14 +120,13 @@ def _built(ours: dict[str, Any], words: Sequence[str], yaml: dict[str, Any]) -> 
     """`build`; of a plugin that is not there, and that the run was begun with, the version is named."""
     try:
         return build(ours)
-    except UsageError as error:
-        missing = [name for name in ours["plugin"] if f"No plugin {name!r}" in str(error)]
+    except MissingPluginError as error:
         output = _value(words, "output_dir") or yaml.get("output_dir")
-        if not missing or not output:
+        if not output:
             raise
-        from ..state import missing_plugins
+        from ..state import missing_plugin
 
-        if said := missing_plugins(Path(str(output)), missing):
+        if said := missing_plugin(Path(str(output)), error.name):
             raise IncompatibleError(f"{error} {said}") from error
         raise
 
@@ -269,8 +268,8 @@ def _as_setting(path: str, value: str) -> str:
 
     plugin, _, wanted = path.rpartition(".")
     known = [item.name for item in settings(load(plugin))]
-    close = re.search(r"'(\w+)'", nearest(wanted, known))
-    meant = wanted if wanted in known else close[1] if close else "strength" if "strength" in known else "SETTING"
+    close = difflib.get_close_matches(wanted, known, n=1)
+    meant = close[0] if close else "strength" if "strength" in known else "SETTING"
     typed = f"--set {plugin}.{meant}={value or 'VALUE'}"
     return f"A setting of a strategy is given so: {typed}. All: ftplus plugins {plugin}."
 
