@@ -38,8 +38,10 @@ EWC = "--plugin ewc --set ewc.remember=false --set ewc.strength"
 SELF = "--protect chat=self:64"
 """Protects with what the model wrote itself, and nothing of the user's."""
 MORE = "--protect chat=self:192"
+FEW = '--max_steps 65 --lr_scheduler_kwargs {"num_decay_steps":20}'
 EIGHTY = '--max_steps 80 --lr_scheduler_kwargs {"num_decay_steps":24}'
 NINETY = '--max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}'
+TWELFTH = "--set distill.share=0.0833"
 EIGHTH = "--set distill.share=0.125"
 HUNDRED = '--max_steps 100 --lr_scheduler_kwargs {"num_decay_steps":30}'
 REPLAY = "--plugin replay --padding_free true"
@@ -59,6 +61,12 @@ ROWS = {
     "distill 1/8, self, 90 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 1e-4 {NINETY}",
     "distill 1/8, self, 5e-5, 90 steps": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 5e-5 {NINETY}",
     "distill 1/8, self 192, 90 steps": f"{DISTILL} {EIGHTH} {MORE} --learning_rate 1e-4 {NINETY}",
+    "distill 1/8 + EWC 10,000, self, 1.5e-4, 65 steps": (
+        f"{DISTILL} {EIGHTH} {EWC}=10000 {SELF} --learning_rate 1.5e-4 {FEW}"
+    ),
+    "distill 1/12 + EWC 10,000, self, 80 steps": (
+        f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1e-4 {EIGHTY}"
+    ),
     "distill 1/16 + EWC 10,000, self, 80 steps": (
         f"{DISTILL} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1.1e-4 {EIGHTY}"
     ),
