@@ -9,8 +9,6 @@ import warnings
 from importlib import metadata
 from typing import Any
 
-from packaging.version import Version
-
 from .errors import IncompatibleError
 
 TRANSFORMERS = "5.10.1"
@@ -25,6 +23,8 @@ def check() -> None:
     Raises:
         IncompatibleError: names the version found, the one that is needed, and what to type.
     """
+    from packaging.version import Version
+
     found = metadata.version("transformers")
     if Version(found) < Version(TRANSFORMERS):
         raise IncompatibleError(

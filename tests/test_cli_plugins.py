@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -381,7 +382,10 @@ def test_a_command_of_a_plugin_that_is_not_installed_says_what_to_install(capsys
         found = re.findall(r"^ftplus-(\w+) = ", file.read_text(encoding="utf-8"), re.M)
         scripts |= dict.fromkeys(found, file.parent.name)
     assert scripts == ELSEWHERE
+    here = {found.name for found in metadata.distributions()}  # as the tests of plugins/ leave it
     for word, distribution in scripts.items():
+        if distribution in here:
+            continue
         code, _, err = run(capsys, word, "anything")
         assert code == 2
         assert f"Type pip install {distribution}, or, in a clone, pip install ./plugins/{distribution}." in err

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARK = Path(__file__).parents[1] / "examples" / "benchmarks" / "forgetting"
-sys.path.insert(0, str(BENCHMARK))
+sys.path.append(str(BENCHMARK))  # behind tests/, which has a tiny.py, too
 
 import real  # noqa: E402
 import real_data  # noqa: E402
