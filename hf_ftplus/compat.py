@@ -6,7 +6,6 @@ Each with the version and a link, so that it can be deleted one day. What passes
 from __future__ import annotations
 
 import warnings
-from importlib import metadata
 from typing import Any
 
 from .errors import IncompatibleError
@@ -23,6 +22,8 @@ def check() -> None:
     Raises:
         IncompatibleError: names the version found, the one that is needed, and what to type.
     """
+    from importlib import metadata
+
     from packaging.version import Version
 
     found = metadata.version("transformers")
