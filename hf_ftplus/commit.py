@@ -10,8 +10,9 @@ that can be resumed. `save_total_limit` is taken at its word and counts whole on
 spoils one, but who asks for 1 has room for 1, and what transformers keeps is what is expected. Resuming with `true`
 takes the newest that is whole; what is not is set aside under a name that no Trainer reads
 (`.incomplete-checkpoint-N`), and said. Whole ones that another program wrote are never deleted: written again, they
-stand as `.replaced-checkpoint-N`. Whoever names a checkpoint gets that one or an error. Links are never followed. What
-a power failure leaves was never tried: everything is flushed, in this order.
+stand as `.replaced-checkpoint-N`, and once more as `.foreign-TIME-checkpoint-N`. Whoever names a checkpoint gets that
+one or an error. Links are never followed. What a power failure leaves was never tried: everything is flushed, in this
+order.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
 """Format -> what makes a commit of the next one of it. There is one so far."""
 COMMIT = "ftplus/commit.json"
 WRITING = "ftplus/writing"
-INCOMPLETE, DAMAGED, REPLACED, DELETED = ".incomplete-", ".damaged-", ".replaced-", ".deleted-"
+INCOMPLETE, DAMAGED, REPLACED, DELETED, FOREIGN = ".incomplete-", ".damaged-", ".replaced-", ".deleted-", ".foreign-"
 UNFINISHED = "it was being written when the run ended"
 BLOCK = 2**22
 SAFE_TORCH = "2.10"
@@ -150,7 +151,7 @@ def _begin(checkpoint: Path) -> None:
     elif checkpoint.is_dir():
         earlier = _replaced(checkpoint)
         if earlier.is_dir() and not (earlier / COMMIT).is_file():  # another program's stays
-            os.replace(earlier, earlier.with_name(f".kept-{time.time_ns()}-{checkpoint.name}"))
+            os.replace(earlier, earlier.with_name(f"{FOREIGN}{time.time_ns()}-{checkpoint.name}"))
         shutil.rmtree(earlier, ignore_errors=True)
         if not (checkpoint / COMMIT).is_file():
             logger.warning("%s is of another program, and is written again: it is now %s.", checkpoint, earlier.name)

@@ -32,9 +32,9 @@ def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
     kept, parts = trainer.train_dataset, learn if isinstance(learn, dict) else {"learn": learn}
     if not isinstance(kept, Dataset) or not all(isinstance(part, Dataset) for part in parts.values()):
         return
-    of_task = kept["task"] if isinstance(learn, dict) and len(kept) else ["learn"] * len(kept)
+    of_task = kept["task"] if isinstance(learn, dict) and len(kept) else []
     for name, part in parts.items():
-        own = kept.select([place for place, task in enumerate(of_task) if task == name])
+        own = kept.select([place for place, task in enumerate(of_task) if task == name]) if of_task else kept
         share = share_supervised(own)
         if not len(own) or share == 0:
             raise DataError(
@@ -55,11 +55,10 @@ def dropped(name: str, part: Dataset, lost: int, trainer: SFTTrainer) -> str:
     """How many rows of a task do not train, why, and which."""
     length, tokenizer = trainer.args.max_length, trainer.processing_class
     said = f"{escape(name)}: {lost} of {len(part)} rows ({lost / len(part):.0%}) do not train at max_length {length}"
-    with suppress(FTPlusError):  # rows that TRL reads and we do not
-        if len(part) > LOOKED_THROUGH:
-            raise DataError("too many to hold")
-        found = tokenize(normalise(part, name), getattr(tokenizer, "tokenizer", tokenizer), length, name)
-        said += f": {found.why()}" if found.dropped == lost else ""
+    if len(part) <= LOOKED_THROUGH:
+        with suppress(FTPlusError):  # rows that TRL reads and we do not
+            found = tokenize(normalise(part, name), getattr(tokenizer, "tokenizer", tokenizer), length, name)
+            said += f": {found.why()}" if found.dropped == lost else ""
     return f"{said}. Type a larger --max_length, or shorten the prompts."
 
 

@@ -285,6 +285,15 @@ def test_bad_input_is_one_line_before_anything_starts(place, tmp_path, capsys, c
     assert not (tmp_path / "out").exists()
 
 
+def test_a_candidate_that_cannot_train_is_refused_before_any_does(place, tmp_path, capsys):
+    given = yaml.safe_load((place / "run.yaml").read_text()) | {"use_peft": True, "lora_target_modules": ["q_proj"]}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(given))
+    assert main(options(place, tmp_path / "out", "none", "si", config=file)) == 4
+    assert "si cannot follow an adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("holds", [[], ["config.json"], ["config.json", "model.safetensors"]])
 def test_a_folder_that_is_no_model_is_one_line_before_anything_starts(place, tmp_path, capsys, holds):
     folder = tmp_path / "no-model"

@@ -142,6 +142,35 @@ def test_a_commit_of_the_future_is_not_taken_for_damage(run):
     assert (run / "checkpoint-6").is_dir()
 
 
+@pytest.mark.fault("A10")
+def test_however_often_it_is_written_again_another_programs_checkpoint_stays(tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_text("theirs")
+    for _ in range(3):
+        with commit.writing(checkpoint):
+            (checkpoint / "model.safetensors").write_text("ours")
+            commit.commit(checkpoint, 2, True, {})
+    theirs = [path for path in tmp_path.glob(".*/model.safetensors") if path.read_text() == "theirs"]
+    assert len(theirs) == 1
+    assert (checkpoint / "model.safetensors").read_text() == "ours"
+
+
+@pytest.mark.fault("A4")
+def test_one_that_cannot_even_be_begun_costs_nothing_that_was_there(run, monkeypatch):
+    before = commit.read_commit(run / "checkpoint-6")
+
+    def fails(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(StorageError, match="checkpoint-6 could not be written"), commit.writing(run / "checkpoint-6"):
+        pass
+    monkeypatch.undo()
+    assert commit.read_commit(run / "checkpoint-6") == before
+    assert not commit.fault(run / "checkpoint-6")
+
+
 @pytest.mark.fault("F7")
 def test_a_commit_that_names_files_elsewhere_is_damaged(run):
     file = run / "checkpoint-6" / commit.COMMIT

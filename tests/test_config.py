@@ -48,4 +48,6 @@ def test_the_report_holds_the_whole_configuration_less_its_secrets(tmp_path):
 @pytest.mark.fault("F8")
 def test_a_command_is_kept_without_its_secrets():
     assert masked(["--hub_token", "hf_x", "--a", "b"]) == ["--hub_token", "***", "--a", "b"]
+    assert masked(["--out", "out/hf_checkpoints/x"]) == ["--out", "out/hf_checkpoints/x"]
+    assert masked(["env.HF=hf_" + 34 * "a"]) == ["env.HF=***"]
     assert masked(["--hub_token=hf_x", "--eos_token", "</s>"]) == ["--hub_token=***", "--eos_token", "</s>"]
