@@ -22,8 +22,9 @@ from . import state
 from .batches import SelfText, learn_batches, protect_batches, same_batches, warn_of_learnt_tokens
 from .data import as_tasks
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
+from .hookspecs import HOST
 from .mixture import check_drawn, rows_drawn
-from .plugins import HOST, origin, resolve
+from .plugins import origin, resolve
 from .strategy import Memory, Run, Strategy, acts_on_gradients, refuse_deepspeed
 from .weights import sharded, trainable
 from .zero import Around, under_deepspeed

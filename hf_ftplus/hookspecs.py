@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 GROUP = "ftplus"
 """The entry-point group, and pluggy's project name."""
 
+HOST = "hf-ftplus"
+"""The distribution that this is."""
+
 API = 1
 """The contract of this page and of `strategy.py`. It grows without a new number: a strategy that was written for an
 older host of the same number keeps working. What would break one is announced by a DeprecationWarning for at least one

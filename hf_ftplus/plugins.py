@@ -1,14 +1,12 @@
 """Find a strategy by its name or its file, and say what is installed, whatever else is broken.
 
 Installed is not active: an entry point is imported when its name is asked for, and nothing here makes an object of a
-class that was not. Each entry point gets a pluggy manager of its own, so that a broken one cannot leave half of itself
-behind (`load_setuptools_entrypoints` has no such isolation).
+class that was not.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -16,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -24,18 +22,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pluggy
-
 from . import hookspecs
+from .contract import NAME, ask, check_api, say, validate, written_for
 from .errors import FTPlusError, MissingPluginError, PluginError, UsageError, nearest
-from .strategy import Strategy, configure, settings
+from .strategy import Strategy, configure
 
-HOST = "hf-ftplus"
 ALONE = "FTPLUS_DISABLE_PLUGIN_AUTOLOAD"
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<pick>[\w-]+))?")
-HOOKS = tuple(name for name in vars(Strategy) if not name.startswith("_") and callable(getattr(Strategy, name)))
-KNOWN = tuple(name for name in vars(hookspecs) if name.startswith("ftplus_"))
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -150,7 +143,7 @@ def _offered_in(folder: Path) -> dict[str, str]:
     try:
         project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
     except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read: {_say(error)}. Expected the folder of a distribution.") from error
+        raise UsageError(f"{file} cannot be read: {say(error)}. Expected the folder of a distribution.") from error
     found = project.get("entry-points", {}).get(hookspecs.GROUP, {})
     if not found:
         raise UsageError(
@@ -214,9 +207,9 @@ def offers(group: str = hookspecs.GROUP) -> list[Offer]:
     seen: dict[tuple[str, str], Offer] = {}
     for distribution in metadata.distributions():
         for offer in _offers_of(distribution, group):
-            if not alone or _canonical(offer.distribution) == HOST:
+            if not alone or _canonical(offer.distribution) == hookspecs.HOST:
                 seen.setdefault((_canonical(offer.distribution), offer.name), offer)  # the first on sys.path wins
-    return sorted(seen.values(), key=lambda offer: (_canonical(offer.distribution) != HOST, offer.name))
+    return sorted(seen.values(), key=lambda offer: (_canonical(offer.distribution) != hookspecs.HOST, offer.name))
 
 
 def _alone() -> bool:
@@ -235,7 +228,7 @@ def commands() -> list[Offer]:
     return [
         dataclasses.replace(offer, name=offer.name.removeprefix("ftplus-"))
         for offer in offers("console_scripts")
-        if offer.name.startswith("ftplus-") and _canonical(offer.distribution) != HOST
+        if offer.name.startswith("ftplus-") and _canonical(offer.distribution) != hookspecs.HOST
     ]
 
 
@@ -272,7 +265,7 @@ def _offers_of(distribution: metadata.Distribution, group: str) -> list[Offer]:
         name = distribution.metadata["Name"] or "unknown"
         return [Offer(item.name, item.value, name, distribution.version or "?") for item in found]
     except Exception as error:  # damaged metadata of a stranger, whatever it raises
-        _warn(f"Skipped {getattr(distribution, '_path', distribution)}: its metadata cannot be read ({_say(error)}).")
+        _warn(f"Skipped {getattr(distribution, '_path', distribution)}: its metadata cannot be read ({say(error)}).")
         return []
 
 
@@ -299,8 +292,8 @@ def _search(name: str, known: list[Offer]) -> type[Strategy]:
 
 def _what_to_type(name: str, available: list[str]) -> str:
     listing = f"Available: {', '.join(available) or 'none'}."
-    if not any(_canonical(offer.distribution) == HOST for offer in offers()):
-        return f"{listing} {HOST} itself is not installed, only imported: pip install -e . in its folder."
+    if not any(_canonical(offer.distribution) == hookspecs.HOST for offer in offers()):
+        return f"{listing} {hookspecs.HOST} itself is not installed, only imported: pip install -e . in its folder."
     if _alone():
         return f"{listing} {ALONE} is set: unset it to see what else is installed."
     if not NAME.fullmatch(name):
@@ -339,9 +332,9 @@ def _classes(offer: Offer) -> list[type[Strategy]]:
     """Import one entry point and ask it for its strategies; whatever goes wrong is a PluginError that names it."""
     who = f"Plugin {offer.name!r} of {offer.distribution} {offer.version}"
     try:
-        _check_api(_written_for(offer.value), who)
+        check_api(written_for(offer.value), who)
         module = metadata.EntryPoint(offer.name, offer.value, hookspecs.GROUP).load()
-        classes = _ask(module, who)
+        classes = ask(module, who)
     except PluginError:
         raise
     except (Exception, SystemExit) as error:  # a stranger's module may raise anything, or leave
@@ -355,7 +348,7 @@ def _classes(offer: Offer) -> list[type[Strategy]]:
 
 def _cannot_be_loaded(who: str, error: BaseException, offer: Offer) -> str:
     return (
-        f"{who} cannot be loaded: {_say(error)}. Repair it (pip install --force-reinstall {offer.distribution}) or "
+        f"{who} cannot be loaded: {say(error)}. Repair it (pip install --force-reinstall {offer.distribution}) or "
         f"leave it out (pip uninstall {offer.distribution})."
     )
 
@@ -370,11 +363,11 @@ def load_file(path: Path) -> list[type[Strategy]]:
     path = path.expanduser().resolve()
     try:
         module = _import_file(path)
-        classes = _ask(module, str(path))
+        classes = ask(module, str(path))
     except PluginError:
         raise
     except (Exception, SystemExit) as error:
-        raise PluginError(f"Plugin file {path} cannot be loaded: {_say(error)}.") from error
+        raise PluginError(f"Plugin file {path} cannot be loaded: {say(error)}.") from error
     return classes or [validate(item, str(path)) for item in _written_in(module)]
 
 
@@ -415,148 +408,11 @@ def _pick(classes: list[type[Strategy]], pick: str | None, where: str) -> type[S
     return chosen[0]
 
 
-# ---- the contract ----------------------------------------------------------------------------------------------------
-
-
-def _ask(module: Any, who: str) -> list[type[Strategy]]:
-    """What the hook of one module returns, validated; an empty list when it has none.
-
-    Raises:
-        PluginError: a misspelt or unmarked hook, or a result that is not a list of strategy classes.
-    """
-    _check_api(getattr(module, "ftplus_api", None), who)
-    _check_spelling(module, who)
-    manager = pluggy.PluginManager(hookspecs.GROUP)
-    manager.add_hookspecs(hookspecs)
-    try:
-        manager.register(module, name=who)
-        manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        raise PluginError(f"{who} breaks the plugin contract: {_say(error)}. See hf_ftplus/hookspecs.py.") from error
-    result: list[type[Strategy]] = []
-    for answer in manager.hook.ftplus_strategies():
-        if not isinstance(answer, (list, tuple)):
-            raise PluginError(f"{who}: ftplus_strategies() returned {answer!r}; expected a list of strategy classes.")
-        result += [validate(item, who) for item in answer]
-    twice = {item.name for item in result if [other.name for other in result].count(item.name) > 1}
-    if twice:
-        raise PluginError(f"{who} offers two strategies named {', '.join(sorted(twice))}; expected each name once.")
-    return result
-
-
-def _written_for(value: str) -> int | None:
-    """What the module of an entry point says in its `ftplus_api = N`, read without importing it."""
-    name = value.partition(":")[0].strip()
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-        return None
-    said = re.search(r"^ftplus_api *(?:: *\w+ *)?= *(\d+)", Path(spec.origin).read_text(encoding="utf-8"), re.M)
-    return int(said[1]) if said else None
-
-
-def _check_api(written_for: Any, who: str) -> None:
-    """Refuse what was written for another contract. A module that does not say is taken to fit."""
-    if written_for in (None, hookspecs.API):
-        return
-    from . import __version__
-
-    if not isinstance(written_for, int):
-        cure = f"Write ftplus_api = {hookspecs.API}."
-    elif written_for > hookspecs.API:
-        cure = f"Type pip install -U {HOST}."
-    else:
-        cure = f"Look for a newer version of it, or type pip install '{HOST}<{__version__}'."
-    raise PluginError(
-        f"{who} is written for plugin API {written_for!r}; {HOST} {__version__} speaks {hookspecs.API}. {cure}"
-    )
-
-
-def _check_spelling(module: Any, who: str) -> None:
-    """pluggy sees marked functions only; a function that was meant to be a hook must not be passed over in silence."""
-    for name, item in vars(module).items():
-        marked = hasattr(item, f"{hookspecs.GROUP}_impl")
-        if name in KNOWN and callable(item) and not marked and not hasattr(item, f"{hookspecs.GROUP}_spec"):
-            raise PluginError(
-                f"{who}: {name} is not marked; write @hookimpl above it (from hf_ftplus import hookimpl)."
-            )
-        if name not in KNOWN and (marked or (name.startswith("ftplus_") and inspect.isfunction(item))):
-            raise PluginError(f"{who} has an unknown hook {name!r}.{nearest(name, KNOWN)} Hooks: {', '.join(KNOWN)}.")
-
-
-def validate(item: Any, who: str) -> type[Strategy]:
-    """The class, if it keeps the contract of `strategy.py`.
-
-    Raises:
-        PluginError: what it breaks, and how to mend it.
-    """
-    if not (isinstance(item, type) and issubclass(item, Strategy)) or item is Strategy:
-        raise PluginError(f"{who} offers {item!r}; expected a subclass of hf_ftplus.Strategy.")
-    where = f"{who}, class {item.__name__}"
-    if "__dataclass_params__" not in vars(item):
-        raise PluginError(f"{where}: not a dataclass; write @dataclass above it.")
-    if not isinstance(item.name, str) or not NAME.fullmatch(item.name):
-        raise PluginError(
-            f"{where}: name is {item.name!r}; expected lower-case letters, digits, - and _, as in "
-            "name: ClassVar[str] = 'l2sp'."
-        )
-    _check_settings(item, where)
-    _check_methods(item, where)
-    return item
-
-
-def _check_settings(item: type[Strategy], where: str) -> None:
-    for one in dataclasses.fields(item):
-        if one.init and "setting" not in one.metadata:
-            raise PluginError(
-                f"{where}: field {one.name!r} is not a setting; write {one.name}: ... = setting(..., 'help')."
-            )
-    try:
-        declared = settings(item)
-    except (NameError, TypeError) as error:
-        raise PluginError(f"{where}: the types of its settings cannot be read: {_say(error)}.") from error
-    for one in declared:
-        if not isinstance(one.help, str) or not one.help.strip():
-            raise PluginError(f"{where}: setting {one.name!r} has no help; say what it does to the user's result.")
-        try:
-            one.check(one.default, item.name)
-        except UsageError as error:
-            raise PluginError(f"{where}: the default of a setting is not allowed by itself: {error}") from error
-
-
-def _check_methods(item: type[Strategy], where: str) -> None:
-    for parent in item.__mro__[: item.__mro__.index(Strategy)]:
-        for name, method in vars(parent).items():
-            if name in HOOKS:
-                _check_signature(name, method, where)
-            elif not name.startswith("_") and inspect.isfunction(method):
-                close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.8)  # `state` is no misspelt `state_dict`
-                if close:
-                    raise PluginError(
-                        f"{where}: {name}() is no hook. Did you mean {close[0]!r}? Else give it a leading _."
-                    )
-
-
-def _check_signature(name: str, method: Callable[..., Any], where: str) -> None:
-    wanted = inspect.signature(getattr(Strategy, name))
-    try:
-        inspect.signature(method).bind(*wanted.parameters)
-    except TypeError as error:
-        raise PluginError(
-            f"{where}: {name} takes other arguments than {name}({', '.join(wanted.parameters)})."
-        ) from error
-
-
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
 def _canonical(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def _say(error: BaseException) -> str:
-    """An exception on one line: `ModuleNotFoundError: No module named 'x'`."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @cache

@@ -26,9 +26,10 @@ from .examples import IGNORED, Example
 from .measured import hold_out, tasks
 from .mixing import as_trained
 from .model import resolve
+from .output import claim, no_empty_folder
 from .row_checks import share_supervised
 from .rows import Rows, tokenizer_of
-from .run import claim, costs, in_words, len_of, no_empty_folder, prepare, speak
+from .run import costs, in_words, len_of, prepare, speak
 from .trainer import SFTTrainer
 
 SHOWN = 3

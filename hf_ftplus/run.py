@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from importlib import metadata
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from datasets import disable_progress_bars
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from . import commit, compat, stopping
+from . import compat, stopping
 from .callback import STATE_FOLDER, autocast, give_back_memory, refuse, zero_stage
-from .config import SECRETS, RunConfig
-from .disk import flush, locked, replace
+from .config import RunConfig
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
+from .facts import facts
 from .finished import finished
 from .foreseen import refuse_foreseen
 from .measured import keep_apart, tasks
 from .model import to_train
+from .output import alone, claim, no_empty_folder, on_the_disk, refuse_full_disk, resume_point, settle
 from .page import leave_card, leave_page, warned
-from .report import Report, history
+from .report import Report
 from .report.tracked import hold_open, track
 from .row_checks import check_supervised
 from .rows import Rows, find, tokenizer_of, write
@@ -41,19 +37,6 @@ from .shared import base
 from .shared.hub import said_of
 from .trainer import SaveOnInterrupt, SFTTrainer, refuse_not_finite, sft_trainer
 from .zero import unseen
-
-OUTPUTS = (
-    "checkpoint-*",
-    "*.safetensors",
-    "config.json",
-    "adapter_config.json",
-    f"{STATE_FOLDER}/report.json",
-    f"{STATE_FOLDER}/memory",
-)
-"""What a run leaves, ours or `trl sft`'s."""
-
-TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-"""As the Hub gives them out, wherever they stand."""
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -267,20 +250,6 @@ def refuse_several_devices(args: TrainingArguments) -> None:
         )
 
 
-@contextmanager
-def no_empty_folder(folder: str | Path, unless_done: bool = False) -> Iterator[None]:
-    """What is about to start makes its folder at once; take an empty one away again that was not there before."""
-    folder, done = Path(folder), False
-    existed = folder.exists()
-    try:
-        yield
-        done = True
-    finally:
-        if not existed and not (done and unless_done):
-            with suppress(OSError):  # not empty, or another rank was first
-                folder.rmdir()
-
-
 def train(trainer: SFTTrainer, config: RunConfig) -> None:
     """Train, or go on from a checkpoint. Ctrl-C finishes the step, saves, and is raised again."""
     interrupt = SaveOnInterrupt()
@@ -327,86 +296,11 @@ def let_go_of_optimizer(trainer: SFTTrainer) -> None:
     give_back_memory()
 
 
-def resume_point(config: RunConfig) -> str | bool | None:
-    """`true` as a word, a path as it is; None to begin, as `auto` does where there is nothing to go on from."""
-    given = config.training.resume_from_checkpoint
-    if not given:
-        return None
-    folder = Path(config.training.output_dir)
-    there = any(folder.glob("checkpoint-*"))
-    if str(given).lower() == "auto":
-        return there or None
-    if str(given).lower() == "true":
-        if not there:
-            raise StorageError(
-                f"--resume_from_checkpoint true: {folder} holds no checkpoint-N. Leave the flag out to start, or type "
-                "auto, which does either."
-            )
-        return True
-    if not Path(given).is_dir():
-        raise StorageError(
-            f"--resume_from_checkpoint {given}: no such folder; expected a checkpoint-N folder, true or auto."
-        )
-    return given
-
-
 def keep_secret(config: RunConfig) -> None:
     """Hand the Hub's token to the Hub's own library: the Trainer writes its arguments, token included, to files."""
     if token := config.training.hub_token:
         os.environ["HF_TOKEN"] = token
         config.training.hub_token = None
-
-
-def refuse_full_disk(trainer: SFTTrainer, folder: Path) -> None:
-    """Raise before the first step where not even the trained weights will find room; warn where a checkpoint will not.
-
-    Raises:
-        StorageError: says how much there is and how much it takes.
-    """
-    adapted = bool(getattr(trainer.model, "peft_config", None))  # then the adapter alone is saved
-    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not adapted]
-    least = sum(weight.numel() * weight.element_size() for weight in weights)
-    moments = 8 * sum(weight.numel() for weight in weights if weight.requires_grad)  # AdamW's, in fp32
-    free = shutil.disk_usage(folder).free
-    if free < least:
-        raise StorageError(
-            f"{folder} has room for {free / 1e6:,.0f} MB, and the trained weights alone take {least / 1e6:,.0f} MB. "
-            "Free some space, or choose another --output_dir."
-        )
-    if trainer.args.save_strategy != "no" and free < least + moments:
-        logger.warning(
-            "%s has room for %.0f MB; a checkpoint takes about %.0f MB. Free some space, or type --save_strategy no.",
-            folder,
-            free / 1e6,
-            (least + moments) / 1e6,
-        )
-
-
-def settle(config: RunConfig) -> None:
-    """Choose the checkpoint to go on from, before anything is made of it: `true` and `auto` become a path, or None.
-
-    Raises:
-        StorageError: `true`, and no checkpoint is whole.
-    """
-    if resume_point(config) is not True:
-        config.training.resume_from_checkpoint = resume_point(config)
-        return
-    folder = Path(config.training.output_dir)
-    found = commit.on_first_rank(lambda: commit.newest(folder))
-    if found is None and str(config.training.resume_from_checkpoint).lower() != "auto":
-        raise StorageError(
-            f"{folder} holds no whole checkpoint: the run ended before its first was written. Start again without "
-            "--resume_from_checkpoint, or with auto."
-        )
-    config.training.resume_from_checkpoint = None if found is None else str(found)
-
-
-@contextmanager
-def alone(config: RunConfig) -> Iterator[None]:
-    """No other run writes to the output folder meanwhile; of several processes the first speaks for all."""
-    first = config.training.process_index == 0
-    with locked(Path(config.training.output_dir)) if first else nullcontext():
-        yield
 
 
 def already_done(config: RunConfig) -> Report | None:
@@ -430,94 +324,6 @@ def judge(config: RunConfig, results: list[Any]) -> None:
     gate = config.fail_if_retention_below
     if gate is not None and (lost := retention_gate(results, gate)):
         raise RetentionError("\n".join(lost))
-
-
-@contextmanager
-def on_the_disk(said: str) -> Iterator[None]:
-    """Turn errors of the disk into ours, which say what to do."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not commit.of_the_disk(error):
-            raise
-        raise StorageError(
-            f"{said}: {error}. Free some space, then go on with --resume_from_checkpoint true."
-        ) from error
-
-
-def claim(config: RunConfig, probe: bool = True) -> None:
-    """The output folder must be writable, not hold another run, and not be the model's own.
-
-    Raises:
-        StorageError: it is not so; says how to go on.
-    """
-    folder = Path(config.training.output_dir)
-    if folder.exists() and folder.resolve() == Path(config.model.model_name_or_path).expanduser().resolve():
-        raise StorageError(f"--output_dir {folder} is the model that is to be trained. Choose another, to keep it.")
-    found = [path for name in OUTPUTS for path in folder.glob(name)]
-    if found and resume_point(config) is None:
-        raise StorageError(
-            f"{folder} holds another run ({found[0].relative_to(folder)}). Go on: --resume_from_checkpoint true. "
-            "Or choose another --output_dir."
-        )
-    if not probe:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f".ftplus-{platform.node()}-{time.monotonic_ns()}"
-        replace(trial, lambda file: (file.write_bytes(b"?"), flush(file)))
-        trial.unlink()
-    except OSError as error:
-        raise StorageError(f"--output_dir {folder} cannot be written: {error.strerror}. Choose another.") from None
-
-
-def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> dict[str, Any]:
-    """What the report says beside the figures: how the run was made and what it cost."""
-    return {
-        "command": ["ftplus", *masked(sys.argv[1:])],
-        "config": config.resolved(),
-        "versions": versions(),
-        "seed": config.training.seed,
-        "steps": trainer.state.global_step,
-        "stopped": stopping.reason(trainer),
-        "device": str(trainer.args.device),
-        "processes": trainer.args.world_size,
-        "seconds": seconds,
-        "strategies": {} if trainer.ftplus is None else strategy_facts(trainer),
-        "history": history(trainer.state.log_history),
-    }
-
-
-def masked(words: list[str]) -> list[str]:
-    """A command line with the value of every secret flag masked, and whatever else looks like a token."""
-    shown, secret = [], False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        hides = name.lstrip("-").replace("-", "_") in SECRETS
-        shown.append("***" if secret else f"{name}=***" if equals and hides else TOKENS.sub("***", word))
-        secret = hides and not equals
-    return shown
-
-
-def strategy_facts(trainer: SFTTrainer) -> dict[str, dict[str, Any]]:
-    """Seconds, bytes of state and last figures of each strategy."""
-    logged = {key: value for log in trainer.state.log_history for key, value in log.items()} | trainer.ftplus.metrics()
-    held = trainer.ftplus.bytes()
-    return {
-        name: {"seconds": round(spent, 2), "bytes": held[name]}
-        | {key.removeprefix(f"{name}/"): value for key, value in logged.items() if key.startswith(f"{name}/")}
-        for name, spent in trainer.ftplus.seconds.items()
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of everything that shapes the result, plugins included."""
-    from .plugins import discover
-
-    names = ["hf-ftplus", "torch", "transformers", "trl", "peft", "accelerate", "datasets"]
-    found = {name: metadata.version(name) for name in names}
-    plugins = {plugin.distribution: plugin.version for plugin in discover() if plugin.distribution}
-    return {"python": platform.python_version(), **found, **{k: v for k, v in plugins.items() if k not in found}}
 
 
 def in_words(cost: dict[str, float]) -> str:

@@ -495,7 +495,7 @@ def test_a_finished_run_is_complete_where_nothing_can_be_written(complete, capsy
     def read_only(*args):
         raise StorageError("cannot be written")
 
-    monkeypatch.setattr("hf_ftplus.run.locked", read_only)
+    monkeypatch.setattr("hf_ftplus.output.locked", read_only)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert main([*again, "--resume_from_checkpoint", str(out / "checkpoint-4") if how == "path" else how]) == 0
     assert "Already complete: 4 steps" in capsys.readouterr().err

@@ -9,8 +9,8 @@ from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 
 from hf_ftplus.config import DEFAULTS, RunConfig, build, merge
 from hf_ftplus.errors import UsageError
+from hf_ftplus.facts import masked
 from hf_ftplus.report import Report
-from hf_ftplus.run import masked
 
 
 @pytest.mark.parametrize("value", [3.7, True, "many", float("nan"), float("inf"), [3]])

@@ -79,8 +79,8 @@ def compare(
     from ..compared.runner import Asked, compare, failed
     from ..compared.saved import save
     from ..compared.shown import table
+    from ..output import no_empty_folder
     from ..page import leave_page
-    from ..run import no_empty_folder
 
     console = Console(highlight=False, stderr=as_json)
     again = shlex.join([*words, "--yes"])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import IncompatibleError, UsageError, nearest
-from ..plugins import HOST
+from ..hookspecs import HOST
 
 if TYPE_CHECKING:
     import torch

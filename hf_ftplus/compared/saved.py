@@ -31,7 +31,7 @@ FORMAT = 1
 
 def to_dict(found: Judgement, command: str) -> dict[str, Any]:
     """compare.json, as the docstring above says."""
-    from ..run import versions
+    from ..facts import versions
 
     best = found.best
     return strict(

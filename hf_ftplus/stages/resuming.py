@@ -126,6 +126,6 @@ def clear(plan: Plan, stage: Stage) -> None:
 
 def outputs(stage: Stage) -> list[Path]:
     """What a run has left in its folder."""
-    from ..run import OUTPUTS
+    from ..output import OUTPUTS
 
     return [path for name in OUTPUTS for path in stage.folder.glob(name)]

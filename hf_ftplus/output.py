@@ -1,0 +1,163 @@
+"""The output folder of a run: who may write to it, whether it has room, and where in it to go on from."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from . import commit
+from .callback import STATE_FOLDER
+from .disk import flush, locked, replace
+from .errors import StorageError
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .trainer import SFTTrainer
+
+logger = logging.getLogger("hf_ftplus")
+
+OUTPUTS = (
+    "checkpoint-*",
+    "*.safetensors",
+    "config.json",
+    "adapter_config.json",
+    f"{STATE_FOLDER}/report.json",
+    f"{STATE_FOLDER}/memory",
+)
+"""What a run leaves, ours or `trl sft`'s."""
+
+
+def claim(config: RunConfig, probe: bool = True) -> None:
+    """The output folder must be writable, not hold another run, and not be the model's own.
+
+    Raises:
+        StorageError: it is not so; says how to go on.
+    """
+    folder = Path(config.training.output_dir)
+    if folder.exists() and folder.resolve() == Path(config.model.model_name_or_path).expanduser().resolve():
+        raise StorageError(f"--output_dir {folder} is the model that is to be trained. Choose another, to keep it.")
+    found = [path for name in OUTPUTS for path in folder.glob(name)]
+    if found and resume_point(config) is None:
+        raise StorageError(
+            f"{folder} holds another run ({found[0].relative_to(folder)}). Go on: --resume_from_checkpoint true. "
+            "Or choose another --output_dir."
+        )
+    if not probe:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".ftplus-{platform.node()}-{time.monotonic_ns()}"
+        replace(trial, lambda file: (file.write_bytes(b"?"), flush(file)))
+        trial.unlink()
+    except OSError as error:
+        raise StorageError(f"--output_dir {folder} cannot be written: {error.strerror}. Choose another.") from None
+
+
+@contextmanager
+def no_empty_folder(folder: str | Path, unless_done: bool = False) -> Iterator[None]:
+    """What is about to start makes its folder at once; take an empty one away again that was not there before."""
+    folder, done = Path(folder), False
+    existed = folder.exists()
+    try:
+        yield
+        done = True
+    finally:
+        if not existed and not (done and unless_done):
+            with suppress(OSError):  # not empty, or another rank was first
+                folder.rmdir()
+
+
+@contextmanager
+def alone(config: RunConfig) -> Iterator[None]:
+    """No other run writes to the output folder meanwhile; of several processes the first speaks for all."""
+    first = config.training.process_index == 0
+    with locked(Path(config.training.output_dir)) if first else nullcontext():
+        yield
+
+
+def resume_point(config: RunConfig) -> str | bool | None:
+    """`true` as a word, a path as it is; None to begin, as `auto` does where there is nothing to go on from."""
+    given = config.training.resume_from_checkpoint
+    if not given:
+        return None
+    folder = Path(config.training.output_dir)
+    there = any(folder.glob("checkpoint-*"))
+    if str(given).lower() == "auto":
+        return there or None
+    if str(given).lower() == "true":
+        if not there:
+            raise StorageError(
+                f"--resume_from_checkpoint true: {folder} holds no checkpoint-N. Leave the flag out to start, or type "
+                "auto, which does either."
+            )
+        return True
+    if not Path(given).is_dir():
+        raise StorageError(
+            f"--resume_from_checkpoint {given}: no such folder; expected a checkpoint-N folder, true or auto."
+        )
+    return given
+
+
+def settle(config: RunConfig) -> None:
+    """Choose the checkpoint to go on from, before anything is made of it: `true` and `auto` become a path, or None.
+
+    Raises:
+        StorageError: `true`, and no checkpoint is whole.
+    """
+    if resume_point(config) is not True:
+        config.training.resume_from_checkpoint = resume_point(config)
+        return
+    folder = Path(config.training.output_dir)
+    found = commit.on_first_rank(lambda: commit.newest(folder))
+    if found is None and str(config.training.resume_from_checkpoint).lower() != "auto":
+        raise StorageError(
+            f"{folder} holds no whole checkpoint: the run ended before its first was written. Start again without "
+            "--resume_from_checkpoint, or with auto."
+        )
+    config.training.resume_from_checkpoint = None if found is None else str(found)
+
+
+def refuse_full_disk(trainer: SFTTrainer, folder: Path) -> None:
+    """Raise before the first step where not even the trained weights will find room; warn where a checkpoint will not.
+
+    Raises:
+        StorageError: says how much there is and how much it takes.
+    """
+    adapted = bool(getattr(trainer.model, "peft_config", None))  # then the adapter alone is saved
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not adapted]
+    least = sum(weight.numel() * weight.element_size() for weight in weights)
+    moments = 8 * sum(weight.numel() for weight in weights if weight.requires_grad)  # AdamW's, in fp32
+    free = shutil.disk_usage(folder).free
+    if free < least:
+        raise StorageError(
+            f"{folder} has room for {free / 1e6:,.0f} MB, and the trained weights alone take {least / 1e6:,.0f} MB. "
+            "Free some space, or choose another --output_dir."
+        )
+    if trainer.args.save_strategy != "no" and free < least + moments:
+        logger.warning(
+            "%s has room for %.0f MB; a checkpoint takes about %.0f MB. Free some space, or type --save_strategy no.",
+            folder,
+            free / 1e6,
+            (least + moments) / 1e6,
+        )
+
+
+@contextmanager
+def on_the_disk(said: str) -> Iterator[None]:
+    """Turn errors of the disk into ours, which say what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not commit.of_the_disk(error):
+            raise
+        raise StorageError(
+            f"{said}: {error}. Free some space, then go on with --resume_from_checkpoint true."
+        ) from error
