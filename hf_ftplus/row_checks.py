@@ -42,7 +42,8 @@ def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
                 f"{trainer.args.max_length}. Type a larger --max_length."
             )
         if math.isfinite(share):
-            logger.info("%s: %d rows, %.0f %% of their tokens carry loss", escape(name), len(own), 100 * share)
+            rows = f"{len(own)} row{'s' * (len(own) != 1)}"
+            logger.info("%s: %s, %.0f %% of the tokens carry loss", escape(name), rows, 100 * share)
         if len(own) < len(part) and not trainer.args.packing:
             logger.warning(dropped(name, part, len(part) - len(own), trainer))
 

@@ -175,7 +175,7 @@ def test_rows_that_do_not_train_are_said_with_share_reason_and_numbers_and_so_is
     few = ["--dataset_name", str(half), "--max_length", "60", "--max_steps", "1", "--measure_rows", "0"]
     with caplog.at_level("INFO", logger="hf_ftplus"):
         assert main(words(place, tmp_path / "out", *few, plugin=None, protect=None)) == 0
-    assert re.search(r"learn: 9 rows, [1-9]\d % of their tokens carry loss", caplog.text)
+    assert re.search(r"learn: 9 rows, [1-9]\d % of the tokens carry loss", caplog.text)
     assert (
         "learn: 7 of 16 rows (44%) do not train at max_length 60: 7 are cut before what is supervised (rows 2, 4, 6, 8, "
         "10, ...). Type a larger --max_length, or shorten the prompts."
