@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pages import settings_table
 
-from hf_ftplus import Strategy, plugins
+from hf_ftplus import Strategy, contract, plugins
 from hf_ftplus.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -46,5 +46,5 @@ def test_no_moment_is_there_for_a_built_in_or_a_plugin_alone():
     def used(hook, classes):
         return any(getattr(kind, hook) is not getattr(Strategy, hook) for kind in classes)
 
-    hooks = set(plugins.HOOKS) - {"overrides"}  # asked by the host, and never overridden
+    hooks = set(contract.HOOKS) - {"overrides"}  # asked by the host, and never overridden
     assert {hook for hook in hooks if not (used(hook, built_in) and used(hook, ours))} == ONE_SIDED

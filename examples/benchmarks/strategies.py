@@ -39,6 +39,7 @@ SELF = "--protect chat=self:64"
 """Protects with what the model wrote itself, and nothing of the user's."""
 MORE = "--protect chat=self:192"
 FEW = '--max_steps 65 --lr_scheduler_kwargs {"num_decay_steps":20}'
+SEVENTY_TWO = '--max_steps 72 --lr_scheduler_kwargs {"num_decay_steps":22}'
 EIGHTY = '--max_steps 80 --lr_scheduler_kwargs {"num_decay_steps":24}'
 NINETY = '--max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}'
 TWELFTH = "--set distill.share=0.0833"
@@ -66,6 +67,9 @@ ROWS = {
     ),
     "distill 1/12 + EWC 10,000, self, 80 steps": (
         f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1e-4 {EIGHTY}"
+    ),
+    "distill 1/12 + EWC 10,000, self, 72 steps": (
+        f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1e-4 {SEVENTY_TWO}"
     ),
     "distill 1/16 + EWC 10,000, self, 80 steps": (
         f"{DISTILL} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1.1e-4 {EIGHTY}"
