@@ -43,6 +43,7 @@ SEVENTY_TWO = '--max_steps 72 --lr_scheduler_kwargs {"num_decay_steps":22}'
 EIGHTY = '--max_steps 80 --lr_scheduler_kwargs {"num_decay_steps":24}'
 NINETY = '--max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}'
 TWELFTH = "--set distill.share=0.0833"
+FOURTEENTH = "--set distill.share=0.0714"
 EIGHTH = "--set distill.share=0.125"
 HUNDRED = '--max_steps 100 --lr_scheduler_kwargs {"num_decay_steps":30}'
 REPLAY = "--plugin replay --padding_free true"
@@ -70,6 +71,9 @@ ROWS = {
     ),
     "distill 1/12 + EWC 10,000, self, 72 steps": (
         f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1e-4 {SEVENTY_TWO}"
+    ),
+    "distill 1/14 + EWC 15,000, self, 80 steps": (
+        f"{DISTILL} {FOURTEENTH} {EWC}=15000 --set ewc.rows=24 {SELF} --learning_rate 1.1e-4 {EIGHTY}"
     ),
     "distill 1/16 + EWC 10,000, self, 80 steps": (
         f"{DISTILL} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1.1e-4 {EIGHTY}"

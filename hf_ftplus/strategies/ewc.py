@@ -77,19 +77,17 @@ class EWC(Strategy):
         return self.strength if self.strength is not None else LORA if lora else FULL
 
     def preview(self, run: Run) -> dict[str, float]:
-        """Bytes of state, protect rows used, and seconds of the Fisher pass (extrapolated from one micro-batch)."""
+        """Bytes of state, protect rows used, and seconds of the Fisher pass (extrapolated from two rows)."""
         from ..quadratic import state_bytes
 
         self._bind(run)
         batches = [batch for task in run.protect.values() for batch in _first(task, self.rows)]
+        rows, tried = _rows(batches), _first(batches, 2)
         begin = time.perf_counter()
-        if batches:
-            self._importance(run, {"preview": batches[:1]})
-        return {
-            "bytes": state_bytes(self.plain, self.adapters),
-            "rows": sum(len(batch["labels"]) for batch in batches),
-            "seconds": (time.perf_counter() - begin) * len(batches),
-        }
+        if tried:
+            self._importance(run, {"preview": tried})
+        seconds = (time.perf_counter() - begin) * rows / max(_rows(tried), 1)
+        return {"bytes": state_bytes(self.plain, self.adapters), "rows": rows, "seconds": seconds}
 
     def prepare(self, run: Run) -> None:
         """Note the starting weights and estimate how much the protect data depends on each."""
@@ -111,7 +109,7 @@ class EWC(Strategy):
             logger.info(
                 "ewc: %.1f MB of state; Fisher of %d protect rows",
                 state_bytes(self.plain, self.adapters) / 1e6,
-                sum(len(batch["labels"]) for batches in tasks.values() for batch in batches),
+                sum(map(_rows, tasks.values())),
             )
             importance = _sum(importance, self._importance(run, tasks))
         self._hold(starting(self.plain, self.adapters), importance)
@@ -245,6 +243,10 @@ def _first(batches: list[dict[str, Tensor]], rows: int) -> list[dict[str, Tensor
         kept.append({key: value[:rows] for key, value in batch.items()})
         rows -= len(batch["labels"])
     return kept
+
+
+def _rows(batches: list[dict[str, Tensor]]) -> int:
+    return sum(len(batch["labels"]) for batch in batches)
 
 
 def _sum(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
