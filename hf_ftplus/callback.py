@@ -229,10 +229,13 @@ class StrategyCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        optimizer: Any = None,
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
         if self.run and self.around is None:
+            if not args.max_grad_norm and any(map(acts_on_gradients, self.strategies)):
+                unscale(optimizer)
             self._before_step(args, state, lr_scheduler)
 
     def on_optimizer_step(
@@ -421,6 +424,13 @@ def zero_stage(args: TrainingArguments) -> int:
 def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
     """Mixed precision for forward passes of our own: bf16 as in training; fp32 under fp16, which needs loss scaling."""
     return partial(torch.autocast, args.device.type, torch.bfloat16) if args.bf16 else nullcontext
+
+
+def unscale(optimizer: Any) -> None:
+    """Take fp16's loss scale off the gradients: the Trainer does so to clip them, and else leaves it to the step."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None:
+        scaler.unscale_(optimizer.optimizer)
 
 
 def give_back_memory() -> None:

@@ -140,6 +140,20 @@ def test_under_a_gradient_scaler_the_step_is_the_unscaled_one():
     assert far(plain, dict(tiny_llama().named_parameters())) > 1e-3
 
 
+def test_a_loss_scale_is_off_the_gradients_where_nothing_clips_them(tmp_path):
+    """The Trainer takes it off in order to clip; with max_grad_norm 0 the penalty was divided by the scale, 65,536."""
+
+    def trained(folder, scaler):
+        it = trainer(folder, EWC(strength=100), optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
+        it.accelerator.scaler = scaler
+        it.train()
+        return weights_of(it)
+
+    scaled = trained(tmp_path / "a", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+    plain = trained(tmp_path / "b", None)
+    assert far(scaled, plain) < 1e-6
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 training needs an accelerator")
 def test_fp16_training_adds_the_unscaled_gradient(tmp_path):
