@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from .errors import IncompatibleError
 
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_BASE_LAYER = re.compile(r"\.base_layer(?!(\.base_layer)*\.lora_)(?=\.|$)")
 _ADAPTER_NAME = re.compile(r"\b(lora_(?:A|B|magnitude_vector))\.[^.]+(?=\.)")
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+")
 
 
 def canonical(name: str) -> str:
-    """Parameter or module name without the words that DDP, FSDP, compile, checkpointing and PEFT put in."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    """Parameter or module name without the words that DDP, FSDP, compile, checkpointing and PEFT put in.
+
+    Adapters of two parameters of one module lie in one another (PEFT's `target_parameters`): those inside keep theirs.
+    """
+    parts = [part for part in _BASE_LAYER.sub("", name).split(".") if part not in _WRAPPERS]
     while parts and (parts[0] == "module" or parts[:2] == ["base_model", "model"]):
         parts = parts[1:] if parts[0] == "module" else parts[2:]
     return _SAVED_MODULE.sub("", _ADAPTER_NAME.sub(r"\1", ".".join(parts)))
@@ -117,7 +121,7 @@ def split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Adapter]
 
     Raises:
         IncompatibleError: a trainable weight belongs to an adapter whose change of the weight is not scale * B A
-            (DoRA, AdaLoRA, OFT, IA3, prompt learning, ...), or the adapter is merged.
+            (DoRA, experts of a mixture, AdaLoRA, OFT, IA3, prompt learning, ...), or the adapter is merged.
     """
     plain, adapters = trainable(model), lora(model)
     inside = {id(weight) for adapter in adapters.values() for weight in (adapter.A, adapter.B)}
@@ -125,8 +129,9 @@ def split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Adapter]
     strange = [name for name in plain if re.search(r"lora_|\.(ia3|oft|boft|vera|hada|lokr|adalora|prompt)_?", name)]
     if strange or is_prompt_learning(model):
         raise IncompatibleError(
-            f"The adapter trains {_some(strange) or 'a prompt'}, which does not change a weight by scale * B A "
-            "(DoRA, LoRA bias and adapters other than LoRA). Use plain LoRA or rsLoRA, or full fine-tuning."
+            f"The adapter trains {_some(strange) or 'a prompt'}, which does not change a weight by scale * B A (DoRA, "
+            "LoRA bias, LoRA of a mixture's experts and adapters other than LoRA). Use plain LoRA or rsLoRA, or full "
+            "fine-tuning."
         )
     return plain, adapters
 
@@ -134,12 +139,15 @@ def split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Adapter]
 def lora(model: nn.Module) -> dict[str, Adapter]:
     """Canonical module name -> LoRA target, for every layer with exactly one active, trainable, unmerged adapter."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     found = {}
     for name, layer in model.named_modules():
         active = [key for key in layer.active_adapters if key in layer.lora_A] if isinstance(layer, LoraLayer) else []
         if not active or not isinstance(layer.lora_A[active[0]], nn.Linear):
             continue  # AdaLoRA, convolutions, embeddings: `split` names what is left over
+        if isinstance(layer, ParamWrapper) and not isinstance(layer.get_base_layer(), nn.Linear):
+            continue  # of all experts of a mixture at once, say, of which no token sees the whole
         key = active[0]
         if not layer.lora_A[key].weight.requires_grad:
             continue

@@ -15,7 +15,7 @@ import trl
 from datasets import Dataset
 from lawful import Sorry
 from peft import LoraConfig, PeftModel
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_mixtral, tiny_tokenizer
 from training import LEARN, PROTECT, Diary, arguments, far, moved, same, trainer, weights_of
 from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -32,6 +32,18 @@ def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
     assert [log["loss"] for log in ours.state.log_history if "loss" in log] == [
         log["loss"] for log in theirs.state.log_history if "loss" in log
     ]
+
+
+@pytest.mark.parametrize("strategies", [(), ("distill",)])
+def test_lora_of_experts_trains_as_in_trl(tmp_path, strategies):
+    """Two parameters of one module have an adapter each, and both are saved."""
+    targets = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "target_modules": ["q_proj"]}
+    how = {"peft_config": LoraConfig(r=2, **targets), "save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    ours = trainer(tmp_path / "a", *strategies, model=tiny_mixtral(), **how)
+    theirs = trainer(tmp_path / "b", model=tiny_mixtral(), cls=trl.SFTTrainer, **how)
+    ours.train(), theirs.train()
+    assert same(weights_of(ours), weights_of(theirs)) == (not strategies)
+    assert (tmp_path / "a" / "checkpoint-3" / "adapter_model.safetensors").is_file()
 
 
 def test_the_moments_come_in_the_order_of_the_contract(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_mixtral
 
 from hf_ftplus.errors import IncompatibleError
 from hf_ftplus.weights import canonical, lora, match, split, trainable
@@ -31,6 +31,16 @@ def test_every_wrapper_is_taken_off(wrapped):
 
 def test_the_adapter_name_goes_but_the_factor_stays():
     assert canonical("base_model.model.model.q_proj.lora_A.default.weight") == "model.q_proj.lora_A.weight"
+
+
+def test_adapters_inside_one_another_keep_apart():
+    """PEFT wraps a module once for each of its parameters that has an adapter."""
+    wraps = "base_model.model.mlp.experts", "base_model.model.mlp.experts.base_layer.base_layer"
+    assert [canonical(f"{name}.lora_A.default.weight") for name in wraps] == [
+        "mlp.experts.lora_A.weight",
+        "mlp.experts.base_layer.base_layer.lora_A.weight",
+    ]
+    assert canonical(f"{wraps[1]}.down_proj") == "mlp.experts.down_proj"
 
 
 def test_names_survive_peft_and_compile():
@@ -69,6 +79,22 @@ def test_a_partial_match_lists_the_misses():
 def test_adapters_that_do_not_add_scale_B_A_are_refused(config):
     with pytest.raises(IncompatibleError, match="plain LoRA or rsLoRA"):
         split(get_peft_model(tiny_llama(), config))
+
+
+@pytest.mark.parametrize("parameters", [["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]])
+def test_lora_of_experts_is_refused(parameters):
+    """One A and one B hold those of all experts: their product is the change of no weight."""
+    targets = {"target_parameters": [f"mlp.experts.{name}" for name in parameters], "target_modules": []}
+    model = get_peft_model(tiny_mixtral(intermediate=32), LoraConfig(r=2, **targets))
+    with pytest.raises(IncompatibleError, match=r"experts\.(base_layer\.)?lora_A.*LoRA of a mixture's experts"):
+        split(model)
+
+
+def test_lora_of_a_linear_layers_parameter_is_lora():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_parameters=["q_proj.weight"], target_modules=[]))
+    plain, adapters = split(model)
+    assert not plain
+    assert set(adapters) == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
 
 
 def test_a_merged_adapter_is_refused():
