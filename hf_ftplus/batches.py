@@ -26,6 +26,7 @@ from .strategy import Run
 logger = logging.getLogger("hf_ftplus")
 
 DEFAULT_LENGTH = 1024
+"""Where a trainer's arguments know no `max_length`; one that is None cuts nothing."""
 CHUNK = 10_000
 """Learn rows looked at at once."""
 PROTECT_BATCH = 4
@@ -74,7 +75,7 @@ def protect_batches(
             "The trainer has no tokenizer to read protect data with. Give it processing_class=tokenizer, or give "
             "protect as ready micro-batches of input_ids and labels."
         )
-    length = getattr(args, "max_length", None) or DEFAULT_LENGTH
+    length = getattr(args, "max_length", DEFAULT_LENGTH)
     first = next((name for name, task in tasks.items() if isinstance(task, data.TaskSpec) and task.generate), None)
     found = {}
     for name, task in tasks.items():
@@ -93,16 +94,16 @@ def protect_batches(
             )
             task = written.rows(name, write, args) if written else write()
         elif isinstance(task, data.TaskSpec):
-            task = data.load(task.source, task.split)
+            task = task.load(args.seed)
         done = data.tokenize(data.normalise(task, name), tokenizer, length, name)
         if done.dropped:
             logger.warning(
-                "%s: truncation at %d tokens left nothing to protect in %d of %d rows (%.0f %%): %s",
+                "%s: nothing is left to protect in %d of %d rows (%.0f %%) at max_length %s: %s",
                 name,
-                length,
                 done.dropped,
                 done.rows,
                 100 * done.dropped / done.rows,
+                length,
                 done.why(),
             )
         examples = by_length(done.examples)

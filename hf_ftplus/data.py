@@ -18,7 +18,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -185,8 +185,7 @@ def _task(value: Any, name: str) -> Any:
     if isinstance(value, (Dataset, TaskSpec)):
         return value
     if isinstance(value, str):
-        source = TaskSpec.parse(value)
-        return TaskSpec(name, source.source, source.split, source.generate)
+        return replace(TaskSpec.parse(value), name=name)
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
         return list(value)
     raise UsageError(

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from datasets import Dataset
 
 from . import data
-from .batches import DEFAULT_LENGTH
 from .callback import autocast
 from .config import RunConfig
 from .errors import DataError, FTPlusError
@@ -89,8 +88,7 @@ def _task(name: str, role: Role, rows: Dataset, config: RunConfig, trainer: SFTT
     through = of_training(config)(0) if name == "learn" and not config.tasks else None
     found = data.normalise(spread(rows, config.measure_rows), name, through)
     found = answered(name, found, trainer) if found.column_names == ["prompt"] else found
-    length = trainer.args.max_length or DEFAULT_LENGTH
-    return EvalTask.of(name, role, found, tokenizer_of(trainer), length, config.metrics.get(name))
+    return EvalTask.of(name, role, found, tokenizer_of(trainer), trainer.args.max_length, config.metrics.get(name))
 
 
 def asked_for(name: str, config: RunConfig) -> bool:

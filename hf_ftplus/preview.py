@@ -19,7 +19,6 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from . import data
-from .batches import DEFAULT_LENGTH
 from .config import RunConfig
 from .errors import DataError
 from .examples import IGNORED, Example
@@ -154,7 +153,7 @@ def _protecting(
     role = _role("protect", config.shares.get(spec.name))
     if rows is None:
         return Seen(spec.name, role, f"{spec.generate} rows, which the model writes when the run begins", [])
-    part = window(config.training.max_length or DEFAULT_LENGTH)
+    part = window(config.training.max_length)
     kept, measured = hold_out(rows, apart)
     examples = data.tokenize(kept, tokenizer, None, spec.name).examples
     about = counted(examples, spec.name, part)
@@ -166,7 +165,7 @@ def _measured(name: str, rows: Dataset, config: RunConfig, tokenizer: Any) -> Se
     if rows.column_names == ["prompt"]:
         return Seen(name, "measured", f"{len(rows)} questions, which the model answers when the run begins", [])
     examples = data.tokenize(rows, tokenizer, None, name).examples
-    return Seen(name, "measured", counted(examples, name, window(config.training.max_length or DEFAULT_LENGTH)), [])
+    return Seen(name, "measured", counted(examples, name, window(config.training.max_length)), [])
 
 
 def _role(kind: str, share: float | None) -> str:

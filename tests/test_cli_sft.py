@@ -162,7 +162,7 @@ def test_the_report_says_what_rows_a_figure_is_of(place, tmp_path, capsys, caplo
     assert any("1 of 13 rows lost their answer to truncation" in note for note in tasks["long"]["notes"])
     assert not any("rows" in note for note in tasks["protect"]["notes"])
     assert "learn: measured on trained rows" in capsys.readouterr().out
-    assert "cut: truncation at 60 tokens left nothing to protect in 1 of 11 rows (9 %): 1 are cut" in caplog.text
+    assert "cut: nothing is left to protect in 1 of 11 rows (9 %) at max_length 60: 1 are cut" in caplog.text
 
 
 @pytest.mark.fault("E8", "E10", "E11")

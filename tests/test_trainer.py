@@ -21,6 +21,7 @@ from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trai
 
 from hf_ftplus import EWC, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
 from hf_ftplus.batches import examples_of
+from hf_ftplus.data import TaskSpec
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 
 
@@ -147,6 +148,33 @@ def test_protect_rows_that_are_learnt_too_are_said_once(tmp_path, caplog, how, m
 class FailsToEvaluate(SFTTrainer):
     def evaluate(self, *args, **kwargs):
         raise RuntimeError("evaluation failed")
+
+
+def _protecting(folder, protect, **kwargs):
+    """The protect micro-batches of a run, as its strategy is given them."""
+    it = trainer(folder, EWC(strength=1), protect=protect, max_steps=1, **kwargs)
+    it.train()
+    return it.ftplus.run.protect
+
+
+@pytest.mark.parametrize("length", [None, 64])
+def test_protect_rows_are_cut_where_learn_rows_are(tmp_path, length):
+    row = {"prompt": "Say: ", "completion": "a word" * 400}
+    whole = len(tiny_tokenizer()(row["prompt"] + row["completion"] + "<|im_end|>")["input_ids"])
+    (batch,) = _protecting(tmp_path, [row], max_length=length)["protect"]
+    assert whole > 1024
+    assert batch["input_ids"].shape[1] == (length or whole)
+
+
+def test_a_task_spec_reads_its_rows_as_it_says(tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"question": "Why?", "answer": "Because."}\n')
+    spec = TaskSpec(
+        "asked",
+        str(tmp_path / "asked.jsonl"),
+        through=lambda seed: lambda row: {"prompt": row["question"], "completion": row["answer"]},
+    )
+    (batch,) = _protecting(tmp_path, {"asked": spec})["asked"]
+    assert "Because." in tiny_tokenizer().decode(batch["input_ids"][0])
 
 
 def test_a_failure_before_the_save_leaves_no_half_checkpoint(tmp_path):
