@@ -265,13 +265,13 @@ class StrategyCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The Trainer saves, rotates and pushes before on_save: write now what belongs to the checkpoint it will make.
         # Within a trainer `_save_checkpoint` does, and no folder is left behind when evaluation fails in between.
-        if control.should_save and not self.within_trainer:
-            self.save(args, state.global_step)
+        if control.should_save:
+            self._save_alone(args, state)
 
     on_epoch_end = on_step_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.save(args, state.global_step)  # nothing is written twice; this is for save_strategy="best"
+        self._save_alone(args, state)  # nothing is written twice; this is for save_strategy="best"
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -337,9 +337,13 @@ class StrategyCallback(TrainerCallback):
             return {}
         return found
 
-    def save(self, args: TrainingArguments, step: int, again: bool = False) -> None:
-        """Write the state of every strategy into the checkpoint of this step: once, unless `again`."""
-        folder = Path(args.output_dir) / f"checkpoint-{step}" / STATE_FOLDER
+    def _save_alone(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not self.within_trainer:
+            self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+
+    def save(self, checkpoint: Path, step: int, again: bool = False) -> None:
+        """Write the state of every strategy into a checkpoint, which is of this step: once, unless `again`."""
+        folder = checkpoint / STATE_FOLDER
         if self.run and (self.strategies or self.run.tasks) and (again or self._saved != folder):
             self._saved = folder
             self._plugins = published(self.strategies) if self._plugins is None else self._plugins

@@ -215,7 +215,7 @@ class StrategyMixin(MixingMixin):
         try:
             with commit.writing(checkpoint):
                 if self.ftplus is not None:
-                    self.ftplus.save(self.args, self.state.global_step, again=True)
+                    self.ftplus.save(checkpoint, self.state.global_step, again=True)
                 super()._save_checkpoint(model, trial)
                 self._commit(checkpoint)
         finally:

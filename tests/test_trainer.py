@@ -468,6 +468,19 @@ def test_a_run_resumed_at_its_end_takes_no_further_step(tmp_path, strategies, ep
     assert same(weights_of(again), weights_of(ended))
 
 
+def test_state_lies_beside_the_weights_wherever_the_trainer_puts_its_checkpoints(tmp_path):
+    """Each trial of a hyperparameter search has a folder of its own."""
+
+    class Trial(SFTTrainer):
+        def _get_output_dir(self, trial):
+            return str(tmp_path / "run-3")
+
+    it = trainer(tmp_path, EWC(strength=10), cls=Trial, save_strategy="steps", save_steps=3, max_steps=3)
+    it.train()
+    assert (tmp_path / "run-3" / "checkpoint-3" / "ftplus" / "ewc.safetensors").is_file()
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
 def test_the_anchor_is_not_taken_again_from_resumed_weights(tmp_path):
     trainer(tmp_path, "ewc", save_strategy="steps", save_steps=3).train()
     resumed = trainer(tmp_path, "ewc", save_strategy="steps", save_steps=3)
