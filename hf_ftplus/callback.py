@@ -140,6 +140,12 @@ class StrategyCallback(TrainerCallback):
                 "FSDP version 1 flattens weights into one, so strategies cannot tell them apart. Set fsdp_version: 2 "
                 "in the accelerate config, or type --accelerate_config fsdp2."
             )
+        looking = [s.name for s in self.strategies if s.overrides("token_loss") or acts_on_gradients(s)]
+        if looking and (getattr(model, "tp_size", None) or 1) > 1:
+            raise IncompatibleError(
+                f"{', '.join(looking)} cannot tell the parts of a weight that tensor parallelism (tp_plan) splits over "
+                f"{model.tp_size} processes. Load the model without tp_plan, and type --accelerate_config fsdp2."
+            )
         out = Path(args.output_dir) / STATE_FOLDER / "memory"
         return Run(
             model=model,
@@ -414,6 +420,13 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
         raise IncompatibleError(
             "enable_jit_checkpoint saves within a step, from which no run goes on as it would have. Leave it out: "
             "ftplus sft saves after the step when it is told to stop."
+        )
+    reading = [strategy.name for strategy in strategies if strategy.overrides("token_loss")]
+    if reading and args.n_gpu > 1:
+        raise IncompatibleError(
+            f"{', '.join(reading)} reads hidden states, of which each of {args.n_gpu} devices of one process would see "
+            f"a part (DataParallel). Start a process for each: accelerate launch --num_processes {args.n_gpu} "
+            "SCRIPT.py; or choose one device: CUDA_VISIBLE_DEVICES=0."
         )
     for strategy in strategies if not args.resume_from_checkpoint else ():
         strategy.refuse(None)

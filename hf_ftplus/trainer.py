@@ -171,6 +171,11 @@ class StrategyMixin(MixingMixin):
         extra = self.ftplus.acting("token_loss") if self.ftplus is not None and self.model.training else []
         if not extra:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if "labels" not in inputs:
+            raise IncompatibleError(
+                f"{extra[0].name} compares at labels, and the rows of this {type(self).__name__} have "
+                f"{', '.join(inputs) or 'no columns'}. Use it in an SFTTrainer, or give rows of input_ids and labels."
+            )
         self._hidden.clear()
         labels, num_items = inputs["labels"], kwargs.get("num_items_in_batch")
         given = dict(inputs)

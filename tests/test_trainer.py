@@ -19,7 +19,7 @@ from tiny import tiny_llama, tiny_mixtral, tiny_tokenizer
 from training import LEARN, PROTECT, Diary, arguments, far, moved, same, trainer, weights_of
 from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_ftplus import EWC, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
+from hf_ftplus import EWC, Replay, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
 from hf_ftplus.batches import examples_of
 from hf_ftplus.data import TaskSpec
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
@@ -268,6 +268,33 @@ def test_attach_serves_dpo(tmp_path):
     held, free = attach(dpo(tmp_path / "a"), EWC(strength=1e6), protect=PROTECT), dpo(tmp_path / "b")
     held.train(), free.train()
     assert 0 < moved(held) < 0.8 * moved(free)
+
+
+def test_a_loss_on_outputs_says_that_it_needs_labels(tmp_path):
+    class Unlabelled(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).logits.mean()
+
+        def get_train_dataloader(self):
+            return [{"input_ids": torch.tensor([[5, 6, 7]])}] * 4
+
+    it = attach(plain_trainer(tmp_path, Unlabelled), "distill", protect=PROTECT)
+    with pytest.raises(IncompatibleError, match=r"distill compares at labels.* this Unlabelled have input_ids\. Use"):
+        it.train()
+
+
+def test_a_model_in_parts_is_refused_where_parts_would_be_taken_for_the_whole(tmp_path):
+    it = trainer(tmp_path / "a")
+    it.model._tp_size = 2
+    for strategy in ("ewc", "si", "distill"):
+        with pytest.raises(IncompatibleError, match=f"{strategy} cannot tell .* over 2 processes.*without tp_plan"):
+            attach(it, strategy, protect=PROTECT)
+        it.ftplus = None
+    attach(it, Replay(share=0.2), protect=PROTECT)
+    it = trainer(tmp_path / "b")
+    it.args._n_gpu = 2
+    with pytest.raises(IncompatibleError, match=r"distill reads .* 2 devices .*--num_processes 2"):
+        attach(it, "distill", protect=PROTECT)
 
 
 def test_what_cannot_be_attached_to_is_said(tmp_path):
