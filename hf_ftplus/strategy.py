@@ -44,7 +44,7 @@ import typing
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import IncompatibleError, UsageError, nearest
@@ -280,7 +280,7 @@ class Setting:
         where = f"{strategy}.{self.name}"
         try:
             value = _cast(value, self.type)
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             wanted = getattr(self.type, "__name__", str(self.type).removesuffix(" | None"))
             raise UsageError(f"{where} is {value!r}; expected {wanted} ({self.help}).") from None
         if value is None:
@@ -299,23 +299,24 @@ class Setting:
         return value
 
 
+SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
 def _cast(value: Any, kind: Any) -> Any:
-    """`value` (often a string of the command line) as `kind`; lossless or ValueError."""
+    """`value` (often a string of the command line) as `kind`; lossless or an error."""
     options = typing.get_args(kind)
     if options:  # float | None
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
         return _cast(value, next(option for option in options if option is not type(None)))
     if kind is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        return (
-            value if isinstance(value, bool) else words[str(value).lower()] if str(value).lower() in words else int("")
-        )
-    if isinstance(value, bool):
+        return value if isinstance(value, bool) else SWITCHES[str(value).lower()]
+    if isinstance(value, bool) or (kind is str and not isinstance(value, (str, int, float, PurePath))):
         raise ValueError(value)
-    if kind is int:
-        return int(value) if isinstance(value, str) else int(value) if value == int(value) else int("")
-    return kind(value)
+    found = kind(value)
+    if kind is int and not isinstance(value, str) and found != value:
+        raise ValueError(value)
+    return found
 
 
 def settings(strategy: type[Strategy]) -> list[Setting]:

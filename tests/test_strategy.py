@@ -23,13 +23,14 @@ class Hold(Strategy):
     kind: str = setting("sign", "how it looks", choices=("sign", "sampled"))
     quiet: bool = setting(False, "say less")
     cap: float | None = setting(None, "never more than this", high=10)
+    name_of: str = setting("start", "whom it asks")
 
     def before_step(self, run) -> None: ...
 
 
 def test_settings_are_read_from_the_dataclass_in_its_order():
     found = settings(Hold)
-    assert [item.name for item in found] == ["strength", "rows", "damping", "kind", "quiet", "cap"]
+    assert [item.name for item in found] == ["strength", "rows", "damping", "kind", "quiet", "cap", "name_of"]
     first = found[0]
     assert (first.type, first.default, first.help, first.unit) == (float, 1.0, "how hard it holds", "nats per token")
     assert settings(Strategy) == []
@@ -44,6 +45,7 @@ def test_a_range_is_said_in_words():
         "kind": "one of 'sign', 'sampled'",
         "quiet": "",
         "cap": "10 or less",
+        "name_of": "",
     }
 
 
@@ -86,6 +88,8 @@ def test_a_value_becomes_the_type_of_its_setting(name, given, taken):
         ("rows", "1.5", r"hold\.rows is '1\.5'; expected int"),
         ("rows", float("inf"), r"hold\.rows is inf; expected int"),
         ("rows", [], r"hold\.rows is \[\]; expected int"),
+        ("name_of", None, r"hold\.name_of is None; expected str"),
+        ("name_of", ["a"], r"hold\.name_of is \['a'\]; expected str"),
         ("damping", 0, r"hold\.damping is 0\.0; expected above 0, at most 1\."),
         ("damping", 2, r"hold\.damping is 2\.0; expected above 0, at most 1\."),
         ("kind", "sampeld", r"expected one of 'sign', 'sampled'\. Did you mean 'sampled'\?"),
