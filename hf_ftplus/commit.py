@@ -17,7 +17,6 @@ order.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from .disk import flush, migrated, read_manifest, replace
+from .disk import flush, read_format, read_manifest, replace, sha256
 from .errors import FTPlusError, IncompatibleError, StorageError
 
 logger = logging.getLogger("hf_ftplus")
@@ -47,7 +46,6 @@ COMMIT = "ftplus/commit.json"
 WRITING = "ftplus/writing"
 INCOMPLETE, DAMAGED, REPLACED, DELETED, FOREIGN = ".incomplete-", ".damaged-", ".replaced-", ".deleted-", ".foreign-"
 UNFINISHED = "it was being written when the run ended"
-BLOCK = 2**22
 SAFE_TORCH = "2.10"
 """First whose torch.load(weights_only=True), by which the Trainer reads optimizer and generators, has no known hole."""
 _seen_whole: dict[Path, tuple] = {}
@@ -191,15 +189,7 @@ def _files(checkpoint: Path) -> Iterator[Path]:
 
 def _flushed_sum(path: Path) -> str:
     flush(path)
-    return _sum(path)
-
-
-def _sum(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()
+    return sha256(path)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -259,17 +249,12 @@ def read_commit(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = migrated(read_manifest(path), FORMAT, MIGRATIONS)
+        found = read_format(path, FORMAT, MIGRATIONS)
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} is damaged: {error}. Use an earlier checkpoint.") from None
-    if type(found.get("format")) is int and found["format"] > FORMAT:
-        raise IncompatibleError(
-            f"{path} has format {found['format']}; this hf_ftplus reads format {FORMAT}. Upgrade hf-ftplus."
-        )
     files = found.get("files")
     sound = (
-        found.get("format") == FORMAT
-        and type(found.get("step")) is int
+        type(found.get("step")) is int
         and isinstance(found.get("run"), dict)
         and isinstance(files, dict)
         and all(isinstance(entry, dict) and _inside(name) for name, entry in files.items())
@@ -298,7 +283,7 @@ def _fault_of_committed(checkpoint: Path, found: dict[str, Any]) -> str:
         return why
     names = list(found["files"])
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(names, pool.map(lambda name: _sum(checkpoint / name), names), strict=True):
+        for name, digest in zip(names, pool.map(lambda name: sha256(checkpoint / name), names), strict=True):
             if digest != found["files"][name].get("sha256"):
                 return f"{name} is not what was written there (sha256 differs)"
     if _numbered(checkpoint) and found["step"] != _step(checkpoint):

@@ -7,6 +7,8 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
+from .disk import sha256
+
 
 def of_file(path: Path) -> str:
     """The sha256 of all its bytes; read once, as long as neither its size nor its time changes."""
@@ -16,11 +18,7 @@ def of_file(path: Path) -> str:
 
 @lru_cache(None)
 def _of_file(path: Path, size: int, changed: int) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+    return sha256(path)
 
 
 def of_path(path: Path, above: frozenset[tuple[int, int]] = frozenset()) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -14,12 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import StorageError
+from .errors import IncompatibleError, StorageError
 
 logger = logging.getLogger("hf_ftplus")
 
 MOST = 64 * 2**20
 """Bytes of a manifest; that of a model with a million weights is smaller."""
+BLOCK = 2**22
+"""Bytes read at a time."""
 LOCK = ".ftplus.lock"
 
 
@@ -46,6 +49,15 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Of all bytes of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
 
 
 def read_json(path: Path) -> Any:
@@ -78,16 +90,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return found
 
 
-def migrated(manifest: dict[str, Any], now: int, steps: dict[int, Callable[[dict], dict]]) -> dict[str, Any]:
-    """A manifest of an older format as it would be written `now`; the file stays as it is.
+def read_format(path: Path, now: int, steps: dict[int, Callable[[dict], dict]]) -> dict[str, Any]:
+    """A manifest, one of an older format as it would be written `now`; the file stays as it is.
 
     Args:
-        manifest: as it was read; one that no step is known for comes back as it is.
+        path: of the manifest.
         now: the format that is read today.
         steps: format -> what makes a manifest of the next one of it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no manifest, or of a format that no step leads on from.
+        IncompatibleError: a newer version wrote it.
     """
-    while type(manifest.get("format")) is int and manifest["format"] < now and manifest["format"] in steps:
-        manifest = {**steps[manifest["format"]](manifest), "format": manifest["format"] + 1}
+    manifest = read_manifest(path)
+    found = manifest.get("format")
+    if type(found) is int and found > now:
+        raise IncompatibleError(f"{path} has format {found}; this hf_ftplus reads format {now}. Upgrade hf-ftplus.")
+    while type(found) is int and found in steps and found < now:
+        found, manifest = found + 1, {**steps[found](manifest), "format": found + 1}
+    if type(found) is not int or found != now:
+        raise ValueError(f"it has format {found!r}; expected {now}")
     return manifest
 
 

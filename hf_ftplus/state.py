@@ -10,7 +10,6 @@ of the model. Nothing is ever unpickled.
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .disk import migrated, read_manifest, replace
+from .disk import read_format, replace, sha256
 from .errors import FTPlusError, IncompatibleError, StorageError
 from .sketch import compare, sketch
 from .weights import canonical, match, trainable
@@ -289,7 +288,7 @@ def _written(
         for name, tensors in files.items():
             path = folder / f"{name}.safetensors"
             replace(path, lambda file, tensors=tensors: save_file(tensors, file))
-            entries[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+            entries[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
         text = json.dumps({"format": FORMAT, **facts, "files": entries}, indent=1)
         replace(folder / MANIFEST, lambda file: file.write_text(text))
     except OSError as error:
@@ -318,18 +317,11 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = migrated(read_manifest(path), FORMAT, MIGRATIONS)
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError):
-        raise StorageError(f"{path} is damaged. Use an earlier checkpoint, or another run's memory.") from None
-    if type(version) is int and version > FORMAT:
-        raise IncompatibleError(
-            f"{path} has format {version}; this hf_ftplus reads format {FORMAT}. Upgrade hf-ftplus."
-        )
-    if version != FORMAT or not _sound(manifest):
-        raise StorageError(f"{path} is damaged. Use an earlier checkpoint, or another run's memory.")
-    return manifest
+    with suppress(OSError, ValueError):
+        manifest = read_format(path, FORMAT, MIGRATIONS)
+        if _sound(manifest):
+            return manifest
+    raise StorageError(f"{path} is damaged. Use an earlier checkpoint, or another run's memory.")
 
 
 def _sound(manifest: dict[str, Any]) -> bool:
@@ -356,7 +348,7 @@ def _read(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor
     from safetensors.torch import load_file
 
     path = folder / f"{name}.safetensors"
-    if not path.is_file() or _sha256(path) != manifest["files"][name]["sha256"]:
+    if not path.is_file() or sha256(path) != manifest["files"][name]["sha256"]:
         raise StorageError(
             f"{path} is missing or not what was written there (sha256 differs). Use an earlier checkpoint, or another "
             "run's memory."
@@ -365,12 +357,3 @@ def _read(folder: Path, name: str, manifest: dict[str, Any]) -> dict[str, Tensor
         return load_file(path)
     except SafetensorError as error:  # somebody wrote both anew
         raise StorageError(f"{path} is no safetensors file: {error}. Use an earlier checkpoint.") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )

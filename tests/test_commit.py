@@ -13,7 +13,7 @@ from peft import LoraConfig
 from tiny import tiny_llama
 from training import LEARN, PROTECT, same, trainer, weights_of
 
-from hf_ftplus import EWC, commit
+from hf_ftplus import EWC, commit, disk
 from hf_ftplus.errors import IncompatibleError, StorageError
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -39,7 +39,7 @@ def commit_again(checkpoint):
     file = checkpoint / commit.COMMIT
     found = json.loads(file.read_text())
     for name, entry in found["files"].items():
-        entry |= {"bytes": (checkpoint / name).stat().st_size, "sha256": commit._sum(checkpoint / name)}
+        entry |= {"bytes": (checkpoint / name).stat().st_size, "sha256": disk.sha256(checkpoint / name)}
     file.write_text(json.dumps(found))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from .. import disk
 from ..errors import StorageError, UsageError
 from . import base as bases
-from .base import CHUNK, Base
+from .base import Base
 
 MANIFEST, CARD = "manifest.json", "README.md"
 FILES = (MANIFEST, bases.FILE, CARD, "*.safetensors")
@@ -107,19 +106,11 @@ def verify(folder: Path) -> dict[str, int]:
         named = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise StorageError(f"{file} is damaged; expected what `ftplus memory` writes. Get it again.") from None
-    for name, (_, sha256) in named.items():
+    for name, (_, digest) in named.items():
         path = folder / f"{name}.safetensors"
-        if not re.fullmatch(r"[\w-]+", name) or not path.is_file() or _sha256(path) != sha256:
+        if not re.fullmatch(r"[\w-]+", name) or not path.is_file() or disk.sha256(path) != digest:
             raise StorageError(f"{path} is missing or not what was written there (sha256 differs). Get it again.")
     return {name: size for name, (size, _) in named.items()}
-
-
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as content:
-        while part := content.read(CHUNK):
-            total.update(part)
-    return total.hexdigest()
 
 
 @contextmanager
