@@ -257,6 +257,7 @@ def without(*keys, **more):
     return lambda given: {key: value for key, value in given.items() if key not in keys} | more
 
 
+EWC_ALONE = ["--plugins", "ewc", "--learning-rates", "1e-4"]
 REFUSED = {
     "no config": (None, ["compare", "--plugins", "none"], "There is no config"),
     "no candidates": (None, ["compare", "--config", "{run}"], "There are no candidates"),
@@ -267,6 +268,8 @@ REFUSED = {
     "nothing measured": (without(measure_rows=0), [], "measures nothing of what is learnt"),
     "resumed": (without(resume_from_checkpoint=True), [], "goes on by itself"),
     "a seed in words": (without(seed="x"), [], "seed: 'x' in the config"),
+    "strengths of none": (None, ["--strengths", "1,2"], "no candidate has a strength that is still to be set"),
+    "rates without none": (None, ["compare", "--config", "{run}", *EWC_ALONE], "Add none"),
     "an unknown key": (without(learning_rte=1), [], "Did you mean 'learning_rate'"),
 }
 

@@ -63,7 +63,8 @@ def rows(texts: Sequence[str], config: RunConfig, strengths: str | None, rates: 
         config: the run that they change; settings of its strategies are those of candidates that say nothing else.
 
     Raises:
-        UsageError: an unknown strategy or setting with the nearest known one, no candidate, or one that stands twice.
+        UsageError: an unknown strategy or setting with the nearest known one, no candidate, or one that stands twice;
+            strengths or learning rates that no candidate takes.
     """
     words = [word.strip() for text in texts for word in text.split(",")]
     if not all(words) or not words:
@@ -71,7 +72,9 @@ def rows(texts: Sequence[str], config: RunConfig, strengths: str | None, rates: 
     factors, levels = _strengths(strengths)
     swept = _numbers(rates, "--learning-rates") if rates else [float(f"{factor * _rate(config):g}") for factor in SWEEP]
     found: list[Row] = []
-    for candidate in map(parse, words):
+    candidates = [parse(word) for word in words]
+    _refuse_idle(candidates, strengths, rates)
+    for candidate in candidates:
         if candidate.parts:
             found += _of_strategies(candidate, config, factors, levels)
         else:
@@ -103,6 +106,28 @@ def parse(word: str) -> Candidate:
     return Candidate(word, [], _positive(given[RATE], f"--plugins {word!r}") if given else None)
 
 
+def _refuse_idle(candidates: list[Candidate], strengths: str | None, rates: str | None) -> None:
+    """Raise for numbers that no candidate takes."""
+    if strengths and not any(_movable(*part) for candidate in candidates for part in candidate.parts):
+        raise UsageError(
+            f"--strengths {strengths}: no candidate has a strength that is still to be set. Leave it out, or add one "
+            "that has: --plugins none,ewc"
+        )
+    if rates and all(candidate.parts or candidate.rate for candidate in candidates):
+        raise UsageError(
+            f"--learning-rates {rates}: they are those of none, and no candidate is none without a rate of its own. "
+            "Add none, or set learning_rate in the config for all."
+        )
+
+
+def _movable(name: str, given: dict[str, str]) -> bool:
+    """Whether a strategy has a strength that the candidate leaves to --strengths."""
+    from ..plugins import load
+    from ..strategy import settings
+
+    return "strength" not in given and "strength" in [item.name for item in settings(load(name))]
+
+
 def _plain(rate: float) -> Row:
     return Row(f"{NONE}:{RATE}={_short(rate)}", rate)
 
@@ -116,10 +141,7 @@ def _of_strategies(
     names = [strategy.name for strategy in base]
     if len(set(names)) < len(names):
         raise UsageError(f"--plugins {candidate.text!r}: a strategy stands twice. Give each once.")
-    movable = [
-        "strength" in _settings(strategy) and "strength" not in given
-        for strategy, (_, given) in zip(base, candidate.parts, strict=True)
-    ]
+    movable = [_movable(*part) for part in candidate.parts]
     steps = [(factor, None) for factor in factors] + [(1.0, level) for level in levels] if any(movable) else []
     found = []
     for factor, level in steps or [(1.0, None)]:
