@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +41,27 @@ def replace(path: Path, write: Callable[[Path], Any], private: bool = False) -> 
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def writable(folder: Path, flag: str) -> Path:
+    """The folder that was typed after `flag`, tried before anything is loaded; it is not made yet.
+
+    Raises:
+        StorageError: nothing can be written there.
+    """
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        os.rmdir(tempfile.mkdtemp(dir=there, prefix=".ftplus-"))
+    except OSError as error:
+        raise StorageError(f"{flag} {folder} cannot be written: {error.strerror}. Choose another folder.") from None
+    return folder
+
+
+def refuse_full(folder: Path, flag: str = "--out") -> None:
+    """Raise StorageError for a folder that holds something, or cannot be made."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise StorageError(f"{flag} {folder} is not an empty folder. Choose another.")
+    writable(folder, flag)
 
 
 def flush(path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import reason
+from .disk import refuse_full
 from .errors import IncompatibleError, StorageError, UsageError
 from .evaluation.found import as_found, positions
 from .trained import base_of, load, weights
@@ -81,8 +82,7 @@ def merge(
     """
     if base_of(name) is None:
         raise UsageError(f"{name} holds no adapter (adapter_config.json): nothing to merge.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"--out {out} is not an empty folder. Choose another.")
+    refuse_full(out)
     it = load(name, dtype, device)
     if getattr(it.model.config, "quantization_config", None):
         raise IncompatibleError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import weakref
 from importlib.util import find_spec
@@ -410,6 +411,8 @@ def test_rows_that_the_first_model_writes(place, tmp_path):
         ("base --config rows.yaml", 2, "measure_rows: 0; expected a whole number of 1 or more"),
         ("base other --measure a=asked.jsonl", 4, "other reads a otherwise than base does (vocabularies of "),
         ("base --measure a=asked.jsonl --out asked.jsonl/x", 6, "--out asked.jsonl/x cannot be written"),
+        ("bse --measure a=asked.jsonl --out scores --cache kept", 3, "There is no folder bse"),
+        ("base --measure a=asked.jsonl --lm-eval-include tasks", 2, "does nothing without --lm-eval"),
         ("base --measure a=asked.jsonl --cache asked.jsonl", 6, "--cache asked.jsonl cannot be written"),
         ("base --measure a=asked.jsonl --measure_rows 0", 2, "0 is not in the range"),
         ("base --measure a=asked.jsonl --device nowhere", 3, "--device nowhere"),
@@ -432,6 +435,7 @@ def test_every_careless_act_is_one_sentence(place, tmp_path, capsys, monkeypatch
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+    assert not {"scores", "kept"} & set(os.listdir())
     assert "Traceback" not in error
 
 

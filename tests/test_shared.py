@@ -154,7 +154,7 @@ def test_what_a_run_left_is_published_and_found_beside_its_model(place, tmp_path
         (["pull", "me/nothing", "--out", "x"], 6, "The Hub refused me/nothing (RepositoryNotFoundError, 404)"),
         (["pull", "me/empty", "--out", "x"], 6, "me/empty holds no memory: neither manifest.json nor ftplus/memory/"),
         (["pull", "a//b", "--out", "x"], 2, "expected OWNER/NAME"),
-        (["pull", "me/empty", "--out", "full"], 6, "holds something already"),
+        (["pull", "me/empty", "--out", "full"], 6, "full is not an empty folder"),
         (["push", "full", "me/new"], 6, "full holds no manifest.json"),
     ],
 )
@@ -167,6 +167,16 @@ def test_what_goes_wrong_is_said(tmp_path, monkeypatch, capsys, line, code, said
         assert main(["memory", *line]) == code
     assert said in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("line", ["make --model {model} --protect {data}", "pull me/velmora"])
+def test_a_folder_that_cannot_be_is_said_before_anything_is_loaded(place, tmp_path, monkeypatch, capsys, line):
+    monkeypatch.setattr("hf_ftplus.shared.made.load", None)
+    (tmp_path / "file").touch()
+    given = line.format(model=place / "model", data=place / "protect.jsonl").split()
+    with hub(monkeypatch, tmp_path / "cache"):
+        assert main(["memory", *given, "--out", str(tmp_path / "file" / "memory")]) == 6
+    assert "file/memory cannot be written: Not a directory. Choose another" in capsys.readouterr().err
 
 
 def test_offline_it_says_so(tmp_path, capsys):

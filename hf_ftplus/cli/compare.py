@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from ..config import read_yaml
+from ..disk import writable
 from ..errors import UsageError
-from .eval import writable
 from .sft import take_environment
 
 

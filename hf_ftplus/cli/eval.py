@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import OPTIONS, merge, read_yaml
-from ..errors import StorageError, UsageError, nearest
+from ..disk import writable
+from ..errors import UsageError, nearest
 from .generate import device_option, dtype_option
 from .sft import take_environment
 
@@ -117,6 +118,10 @@ def eval(
         raise UsageError(
             "There is no model. Type ftplus eval MODEL [MODEL...] --measure NAME=DATA, the first to compare with."
         )
+    if lm_eval_include and not lm_eval:
+        raise UsageError(
+            f"--lm-eval-include {lm_eval_include} does nothing without --lm-eval TASK. Type that, too, or leave it out."
+        )
     yaml = take_environment(read_yaml(config_file))
     ours, rest = merge(flags, yaml)
     typed = {"seed": seed, "max_length": max_length, "measure_rows": flags["measure_rows"]}
@@ -180,18 +185,6 @@ def run(plan: Plan, kept: Any, out: Path | None, benchmarks: list[Any]) -> None:
             "nothing is measured again.",
             err=True,
         )
-
-
-def writable(folder: Path, flag: str) -> Path:
-    """The folder, made if need be and tried before anything is loaded."""
-    trial = folder / ".ftplus-trial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise StorageError(f"{flag} {folder} cannot be written: {error.strerror}. Choose another folder.") from None
-    return folder
 
 
 def _whole(key: str, value: Any) -> int:

@@ -97,9 +97,6 @@ def push(folder: Path, repo: str, base: str | None, private: bool) -> None:
 def pull(repo: str, out: Path, revision: str | None) -> None:
     """Download a memory, and verify every byte of it."""
     from ..shared.hub import pull, verify
-    from ..shared.made import refuse_full
-
-    refuse_full(out)
 
     base = pull(repo, out, revision=revision)
     click.echo(f"{sum(verify(out).values()) / 1e6:.1f} MB in {out}, verified.")

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from .. import __version__
+from ..disk import refuse_full
 from ..errors import StorageError, UsageError
 
 TEMPLATE = Path(__file__).parents[1] / "template"
@@ -65,8 +66,7 @@ def write(folder: Path, name: str, author: str) -> list[Path]:
     Raises:
         StorageError: the folder holds something, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StorageError(f"{folder} is not an empty folder. Choose another: --out FOLDER.")
+    refuse_full(folder)
     words = {
         "ftplus_ownidea": f"ftplus_{module(name)}",
         "test_ownidea": f"test_{module(name)}",

@@ -67,8 +67,10 @@ def pull(repo: str, folder: Path, *, revision: str | None = None) -> Base:
     A model that was pushed with its memory under ftplus/memory is its base; of that only the memory is downloaded.
 
     Raises:
-        StorageError: no such repository, no memory in it, or a damaged one; nothing is left behind.
+        StorageError: no such repository, no memory in it, or a damaged one; or `folder` holds something, or cannot be
+            made. Nothing is left behind.
     """
+    disk.refuse_full(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:

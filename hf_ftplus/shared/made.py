@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ..callback import StrategyCallback
 from ..data import parse_all
-from ..errors import StorageError
+from ..disk import refuse_full
 from ..model import to_train
 from ..strategies.ewc import EWC
 from ..strategy import Memory
@@ -47,7 +47,7 @@ def make(
         rows, max_length, batch_size: of the protect data; smaller batches are steadier.
 
     Raises:
-        StorageError: the folder holds something.
+        StorageError: the folder holds something, or cannot be made.
         DataError, UsageError: no such model or data.
     """
     specs = parse_all(protect)
@@ -75,9 +75,3 @@ def make(
 def adapted(model: Any) -> Any:
     """The model with the smallest adapter that covers every linear layer: EWC then keeps sums over rows and columns."""
     return get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
-
-
-def refuse_full(folder: Path) -> None:
-    """Raise StorageError for a folder that holds anything."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StorageError(f"--out {folder} holds something already; expected an empty folder, or none.")
