@@ -114,6 +114,14 @@ def test_it_goes_to_the_hub_with_a_card_and_comes_back_verified(place, made, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "cache"]
 
 
+def test_a_memory_of_a_folder_is_pushed_under_the_name_that_others_know(made, tmp_path, monkeypatch):
+    folder = shutil.copytree(made, tmp_path / "memory")
+    with hub(monkeypatch, tmp_path / "cache") as there:
+        assert main(["memory", "push", str(folder), "me/velmora", "--base", "me/model"]) == 0
+        about = json.loads(there.repos["me/velmora"]["base.json"])
+    assert about == json.loads((made / "base.json").read_text()) | {"name": "me/model"}
+
+
 def test_what_arrives_damaged_is_not_kept(made, tmp_path, monkeypatch, capsys):
     with hub(monkeypatch, tmp_path / "cache") as there:
         assert main(["memory", "push", str(made), "me/velmora"]) == 0
@@ -132,6 +140,8 @@ def test_what_a_run_left_is_published_and_found_beside_its_model(place, tmp_path
         assert "Type --base NAME" in capsys.readouterr().err
         assert main(["memory", "push", str(out / "ftplus" / "memory"), "me/left", "--base", "me/model"]) == 0
         assert content_hash(str(out))[0] in there.repos["me/left"]["README.md"].decode()
+        assert main(["memory", "push", str(out / "ftplus" / "memory"), "me/left", "--base", "me/renamed"]) == 0
+        assert "me/renamed" in there.repos["me/left"]["README.md"].decode()
         memory = there.repos["me/left"]
         there.repos["me/model"] = {
             f"ftplus/memory/{name}": memory[name] for name in ("manifest.json", "ewc.safetensors")

@@ -81,7 +81,7 @@ def make(model: str, protect: tuple[str, ...], out: Path, **how: Any) -> None:
 @memory.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
-@click.option("--base", metavar="NAME", help="Of what a run left: the name on the Hub of the model that it saved.")
+@click.option("--base", metavar="NAME", help="Name on the Hub of the model that it is of, or that the run saved.")
 @click.option("--private", is_flag=True, help="Make the repository private.")
 def push(folder: Path, repo: str, base: str | None, private: bool) -> None:
     """Upload a memory to the Hub, with a card that says what it is of."""

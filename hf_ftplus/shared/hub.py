@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -31,14 +32,19 @@ def push(folder: Path, repo: str, *, base: str | None = None, private: bool = Fa
 
     Args:
         folder: what `make` wrote, or OUTPUT/ftplus/memory of a run.
-        base: for what a run left: the name under which others get the model that it saved.
+        base: the name under which others get the model that it is of; what a run left needs it.
 
     Raises:
         UsageError: a run's memory, and no `base`.
         StorageError: a damaged memory, or the Hub refused it.
     """
     sizes = verify(folder)
-    known = bases.read(folder) or _of_output(folder, base)
+    known = bases.read(folder)
+    if known is None:
+        known = _of_output(folder, base)
+    elif base and base != known.name:
+        known = replace(known, name=base)
+        bases.write(folder, known)
     (folder / CARD).write_text(card(known, repo, sizes), encoding="utf-8")
     with said_of(repo):
         api = HfApi(library_name="hf_ftplus")
