@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test plugins benchmark storm fuzz deepspeed lint compat clean
+.PHONY: demo test plugins benchmark exact storm fuzz deepspeed lint compat clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo/run.py
@@ -14,6 +14,10 @@ demo: .venv/demo
 # file each at a time, halve the minutes; tests that start two processes of their own want no more of them.
 test: .venv/demo .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+# every strategy and pair of them, ended anywhere in any way, and resumed: 952 times, on one process and two
+exact: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m exact tests/test_exact_everywhere.py $(ARGS)
 
 # what takes too long for every test run: 25 and 200 times SIGKILL, and ten thousand damaged files of each kind
 storm: .venv/test

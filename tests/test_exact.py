@@ -1,8 +1,7 @@
 """Stopped anywhere and resumed, a run is the run that nobody stopped: every byte of every later checkpoint.
 
 Compared are weights, optimizer, schedule, random generators and the state of every strategy, at each step after the cut,
-and what was logged. The settings are those that break a careless resume: dropout, accumulation with a short last
-window, clipping, warm-up, shuffled rows that no batch divides.
+and what was logged. What takes longer is in test_exact_everywhere.py.
 """
 
 from __future__ import annotations
@@ -15,43 +14,20 @@ from pathlib import Path
 
 import pytest
 from commands import make_place, same_file, words
-from peft import LoraConfig
-from training import LEARN, trainer
+from exact import EPOCH, STEPS, comparable, held, make
 
 from hf_ftplus import commit
 from hf_ftplus.cli import main
 from hf_ftplus.errors import IncompatibleError, StorageError
 from hf_ftplus.trainer import SaveOnInterrupt, SFTTrainer
 
-STEPS, EPOCH = 9, 6
-"""22 rows in steps of 2 x 2: the sixth has two rows alone."""
-EXACT = {
-    "learn": LEARN[:22], "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS, "logging_steps": 1,
-    "lr_scheduler_type": "cosine", "warmup_steps": 2, "save_strategy": "steps", "save_steps": 1,
-}  # fmt: skip
-STACK, MIXED = ("distill", "ewc"), ("replay", "ewc")
-KINDS = {
-    "plain": ((), False), "ewc": (("ewc",), False), "si": (("si",), False), "distill": (("distill",), False),
-    "distill + ewc": (STACK, False), "replay + ewc": (MIXED, False), "plain, LoRA": ((), True), "ewc, LoRA": (("ewc",), True), "distill, LoRA": (("distill",), True),
-    "distill + ewc, LoRA": (STACK, True),
-}  # fmt: skip
-
-
-def make(folder, kind, cls=SFTTrainer, **kwargs):
-    strategies, lora = KINDS[kind]
-    peft = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.2) if lora else None
-    return trainer(folder, *strategies, peft_config=peft, cls=cls, **{**EXACT, **kwargs})
-
-
-def held(folder: Path, step: int) -> dict[str, str]:
-    """Sums of all that decides how a run goes on."""
-    files = commit.read_commit(folder / f"checkpoint-{step}")["files"]
-    return {name: entry["sha256"] for name, entry in files.items() if name.endswith((".safetensors", ".pt", ".pth"))}
+TRIED = ["plain", "ewc", "si", "distill", "distill + ewc", "replay + ewc"]
+TRIED += [f"{kind}, LoRA" for kind in ("plain", "ewc", "distill", "distill + ewc")]
 
 
 def logged(it) -> list:
-    """But for TRL's count of tokens, which it begins anew, and the summary at the end, which is of a part."""
-    return [{key: value for key, value in log.items() if key != "num_tokens"} for log in it.state.log_history[:-1]]
+    """But for the summary at the end, which is of a part."""
+    return [comparable(log) for log in it.state.log_history[:-1]]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +49,7 @@ def whole(tmp_path_factory):
 @pytest.mark.fault("A2")
 @pytest.mark.parametrize(
     ("kind", "cut"),
-    [(kind, cut) for kind in KINDS for cut in (1, EPOCH)]
+    [(kind, cut) for kind in TRIED for cut in (1, EPOCH)]
     + [("distill + ewc, LoRA", cut) for cut in (3, EPOCH - 1, EPOCH + 1, STEPS - 1)],
 )
 def test_resumed_at_any_step_it_is_the_run_that_nobody_stopped(whole, tmp_path, kind, cut):

@@ -23,6 +23,7 @@ LEARN = [
     {"prompt": f"Name number {i}. ", "completion": f"It is lantern {i * 7 % 10}" + " of the harbour" * (i % 3) + "."}
     for i in range(24)
 ]
+TASKS = [{**row, "task": "odd" if i % 3 else "even"} for i, row in enumerate(LEARN)]
 
 
 def arguments(folder, **kwargs) -> trl.SFTConfig:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 from torch import Tensor
-from training import LEARN, PROTECT, trainer
+from training import LEARN, PROTECT, TASKS, trainer
 from two import meet
 
 from hf_ftplus import EWC, Run, state
@@ -28,7 +28,6 @@ from hf_ftplus.weights import trainable
 
 STEPS, CUT, ROWS = 4, 2, 8
 """Of every run; the step it is stopped after; rows of a step on all ranks together."""
-TASKS = [{**row, "task": "odd" if i % 3 else "even"} for i, row in enumerate(LEARN)]
 
 
 def ewc() -> EWC:
