@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
+from safetensors.torch import load_file
 from storm import Countdown
 from tiny import tiny_llama
 from training import LEARN, TASKS, trainer
@@ -41,17 +42,22 @@ PAIRS = (("distill", "ewc"), ("replay", "ewc"), ("replay", "distill"), ("multita
 KINDS = {" + ".join(names) or "plain": (names, False) for names in ((), *((name,) for name in ALONE), *PAIRS)}
 KINDS |= {f"{kind}, LoRA": (names, True) for kind, (names, _) in KINDS.items() if "si" not in names}
 """Strategies, and whether on an adapter. SI refuses those: the loss depends on a change B A that it cannot follow."""
+EARLIER: dict[str, Path] = {}
+"""Kind -> folder of the run whose weights it starts from, and whose memory it has."""
 
 
 def make(folder, kind, cls=SFTTrainer, world=1, **kwargs):
     strategies, lora = KINDS[kind]
-    model = tiny_llama()
+    model, memory = tiny_llama(), None
+    if kind in EARLIER:
+        model.load_state_dict(load_file(EARLIER[kind] / f"checkpoint-{STEPS}" / "model.safetensors"), strict=False)
+        memory = EARLIER[kind] / "ftplus" / "memory"
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.2
     peft = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.2) if lora else None
     return trainer(
-        folder, *strategies, model=model, peft_config=peft, cls=cls, learn=(TASKS if "multitask" in kind else LEARN)[:22],
-        per_device_train_batch_size=2 // world, **{**EXACT, **kwargs},
+        folder, *strategies, model=model, memory=memory, peft_config=peft, cls=cls,
+        learn=(TASKS if "multitask" in kind else LEARN)[:22], per_device_train_batch_size=2 // world, **{**EXACT, **kwargs},
     )  # fmt: skip
 
 
@@ -191,12 +197,17 @@ def traces(folder: Path, steps: Iterable[int], cut: int) -> dict[str, bytes]:
     for step in steps:
         checkpoint = folder / f"checkpoint-{step}"
         found |= {f"{checkpoint.name}/{name}": (checkpoint / name).read_bytes() for name in held(folder, step)}
-    logs = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
-    found |= {f"log of step {log['step']}": json.dumps(comparable(log)).encode() for log in logs}
+    found |= {f"log of step {log['step']}": json.dumps(log).encode() for log in logs(folder)}
     for file in folder.glob("rows-*.json"):
         rows = json.loads(file.read_text())
         found |= {f"{file.stem} of step {step}": json.dumps(rows[step]).encode() for step in rows if int(step) > cut}
     return found
+
+
+def logs(folder: Path) -> list[dict]:
+    """Of each step of a finished run."""
+    found = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [comparable(log) for log in found["log_history"]]
 
 
 def unlike(one: bytes, other: bytes) -> int:

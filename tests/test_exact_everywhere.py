@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from exact import CODES, EPOCH, KINDS, STEPS, STOPPED, differing, make, part
+from exact import CODES, EARLIER, EPOCH, KINDS, STEPS, STOPPED, differing, logs, make, part
 
 from hf_ftplus import Strategy, commit
 
@@ -66,6 +66,20 @@ def resumed(folder, kind, world, how, cuts):
     part(folder, kind, world)
 
 
+def unlike_at_any_cut(folder, kind, world, how, whole, total):
+    """Cuts -> what differed after them, and in how many bytes."""
+    found = {}
+    for cuts in CUTS:
+        out = folder / "-".join(map(str, cuts))
+        out.mkdir()
+        resumed(out, kind, world, how, cuts)
+        compared, unlike = differing(out, whole, cuts[-1])
+        total.update(cells=1, compared=compared, differing=sum(unlike.values()))
+        found |= {cuts: unlike} if unlike else {}
+        shutil.rmtree(out)
+    return found
+
+
 @pytest.mark.fault("A1", "A2", "A3")
 @each_world
 @pytest.mark.parametrize("how", CODES)
@@ -73,16 +87,17 @@ def resumed(folder, kind, world, how, cuts):
 def test_ended_anywhere_in_any_way_and_resumed_it_is_the_run_that_nobody_stopped(
     whole, total, tmp_path, kind, world, how
 ):
-    found = {}
-    for cuts in CUTS:
-        folder = tmp_path / "-".join(map(str, cuts))
-        folder.mkdir()
-        resumed(folder, kind, world, how, cuts)
-        compared, unlike = differing(folder, whole(kind, world), cuts[-1])
-        total.update(cells=1, compared=compared, differing=sum(unlike.values()))
-        found |= {cuts: unlike} if unlike else {}
-        shutil.rmtree(folder)
-    assert found == {}
+    assert unlike_at_any_cut(tmp_path, kind, world, how, whole(kind, world), total) == {}
+
+
+@each_world
+@pytest.mark.parametrize("kind", ["ewc", "si"])
+def test_a_run_with_the_memory_of_an_earlier_one_is_that_run_too(whole, total, tmp_path, monkeypatch, kind, world):
+    monkeypatch.setitem(EARLIER, again := f"{kind}, again", whole(kind, world))
+    monkeypatch.setitem(KINDS, again, KINDS[kind])
+    truth = whole(again, world)
+    assert unlike_at_any_cut(tmp_path, again, world, STOPPED, truth, total) == {}
+    assert logs(truth)[-1][f"{kind}/penalty"] > 0
 
 
 # ---- controls --------------------------------------------------------------------------------------------------------
