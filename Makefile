@@ -15,11 +15,11 @@ demo: .venv/demo
 test: .venv/demo .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
-# every strategy and pair of them, ended anywhere in any way, and resumed: 952 times, on one process and two
+# every strategy and pair of them, ended anywhere in any way, and resumed: 980 times, on one process and two
 exact: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m exact tests/test_exact_everywhere.py $(ARGS)
 
-# what takes too long for every test run: 25 and 200 times SIGKILL, and ten thousand damaged files of each kind
+# what takes too long for every test run: 200 times SIGKILL (there it is 25), and ten thousand damaged files of each kind
 storm: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m storm tests $(ARGS)
 
