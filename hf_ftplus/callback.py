@@ -135,17 +135,7 @@ class StrategyCallback(TrainerCallback):
 
     def _sight(self, model: torch.nn.Module, args: TrainingArguments, tokenizer: Any) -> Run:
         """The Run before a row is read: its protect tasks have names only."""
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-            raise IncompatibleError(
-                "FSDP version 1 flattens weights into one, so strategies cannot tell them apart. Set fsdp_version: 2 "
-                "in the accelerate config, or type --accelerate_config fsdp2."
-            )
-        looking = [s.name for s in self.strategies if s.overrides("token_loss") or acts_on_gradients(s)]
-        if looking and (getattr(model, "tp_size", None) or 1) > 1:
-            raise IncompatibleError(
-                f"{', '.join(looking)} cannot tell the parts of a weight that tensor parallelism (tp_plan) splits over "
-                f"{model.tp_size} processes. Load the model without tp_plan, and type --accelerate_config fsdp2."
-            )
+        refuse_parts(self.strategies, model, args)
         out = Path(args.output_dir) / STATE_FOLDER / "memory"
         return Run(
             model=model,
@@ -421,6 +411,17 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
             "enable_jit_checkpoint saves within a step, from which no run goes on as it would have. Leave it out: "
             "ftplus sft saves after the step when it is told to stop."
         )
+    for strategy in strategies if not args.resume_from_checkpoint else ():
+        strategy.refuse(None)
+
+
+def refuse_parts(strategies: list[Strategy], model: torch.nn.Module, args: TrainingArguments) -> None:
+    """Raise where strategies would take a part of a weight, or of the rows, for the whole."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise IncompatibleError(
+            "FSDP version 1 flattens weights into one, so strategies cannot tell them apart. Set fsdp_version: 2 "
+            "in the accelerate config, or type --accelerate_config fsdp2."
+        )
     reading = [strategy.name for strategy in strategies if strategy.overrides("token_loss")]
     if reading and args.n_gpu > 1:
         raise IncompatibleError(
@@ -428,8 +429,12 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
             f"a part (DataParallel). Start a process for each: accelerate launch --num_processes {args.n_gpu} "
             "SCRIPT.py; or choose one device: CUDA_VISIBLE_DEVICES=0."
         )
-    for strategy in strategies if not args.resume_from_checkpoint else ():
-        strategy.refuse(None)
+    looking = [it.name for it in strategies if it.overrides("token_loss") or acts_on_gradients(it)]
+    if looking and (getattr(model, "tp_size", None) or 1) > 1:
+        raise IncompatibleError(
+            f"{', '.join(looking)} cannot tell the parts of a weight that tensor parallelism (tp_plan) splits over "
+            f"{model.tp_size} processes. Load the model without tp_plan, and type --accelerate_config fsdp2."
+        )
 
 
 def zero_stage(args: TrainingArguments) -> int:

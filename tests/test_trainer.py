@@ -19,8 +19,9 @@ from tiny import tiny_llama, tiny_mixtral, tiny_tokenizer
 from training import LEARN, PROTECT, Diary, arguments, far, moved, same, trainer, weights_of
 from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_ftplus import EWC, Replay, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
+from hf_ftplus import EWC, Distill, Replay, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
 from hf_ftplus.batches import examples_of
+from hf_ftplus.callback import refuse
 from hf_ftplus.data import TaskSpec
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 
@@ -295,6 +296,7 @@ def test_a_model_in_parts_is_refused_where_parts_would_be_taken_for_the_whole(tm
     it.args._n_gpu = 2
     with pytest.raises(IncompatibleError, match=r"distill reads .* 2 devices .*--num_processes 2"):
         attach(it, "distill", protect=PROTECT)
+    refuse([Distill()], it.args)  # as `ftplus compare` asks, which gives each of its cells one device
 
 
 def test_what_cannot_be_attached_to_is_said(tmp_path):
