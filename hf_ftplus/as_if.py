@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from .config import RunConfig
     from .strategy import Run, Strategy
 
+KEPT = {
+    "schedule_free_sgd": 1, "sgd": 0, "lomo": 0, "adafactor": 0, "lion": 1, "adagrad": 1, "rmsprop": 1, "ademamix": 3,
+}  # fmt: skip
+"""Numbers that an optimizer keeps for each weight, by part of its name; Adam and all others keep two. Sums over rows
+and columns (Adafactor) are nearly none."""
 SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -174,7 +179,6 @@ def layout_of(config: RunConfig, asked: AsIf, built: torch.nn.Module) -> Layout:
     kind = str(getattr(args.optim, "value", args.optim))
     each = next(iter(built.parameters())).element_size()
     wide = 4 if asked.sharding == "fsdp2" else each  # accelerate casts what FSDP2 trains in mixed precision to fp32
-    states = 0 if kind == "sgd" else 1 if kind in ("lion", "adagrad", "rmsprop") else 2
     return Layout(
         world=asked.world,
         sharding=asked.sharding,
@@ -183,9 +187,15 @@ def layout_of(config: RunConfig, asked: AsIf, built: torch.nn.Module) -> Layout:
         accumulation=args.gradient_accumulation_steps,
         weight_bytes=wide,
         frozen_bytes=each,
-        optimizer_bytes=states * (1 if "8bit" in kind else wide),
+        optimizer_bytes=optimizer_bytes(kind, wide),
         checkpointing=args.gradient_checkpointing,
     )
+
+
+def optimizer_bytes(kind: str, wide: int) -> float:
+    """Of each trained weight, for what `--optim` names: as many numbers as it keeps, in 4 or 8 bits if it says so."""
+    numbers = next((count for name, count in KEPT.items() if name in kind), 2)
+    return numbers * (0.5 if "4bit" in kind else 1 if "8bit" in kind else wide)
 
 
 # ---- strategies ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from training import trainer
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from hf_ftplus import EWC, Run, scaling
-from hf_ftplus.as_if import AsIf, numbers, size
+from hf_ftplus.as_if import AsIf, numbers, optimizer_bytes, size
 from hf_ftplus.cli import main
 from hf_ftplus.errors import UsageError
 from hf_ftplus.scaling import Layout
@@ -37,6 +37,14 @@ def test_numbers_are_those_of_the_model():
     assert found.active == found.weights - model.get_input_embeddings().weight.numel()
     assert found.top == model.lm_head.weight.numel() + 32
     assert numbers(tiny_llama()).top == numbers(tiny_llama()).root
+
+
+def test_optimizers_keep_what_they_keep():
+    known = {
+        "adamw_torch_fused": 8, "paged_adamw_8bit": 2, "adamw_torch_4bit": 1, "lion_32bit": 4, "paged_lion_8bit": 1,
+        "rmsprop_bnb": 4, "adafactor": 0, "sgd": 0, "schedule_free_sgd": 4, "ademamix": 12, "schedule_free_adamw": 8,
+    }  # fmt: skip
+    assert {kind: optimizer_bytes(kind, 4) for kind in known} == known
 
 
 def test_of_experts_a_token_meets_the_chosen_ones():
