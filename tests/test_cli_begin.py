@@ -158,6 +158,10 @@ def test_what_is_wrong_is_said(here, capsys, monkeypatch):
     assert init() == 0
     assert init() == 6
     assert "run.yaml exists" in capsys.readouterr().err
+    assert main(["init", "--out", "run.yaml/x.yaml"]) == 6  # before anything is asked
+    assert "--out run.yaml cannot be written: Not a directory" in capsys.readouterr().err
+    assert init("--out", "new/run.yaml") == 0
+    assert (here / "new" / "run.yaml").is_file()
 
 
 # ---- advise ----------------------------------------------------------------------------------------------------------

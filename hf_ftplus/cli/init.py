@@ -37,8 +37,12 @@ QUESTIONS = {
 )
 def init(model: str | None, learn: str | None, protect: tuple[str, ...], hardware: str | None, out: Path) -> None:
     """Write the YAML of a run: four questions, or their flags."""
-    if str(out) != "-" and out.exists():
-        raise StorageError(f"{out} exists; expected a new file. Type --out OTHER.yaml.")
+    from ..disk import replace, writable
+
+    if str(out) != "-":
+        if out.exists():
+            raise StorageError(f"{out} exists; expected a new file. Type --out OTHER.yaml.")
+        writable(out.parent, "--out")
     given = {"model": model, "learn": learn, "protect": list(protect) or None, "hardware": hardware}
     missing = [name for name, answer in given.items() if not answer]
     if missing and not sys.stdin.isatty():
@@ -51,10 +55,7 @@ def init(model: str | None, learn: str | None, protect: tuple[str, ...], hardwar
     if str(out) == "-":
         click.echo(text, nl=False)
         return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written: {error.strerror}. Type --out OTHER.yaml.") from error
+    replace(out, lambda file: file.write_text(text, encoding="utf-8"))
     for name in [given["learn"], *(spec.partition("=")[2] or spec for spec in given["protect"])]:
         if Path(name).suffix in FILES and not Path(name).exists():
             click.echo(f'{name} is not there yet: one row a line, {{"prompt": ..., "completion": ...}}.', err=True)
