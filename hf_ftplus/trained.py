@@ -18,6 +18,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .callback import STATE_FOLDER
 from .data import reason
+from .disk import read_json
 from .errors import DataError
 from .model import resolve
 
@@ -70,7 +71,7 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> Trained:
     try:
         return Trained(name, model.eval().to(device), _tokenizer(path, base), adapted=base is not None)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or torch was built without
-        raise DataError(f"--device {device}: {reason(error)} Leave it out, or type cpu.") from error
+        raise DataError(f"--device {device}: {reason(error).rstrip('.')}. Leave it out, or type cpu.") from error
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
@@ -123,18 +124,21 @@ def base_of(name: str) -> str | None:
 
 
 def began_with(name: str) -> str:
-    """The model that the run in the folder `name` started from, as its report says.
+    """The model that the run in the folder `name`, or that of which it is a checkpoint, started from: its report says.
 
     Raises:
-        DataError: there is no report.
+        DataError: there is no report, or a damaged one.
     """
-    file = Path(resolve(name)) / STATE_FOLDER / "report.json"
-    if not file.is_file():
-        raise DataError(
-            f"{name} holds no {STATE_FOLDER}/report.json, so what it started from is not known. Name it: "
-            "--compare-with MODEL."
-        )
-    return json.loads(file.read_text(encoding="utf-8"))["facts"]["config"]["model"]["model_name_or_path"]
+    folder = Path(resolve(name))
+    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    file = run / STATE_FOLDER / "report.json"
+    try:
+        return read_json(file)["facts"]["config"]["model"]["model_name_or_path"]
+    except FileNotFoundError:
+        found = f"There is no {file}"
+    except (OSError, ValueError, KeyError, TypeError):
+        found = f"{file} is no whole report"
+    raise DataError(f"{found}, so what {name} started from is not known. Name it: --compare-with MODEL.")
 
 
 def _fit_embeddings(model: PreTrainedModel, adapter: Path) -> None:

@@ -120,6 +120,19 @@ def test_draws_follow_the_seed(place, tmp_path):
     assert one == again != other
 
 
+def test_a_checkpoint_is_compared_with_what_its_run_started_from(place, tmp_path, capsys):
+    checkpoint = shutil.copytree(place / "model", tmp_path / "out" / "checkpoint-2")
+    report = tmp_path / "out" / "ftplus" / "report.json"
+    report.parent.mkdir()
+    report.write_text(json.dumps({"facts": {"config": {"model": {"model_name_or_path": str(place / "model")}}}}))
+    flags = ["--model", checkpoint, "--prompt", "x", "--compare-with", "base"]
+    (row,) = asked(place, tmp_path, *flags)
+    assert row["compared_with"] == str(place / "model")
+    report.write_text("{")
+    assert main(["generate", *map(str, flags)]) == 3
+    assert "report.json is no whole report" in capsys.readouterr().err
+
+
 def test_what_a_terminal_would_obey_is_spelt_out(place, capsys):
     prompt = "\x1b[31mred\x07 [bold]no markup[/bold]"
     assert main(["generate", "--model", str(place / "adapter"), "--prompt", prompt, "--max_new_tokens", "4"]) == 0
@@ -135,13 +148,13 @@ def test_what_a_terminal_would_obey_is_spelt_out(place, capsys):
         (["--model", "{model}"], 3, "Nothing to ask. Type --prompt TEXT"),
         (["--model", "{model}", "--prompt", "  "], 3, "Prompt 1 is empty"),
         (["--model", "{model}", "--file", "missing.jsonl"], 3, "missing.jsonl does not exist"),
-        (["--model", "{model}", "--prompt", "x", "--compare-with", "base"], 3, "what it started from is not known"),
+        (["--model", "{model}", "--prompt", "x", "--compare-with", "base"], 3, "started from is not known"),
         (["--model", "{model}", "--prompt", "x", "--top_p", "0.5"], 2, "does nothing at temperature 0"),
         (["--model", "{model}", "--prompt", "x", "--no-chat", "--system", "Be kind."], 2, "--no-chat was given"),
         (["--model", "{model}", "--prompt", "x" * 2000], 3, "tokens, .* reads 512"),
         (["--model", "{model}", "--prompt", "x", "--max_new_tokens", "600"], 3, "lower --max_new_tokens"),
         (["--model", "{model}", "--prompt", "x", "--device", "abacus"], 3, "--device abacus"),
-        (["--model", "{model}", "--prompt", "x", "--device", "cuda:99"], 3, "--device cuda:99"),
+        (["--model", "{model}", "--prompt", "x", "--device", "cuda:99"], 3, r"--device cuda:99: .*\. Leave it out"),
     ],
 )
 def test_careless_commands(place, monkeypatch, capsys, flags, code, words):
