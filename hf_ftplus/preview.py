@@ -1,7 +1,7 @@
 """See a run before it begins: rows as the model will see them, what is learnt in them, and what it will cost.
 
-dry_run(config)          `ftplus sft --dry-run`: with the model, up to the moment of training
-seen(rows, config)       `ftplus data`: every task as training will see it, from the tokenizer alone
+dry_run(config)           `ftplus sft --dry-run`: with the model, up to the moment of training
+tasks_of(rows, config)    `ftplus data`: every task as training will see it, from the tokenizer alone
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from .evaluation import EvalTask
 from .examples import tokenize
 from .formats import Row, escape
 from .pools import EVALUATED
-from .tasks import TaskConfig
 
 if TYPE_CHECKING:
     from .trainer import SFTTrainer
@@ -145,13 +144,12 @@ def refuse_unevaluated(config: RunConfig) -> None:
     )
 
 
-def check_metric(task: TaskConfig, rows: Any) -> None:
-    """Raise where rows cannot be scored as the task says, which measuring would find once the model is there."""
-    if not isinstance(rows, Dataset) or not (task.metric or "choices" in rows.column_names):
+def check_metric(name: str, rows: Any, metric: str | None) -> None:
+    """Raise where rows cannot be scored as was asked for, which measuring would find once the model is there."""
+    if not isinstance(rows, Dataset) or not (metric or "choices" in rows.column_names):
         return
     found = list(rows)
-    metric = task.metric or ("choice" if all(row["choices"] for row in found) else None)
-    EvalTask(task.name, "measure", found, found, metric)
+    EvalTask(name, "measure", found, found, metric or ("choice" if all(row["choices"] for row in found) else None))
 
 
 def warn_of_learnt(learn: Any, protect: dict[str, Dataset]) -> None:

@@ -88,10 +88,11 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
     for name, task in rows.protect.items():
         with noting(faults, name if name in declared else ""):
             refuse_questions(name, task)
-    for name, task in declared.items():
-        with noting(faults, name):
-            own = {**rows.learn, **rows.protect}
-            check_metric(task, (own if task.measure is True else rows.measured).get(name))
+    learn = rows.learn if declared else {}
+    for name, found in {**learn, **rows.protect, **rows.measured}.items():
+        with noting(faults, name if name in declared else ""):
+            if config.measure_rows and name not in config.unmeasured:
+                check_metric(name, found, config.metrics.get(name))
     if declared:
         tests = {name: rows.measured[name] for name in config.learns if name in rows.measured}
         tests = {name: found for name, found in tests.items() if found.column_names != ["prompt"]}

@@ -90,6 +90,15 @@ def test_it_takes_the_words_of_sft_and_counts_what_truncation_takes(place, tmp_p
     assert re.search(r"cut \(protect\): 4 rows, .* longest \d{3}; at max_length 40 1 are cut, 1 dropped", shown)
 
 
+def test_a_metric_that_rows_of_a_flag_cannot_be_scored_by_is_a_fault(place, tmp_path, capsys):
+    taken = words(place, tmp_path / "out", "--metric", "protect=choice", "--measure", f"m={place}/learn.jsonl")[1:]
+    assert main(["data", "check", *taken, "--metric", "m=choice"]) == 3
+    said = capsys.readouterr().err
+    assert "Task 'protect', row 1 has no 'choices'" in said
+    assert "Task 'm', row 1 has no 'choices'" in said
+    assert main(["data", "check", *taken, "--measure-rows", "0"]) == 0
+
+
 @pytest.mark.parametrize("more", [{}, {"completion_only_loss": False}, {"max_length": 16}, {"shuffle_dataset": True}])
 @pytest.mark.parametrize(
     "rows", [LEARN, CHATS, [{"text": row["completion"]} for row in LEARN]], ids=["pairs", "chats", "text"]
