@@ -187,13 +187,20 @@ def test_every_link_to_a_file_leads_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+TREE = README[README.rindex("```\nhf_ftplus/") :].split("```")[1]
+HEADS = [
+    name
+    for line in TREE.splitlines()
+    for name in re.findall(r"[\w/]+(?:\.py|/)", re.split(r"  +", line.strip())[0])
+]  # fmt: skip
+
+
 def test_every_file_in_the_readmes_tree_exists():
-    tree = README[README.rindex("```\nhf_ftplus/") :].split("```")[1]
-    names = [
-        name
-        for line in tree.splitlines()
-        for name in re.findall(r"[\w/]+(?:\.py|/)", re.split(r"  +", line.strip())[0])
-    ]
-    assert len(names) > 20
-    for name in names:
+    for name in HEADS:
         assert (ROOT / name).exists() or (ROOT / "hf_ftplus" / name).exists(), name
+
+
+def test_every_file_of_ours_is_in_the_readmes_tree_and_heads_one_line_at_most():
+    ours = {file.name for file in (ROOT / "hf_ftplus").glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert ours <= set(re.findall(r"\w+\.py", TREE))
+    assert len(HEADS) == len(set(HEADS))
