@@ -60,6 +60,13 @@ class MixingMixin:
         epoch = sum(task.drawn for task in run.tasks.values())
         logger.info(table(run.tasks, planned_rows(self.args, epoch) / epoch))
 
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
+        if self._mixture is not None:
+            # accelerate (1.15) does not reach a sampler below the two layers of several processes and skipped batches,
+            # so that a run that is resumed within a later epoch would have the rows of the first
+            self._mixture.set_epoch(epoch)
+        super()._run_epoch(model, epoch, *args, **kwargs)
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return self._mixture if self._mixture is not None else super()._get_train_sampler(*args, **kwargs)
 
