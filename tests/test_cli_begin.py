@@ -84,6 +84,24 @@ def test_a_file_that_it_cannot_read_does_not_stop_it(here, capsys, text):
     assert "ftplus init" in capsys.readouterr().out
 
 
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "generate --max-new-tokens", "generate --batch-size", "generate --top-p", "memory make --max-length",
+        "memory make --batch-size", "eval --batch-size", "eval --measure-rows", "compare --learning-rates",
+        "plugin test --tasks", "sft --measure-rows", "data preview --stop-when",
+    ],
+)  # fmt: skip
+def test_a_flag_of_any_command_is_written_with_dashes_or_underscores(flag, capsys):
+    command, dashed = flag.rsplit(" ", 1)
+    for spelt in (dashed, "--" + dashed.removeprefix("--").replace("-", "_")):
+        assert main([*command.split(), spelt]) == 2
+        assert "requires an argument" in capsys.readouterr().err
+
+
 # ---- init ------------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ class Compare(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(cls=Compare, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Compare)
 @click.option("--config", "config_file", metavar="FILE", help="The run that all candidates share, as for `ftplus sft`.")
 @click.option(
     "--plugins",
@@ -33,9 +33,7 @@ class Compare(click.Command):
 @click.option(
     "--strengths", metavar="auto|X[,X...]", help="Of every strategy that has one; auto: its own times 0.1, 1, 10."
 )
-@click.option(
-    "--learning-rates", "--learning_rates", metavar="X[,X...]", help="Of none. [the config's times 1/4, 1/2, 1]"
-)
+@click.option("--learning-rates", metavar="X[,X...]", help="Of none. [the config's times 1/4, 1/2, 1]")
 @click.option(
     "--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of every row, each with a seed."
 )

@@ -25,7 +25,7 @@ class Data(click.Group):
             formatter.write_dl([(name, key.help) for name, key in KEYS.items()])
 
 
-@click.group(cls=Data, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Data)
 def data() -> None:
     """Look at rows as the model will see them, and find every fault, before any model loads.
 

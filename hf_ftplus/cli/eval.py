@@ -25,10 +25,9 @@ NUMBERS = {"seed": (42, 0), "max_length": (1024, 2), "measure_rows": (64, 1)}
 
 def options_of_sft(command: Any) -> Any:
     for option in reversed([option for option in OPTIONS if option.name in OF_SFT]):
-        flags = dict.fromkeys([f"--{option.name.replace('_', '-')}", f"--{option.name}"])
-        kind = click.IntRange(1) if option.kind is int else option.kind
+        flag, kind = f"--{option.name.replace('_', '-')}", click.IntRange(1) if option.kind is int else option.kind
         command = click.option(
-            *flags, option.name, multiple=option.many, type=kind, metavar=option.metavar, help=HELP[option.name]
+            flag, option.name, multiple=option.many, type=kind, metavar=option.metavar, help=HELP[option.name]
         )(command)
     return command
 
@@ -41,7 +40,7 @@ HELP = {
 }
 
 
-@click.command(name="eval", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="eval")
 @click.argument("models", metavar="MODEL [MODEL...]", nargs=-1)
 @click.option(
     "--config",
@@ -52,14 +51,12 @@ HELP = {
 @options_of_sft
 @click.option(
     "--lm-eval",
-    "--lm_eval",
     metavar="TASK[,TASK...]",
     help="Tasks of lm-evaluation-harness, --measure-rows of each. Repeatable.",
     multiple=True,
 )
 @click.option(
     "--lm-eval-include",
-    "--lm_eval_include",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
     help="YAML files of your own tasks for --lm-eval.",
@@ -90,12 +87,8 @@ HELP = {
     metavar="POINTS",
     help="A change of score that counts as none: kept lies within it.",
 )
-@click.option(
-    "--batch_size", "--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Rows scored at once."
-)
-@click.option(
-    "--max_length", "--max-length", type=click.IntRange(2), help="Tokens of a row that are read; 1024 if left out."
-)
+@click.option("--batch_size", default=8, show_default=True, type=click.IntRange(1), help="Rows scored at once.")
+@click.option("--max_length", type=click.IntRange(2), help="Tokens of a row that are read; 1024 if left out.")
 @click.option("--seed", type=int, help="Of drawn templates and written rows; 42 if left out, as for `ftplus sft`.")
 @dtype_option
 @device_option

@@ -18,7 +18,7 @@ out_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group()
 def memory() -> None:
     """Make, publish and fetch what EWC needs to protect a model: others need no data.
 

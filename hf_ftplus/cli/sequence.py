@@ -8,11 +8,9 @@ from ..config import read_yaml
 from .sft import take_environment
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("file", metavar="YAML")
-@click.option(
-    "--dry-run", "--dry_run", "dry_run", is_flag=True, help="Check every stage and show the plan; train nothing."
-)
+@click.option("--dry-run", is_flag=True, help="Check every stage and show the plan; train nothing.")
 def sequence(file: str, dry_run: bool) -> None:
     """Train stage after stage and measure every task after each. Typed again, it goes on where it stopped.
 

@@ -26,17 +26,14 @@ class Sft(click.Command):
     """Keeps the words of the command line, to give them again to the processes it launches."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta["words"] = [_dashed(word) for word in args]
+        ctx.meta["words"] = [_as_trl_says(word) for word in args]
         return super().parse_args(ctx, list(ctx.meta["words"]))  # which takes its list apart
 
 
-def _dashed(word: str) -> str:
-    """Our flags may be written with underscores, as TRL's are; --model is what our other commands call a model."""
+def _as_trl_says(word: str) -> str:
+    """--model is what our other commands call a model."""
     name, equals, value = word.partition("=")
-    if name == "--model":
-        return f"--model_name_or_path{equals}{value}"
-    ours = {f"--{option.name}" for option in OPTIONS} | {"--dry_run", "--as_if", "--help_all"}
-    return name.replace("_", "-") + equals + value if name in ours else word
+    return f"--model_name_or_path{equals}{value}" if name == "--model" else word
 
 
 def our_options(command: Any) -> Any:
@@ -50,7 +47,7 @@ def our_options(command: Any) -> Any:
 
 @click.command(
     cls=Sft,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]},
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
 @our_options
 @click.option(
