@@ -132,8 +132,7 @@ def comparable(reports: Sequence[Report]) -> tuple[dict[str, str], list[str]]:
 
 
 def _figure(task: TaskResult, use: str) -> float | None:
-    change = task.change.metric if task.metric else task.change.token_accuracy
-    return change.value if use == "learn" else task.retention.value
+    return (task.change_of_score if use == "learn" else task.retention).value
 
 
 def figures(report: Report, tasks: dict[str, str]) -> dict[str, float | None]:

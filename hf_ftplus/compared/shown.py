@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ..evaluation.statistics import Estimate
+from ..report.table import add, grid_of
 from ..report.text import MISSING, label, number, percent, size
 from .candidates import Row
 from .cells import Cell
@@ -27,15 +26,13 @@ def plan(
     rows: Sequence[Row], cells: Sequence[Cell], probe: Probe | None, devices: int, limit: float | None
 ) -> RenderableType:
     """Rows with the cells that are finished and to run, what one takes, and where that number comes from."""
-    grid = _grid("candidate", "cells", "done", "each", "memory", "from")
+    grid = grid_of("candidate", "cells", "done", "each", "memory", "from")
     for row in rows:
         own = [cell for cell in cells if cell.row is row]
         told = forecast(own[0], cells, probe)
         done = sum(cell.state == "finished" for cell in own)
         memory = MISSING if told.bytes is None else size(told.bytes)
-        _add(
-            grid, label(row.name, "bold"), str(len(own)), str(done), duration(told.seconds), memory, label(told.source)
-        )
+        add(grid, label(row.name, "bold"), str(len(own)), str(done), duration(told.seconds), memory, label(told.source))
     left = sum(cell.state != "finished" for cell in cells)
     said = f"{left} of {len(cells)} cells to run"
     if left:
@@ -52,7 +49,7 @@ def plan(
 
 def table(found: Judgement) -> RenderableType:
     """Learning against retention with what it cost; then what failed, what was left out, and what to take."""
-    grid = _grid("", "candidate", "n", "learnt", "kept %", "flips", "seconds", "state")
+    grid = grid_of("", "candidate", "n", "learnt", "kept %", "flips", "seconds", "state")
     for column in grid.columns[2:]:
         column.no_wrap = True
     for item in found.rows:
@@ -62,7 +59,7 @@ def table(found: Judgement) -> RenderableType:
         flips = MISSING if item.negative_flips is None else number(item.negative_flips, 1)
         held = MISSING if item.bytes is None else size(item.bytes)
         name = label(item.row.name, style)
-        _add(grid, Text(mark, style), name, str(item.n), learnt, kept, flips, number(item.seconds, 1), held)
+        add(grid, Text(mark, style), name, str(item.n), learnt, kept, flips, number(item.seconds, 1), held)
     return Group(grid, Text(NOTE, style="dim"), *_not_finished(found), Text(), label(found.reason, "bold", 600))
 
 
@@ -80,15 +77,3 @@ def _not_finished(found: Judgement) -> list[Text]:
     if left:
         said.append(label(f"Left out for the budget: {'; '.join(left)}", "yellow", 2000))
     return said + [label(note, "yellow", 300) for note in found.notes]
-
-
-def _grid(*titles: str) -> Table:
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in titles:
-        grid.add_column(title, overflow="fold")
-    return grid
-
-
-def _add(grid: Table, *cells: Any) -> None:
-    """A row of plain text: rich would read a string as markup."""
-    grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))

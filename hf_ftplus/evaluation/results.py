@@ -66,6 +66,11 @@ class TaskResult:
         return getattr(self.before, name), getattr(self.after, name)
 
     @property
+    def change_of_score(self) -> Estimate:
+        """Of that figure."""
+        return self.change.metric if self.metric else self.change.token_accuracy
+
+    @property
     def undefined(self) -> bool:
         """Whether retention has no value because there was nothing to keep."""
         return self.kept[0].value == 0 and self.kept[1].measured

@@ -42,7 +42,7 @@ def _lines(found: Found) -> Iterable[tuple[Any, ...]]:
                         yield (run.name, task.name, task.role, task.rows, name, moment, *ends)
     for name, matrix in found.sequences.items():
         for i, after in enumerate(("start", *matrix.stages)):
-            for task, scores, losses in matrix._columns():
+            for task, scores, losses in matrix.columns():
                 for figure, values in (("score", scores), ("loss", losses)):
                     moment = f"after {after}" if i else after
                     yield (name, task, "", matrix.rows.get(task), figure, moment, values[i], None, None)
@@ -111,7 +111,7 @@ def _tasks(runs: list[Run], heading: str) -> Iterable[str]:
 
 
 def _matrix(matrix: Matrix) -> list[str]:
-    heads = [f"{escaped(name)}, n={matrix.rows.get(name, 'n/m')}" for name, _, _ in matrix._columns()]
+    heads = [f"{escaped(name)}, n={matrix.rows.get(name, 'n/m')}" for name, _, _ in matrix.columns()]
     rows = [
         [escaped(row["after"]), *(f"{cell['score']} ({cell['loss']})" for cell in row["cells"])]
         for row in matrix_rows(matrix)

@@ -9,7 +9,7 @@ from typing import Any
 from ..evaluation.results import TaskResult
 from ..evaluation.statistics import NOT_MEASURED, Estimate
 from ..report.matrix import Matrix
-from ..report.table import _ordered, _words
+from ..report.table import ordered, words_of
 from ..report.text import MISSING, UNDEFINED, label, number, percent, size
 from .read import Run
 
@@ -52,7 +52,7 @@ def figures(task: TaskResult) -> list[Figure]:
     """All that a report knows of a task, in the order of the page."""
     found = [Figure("token_accuracy", "token accuracy %", 100, *_moments(task, "token_accuracy"))]
     if task.metric:
-        found.insert(0, Figure("metric", f"{label(_words(task.metric)).plain} %", 100, *_moments(task, "metric")))
+        found.insert(0, Figure("metric", f"{label(words_of(task.metric)).plain} %", 100, *_moments(task, "metric")))
     return [
         *found,
         Figure("loss", "loss, nats per token", 1, *_moments(task, "loss")),
@@ -68,7 +68,7 @@ def _moments(task: TaskResult, name: str) -> list[Estimate]:
 def tasks_of(runs: list[Run]) -> list[TaskResult]:
     """Each task once, as the first run that has it, before all as one that learns it; learn, protect, measure."""
     found: dict[str, TaskResult] = {}
-    for task in _ordered(task for run in runs for task in run.report.tasks):
+    for task in ordered(task for run in runs for task in run.report.tasks):
         found.setdefault(task.name, task)
     return list(found.values())
 
@@ -190,7 +190,7 @@ def matrix_rows(matrix: Matrix) -> list[dict[str, Any]]:
                 "heat": None if scores[i] is None else round(min(1.0, max(0.0, scores[i])), 3),
                 "learnt": i > 0 and i == j + 1,
             }
-            for j, (_, scores, losses) in enumerate(matrix._columns())
+            for j, (_, scores, losses) in enumerate(matrix.columns())
         ]
         rows.append({"after": label(after).plain, "cells": cells})
     return rows

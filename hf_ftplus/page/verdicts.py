@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..evaluation.results import TaskResult
-from ..evaluation.statistics import Estimate
 from ..report.text import MISSING, label, number, percent, size
 from .answers import differences, plain
 from .read import Call, Candidate, Comparison, Flip, Scores
@@ -26,7 +24,7 @@ def called(scores: Scores) -> dict[str, Any]:
     for calls in zip(*scores.calls, strict=True):
         task = calls[0].task
         floor = scores.floors.get(task.name)
-        cells = [(call.verdict, cell(change_of(call.task), 100, signed=True)) for call in calls]
+        cells = [(call.verdict, cell(call.task.change_of_score, 100, signed=True)) for call in calls]
         start, noise = percent(task.kept[0].value), percent(floor)
         rows.append({"task": label(task.name).plain, "n": task.rows, "start": start, "floor": noise, "cells": cells})
     return {
@@ -35,11 +33,6 @@ def called(scores: Scores) -> dict[str, Any]:
         "margin": f"{100 * scores.margin:g}",
         "rows": rows,
     }
-
-
-def change_of(task: TaskResult) -> Estimate:
-    """Of the score: the task's metric, or token accuracy where it has none."""
-    return task.change.metric if task.metric else task.change.token_accuracy
 
 
 def lengths(scores: Iterable[Scores]) -> list[int]:

@@ -130,7 +130,7 @@ def _context(found: Found, command: str) -> dict[str, Any]:
 
 
 def _sequence(name: str, matrix: Any) -> dict[str, Any]:
-    heads = [(label(task).plain, label(matrix.rows.get(task, MISSING)).plain) for task, _, _ in matrix._columns()]
+    heads = [(label(task).plain, label(matrix.rows.get(task, MISSING)).plain) for task, _, _ in matrix.columns()]
     factors = ((matrix.summary(), 100, 1), (matrix.summary(losses=True), 1, 3))
     scores, losses = (
         {key: number(None if value is None else factor * value, digits) for key, value in summary.items()}

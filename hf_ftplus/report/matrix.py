@@ -24,7 +24,7 @@ from ..errors import DataError, StorageError
 from ..evaluation import matrix
 from ..evaluation.results import Level, TaskResult
 from .record import Report, strict
-from .table import _add, _grid
+from .table import add, grid_of, words_of
 from .text import label, number, percent, safe_cell
 
 FORMAT = 1
@@ -136,7 +136,7 @@ class Matrix:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("after", "task", "score", "loss"))
         for i, after in enumerate(("", *self.stages)):
-            for name, scores, losses in self._columns():
+            for name, scores, losses in self.columns():
                 writer.writerow([safe_cell(value) for value in (after, name, scores[i], losses[i])])
         return text.getvalue()
 
@@ -146,21 +146,21 @@ class Matrix:
 
     def table(self) -> RenderableType:
         """A row before the first stage and one after each; of every task the score above the loss."""
-        columns = list(self._columns())
-        grid = _grid("after", *(name for name, _, _ in columns))
-        names = [_words(self.metrics.get(name, "score")).replace("accuracy", "acc.") for name, _, _ in columns]
-        _add(grid, "", *(Text(f"{words} %\nloss", style="dim") for words in names))
+        columns = list(self.columns())
+        grid = grid_of("after", *(name for name, _, _ in columns))
+        names = [words_of(self.metrics.get(name, "score")).replace("accuracy", "acc.") for name, _, _ in columns]
+        add(grid, "", *(Text(f"{words} %\nloss", style="dim") for words in names))
         for i, after in enumerate(("the start", *self.stages)):
             cells = []
             for j, (_, scores, losses) in enumerate(columns):
                 learnt = i > 0 and i == j + 1
                 cells.append(Text(f"{percent(scores[i])}\n{number(losses[i])}", style="bold" if learnt else ""))
-            _add(grid, label(after, "bold"), *cells)
+            add(grid, label(after, "bold"), *cells)
         lines = [Text(_line("score", self.summary(), 100, 1)), Text(_line("loss", self.summary(True), 1, 3))]
         notes = [label(note, "yellow", 200) for note in self.notes]
         return Group(grid, *lines, Text(NOTE, style="dim"), *notes)
 
-    def _columns(self) -> list[tuple[str, list[float | None], list[float | None]]]:
+    def columns(self) -> list[tuple[str, list[float | None], list[float | None]]]:
         """Name, scores and losses of every task, [T + 1] each."""
         names, scores, losses = (
             [*self.stages, *self.others],
@@ -196,7 +196,3 @@ def _line(what: str, summary: dict[str, float | None], factor: float, digits: in
     """`score  ACC 42.2  BWT -8.1  ...`"""
     said = (f"{name} {number(None if value is None else factor * value, digits)}" for name, value in summary.items())
     return f"{what:7}" + "  ".join(said)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

@@ -22,11 +22,11 @@ Results = Sequence[TaskResult]
 
 def table(results: Results, facts: Mapping[str, Any] | None = None) -> RenderableType:
     """A run: each task with loss, token accuracy, metric, drift and retention, and what every strategy cost."""
-    grid = _grid("task", "loss", "token acc. %", "metric %", "drift", "retention")
+    grid = grid_of("task", "loss", "token acc. %", "metric %", "drift", "retention")
     for column in grid.columns[1:]:
         column.no_wrap = True
-    for result in _ordered(results):
-        _add(
+    for result in ordered(results):
+        add(
             grid,
             _task(result),
             pair(result.before.loss, result.after.loss),
@@ -43,7 +43,7 @@ def table(results: Results, facts: Mapping[str, Any] | None = None) -> Renderabl
 
 def completions_view(results: Results) -> RenderableType:
     """What the model answered before and after, side by side."""
-    parts = [_answers(result, result.completions) for result in _ordered(results) if result.completions]
+    parts = [_answers(result, result.completions) for result in ordered(results) if result.completions]
     return Group(*parts)
 
 
@@ -52,12 +52,12 @@ def joined_table(runs: Mapping[str, Results], costs: Mapping[str, Mapping[str, A
 
     `costs` maps a run to named figures: `{"ewc": {"seconds": 61.2, "bytes": 1_070_000_000}}`.
     """
-    grid = _grid("task", "start", *runs)
+    grid = grid_of("task", "start", *runs)
     grid.columns[0].no_wrap = True
     tasks = {result.name: result for results in runs.values() for result in results}
-    for task in _ordered(tasks.values()):
+    for task in ordered(tasks.values()):
         found = [next((r for r in results if r.name == task.name), None) for results in runs.values()]
-        _add(grid, _figures(task), _at_start(task, found), *(_at_end(task, result) for result in found))
+        add(grid, _figures(task), _at_start(task, found), *(_at_end(task, result) for result in found))
     _add_costs(grid, list(runs), costs or {})
     return Group(grid, Text(NOTE, style="dim"))
 
@@ -66,12 +66,12 @@ def joined_completions(runs: Mapping[str, Results]) -> RenderableType:
     """The same questions answered by the starting model and by the model of each run."""
     parts: list[RenderableType] = []
     first = next(iter(runs.values()), [])
-    for task in _ordered(first):
+    for task in ordered(first):
         others = {run: {r.name: r for r in results}.get(task.name) for run, results in runs.items()}
-        grid = _grid(task.name, "start", *runs, lines=True, ratio=True)
+        grid = grid_of(task.name, "start", *runs, lines=True, ratio=True)
         for i, item in enumerate(task.completions):
             ends = [r.completions[i].after if r and i < len(r.completions) else None for r in others.values()]
-            _add(grid, shown(item.prompt), shown(item.before), *map(shown, ends))
+            add(grid, shown(item.prompt), shown(item.before), *map(shown, ends))
         parts += [grid] if task.completions else []
     return Group(*parts)
 
@@ -79,19 +79,19 @@ def joined_completions(runs: Mapping[str, Results]) -> RenderableType:
 # ---- cells ---------------------------------------------------------------------------------------------------------
 
 
-def _grid(*titles: str, lines: bool = False, ratio: bool = False) -> Table:
+def grid_of(*titles: str, lines: bool = False, ratio: bool = False) -> Table:
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 1 if lines else 0, 0), header_style="bold", expand=ratio)
     for title in titles:
         grid.add_column(label(title), overflow="fold", ratio=1 if ratio else None)
     return grid
 
 
-def _add(grid: Table, *cells: str | Text) -> None:
+def add(grid: Table, *cells: str | Text) -> None:
     """A row of plain text: rich would read a string as markup."""
     grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
-def _ordered(results: Any) -> list[TaskResult]:
+def ordered(results: Any) -> list[TaskResult]:
     return sorted(results, key=lambda result: ORDER.get(result.role, len(ORDER)))
 
 
@@ -103,7 +103,7 @@ def _task(result: TaskResult) -> Text:
 def _figures(task: TaskResult) -> Text:
     """The task on one line, then the names of the figures whose values stand beside them."""
     what = Text(f" {task.role}, {task.rows} rows", COLOURS.get(task.role, ""))
-    names = [*([f"{_words(task.metric)} %"] if task.metric else []), "loss", "drift"]
+    names = [*([f"{words_of(task.metric)} %"] if task.metric else []), "loss", "drift"]
     lines = [label(task.name, "bold", 20) + what, *(label(f"  {name}", "dim") for name in names)]
     return Text("\n").join(lines)
 
@@ -112,14 +112,14 @@ def _metric(result: TaskResult) -> str:
     if result.metric is None:
         return "-"
     moved = f"\n+{result.flips.positive} -{result.flips.negative} rows" if result.flips else ""
-    return f"{pair(result.before.metric, result.after.metric, percentage=True)}\n{_words(result.metric)}{moved}"
+    return f"{pair(result.before.metric, result.after.metric, percentage=True)}\n{words_of(result.metric)}{moved}"
 
 
 def _retention(result: TaskResult) -> str:
     return f"{retention(result)}\n{interval(result.retention)}".rstrip()
 
 
-def _words(name: str | None) -> str:
+def words_of(name: str | None) -> str:
     return (name or "").replace("_", " ")
 
 
@@ -145,7 +145,7 @@ def _add_costs(grid: Table, runs: list[str], costs: Mapping[str, Mapping[str, An
         grid.add_section()
     for name in names:
         cells = (_cost(name, costs.get(run, {}).get(name)) for run in runs)
-        _add(grid, label(name, "dim"), "", *cells)
+        add(grid, label(name, "dim"), "", *cells)
 
 
 def _cost(name: str, value: Any) -> str:
@@ -178,7 +178,7 @@ def _costs(facts: Mapping[str, Any]) -> list[Text]:
 
 
 def _answers(result: TaskResult, items: Sequence[Completion]) -> Table:
-    grid = _grid(result.name, "before", "after", lines=True, ratio=True)
+    grid = grid_of(result.name, "before", "after", lines=True, ratio=True)
     for item in items:
-        _add(grid, shown(item.prompt), shown(item.before), shown(item.after))
+        add(grid, shown(item.prompt), shown(item.before), shown(item.after))
     return grid

@@ -52,7 +52,7 @@ class Judged:
     @property
     def change(self) -> Estimate:
         """Of the score: the task's metric, or token accuracy where it has none."""
-        return getattr(self.result.change, "metric" if self.result.metric else "token_accuracy")
+        return self.result.change_of_score
 
 
 @dataclass

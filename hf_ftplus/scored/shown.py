@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ..evaluation.statistics import Estimate
-from ..report.table import COLOURS, _add, _grid, _words
+from ..report.table import COLOURS, add, grid_of, words_of
 from ..report.text import label, number, percent
 from .judged import Judged, Judgement, speeds
 
@@ -31,15 +31,15 @@ def table(judgement: Judgement) -> RenderableType:
     names = short(scored.plan.models)
     for i, floor in enumerate(judgement.floors):
         first = judgement.models[0][i].result
-        what = f" {first.role}, {first.rows} rows; score: {_words(first.retention_of)}"
+        what = f" {first.role}, {first.rows} rows; score: {words_of(first.retention_of)}"
         noise = "" if floor["score"] is None else f"; noise floor {percent(floor['score'])}"
         parts.append(label(first.name, "bold", 30) + Text(what + noise, COLOURS.get(first.role, "")))
-        grid = _grid("", *WIDTHS)
+        grid = grid_of("", *WIDTHS)
         grid.columns[0].max_width = min(max(map(len, names)), LONGEST)
         for column, width in zip(grid.columns[1:], WIDTHS.values(), strict=True):
             column.min_width, column.no_wrap = width, True
         for name, model in zip(names, judgement.models, strict=True):
-            _add(grid, label(name), *_cells(model[i]))
+            add(grid, label(name), *_cells(model[i]))
         parts.append(grid)
     known = [f"{name} {speed:,.0f}" for name, speed in zip(names, speeds(scored), strict=True) if speed]
     parts += [label(f"tokens/s: {', '.join(known)}", "dim", 300)] if known else []
@@ -48,8 +48,7 @@ def table(judgement: Judgement) -> RenderableType:
 
 def _cells(judged: Judged) -> list[str | Text]:
     result = judged.result
-    level = getattr(result.after, "metric" if result.metric else "token_accuracy")
-    figures = [number(result.after.loss.value), percent(level.value)]
+    figures = [number(result.after.loss.value), percent(result.kept[1].value)]
     if judged.verdict is None:
         return [*figures, "", "", "", ""]
     flips = f"-{result.flips.negative} +{result.flips.positive}" if result.flips else ""
