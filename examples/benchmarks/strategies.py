@@ -69,6 +69,9 @@ ROWS = {
     "distill 1/12 + EWC 10,000, self, 80 steps": (
         f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1e-4 {EIGHTY}"
     ),
+    "distill 1/12 + EWC 10,000 on 16 rows, self, 80 steps": (
+        f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=16 {SELF} --learning_rate 1e-4 {EIGHTY}"
+    ),
     "distill 1/12 + EWC 10,000, self, 72 steps": (
         f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1e-4 {SEVENTY_TWO}"
     ),
