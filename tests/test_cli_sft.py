@@ -766,3 +766,22 @@ def test_trackers_hear_of_every_task_before_and_after(place, tmp_path, monkeypat
     assert (tmp_path / "broken" / "ftplus" / "report.json").is_file()
     assert main([*words(place, tmp_path / "silent", "--completions", "0"), "--report_to", "none"]) == 0
     assert not heard
+
+
+def test_tensorboard_keeps_the_figures_of_the_report(place, tmp_path, monkeypatch):
+    """A tracker that needs no network, read back as its own pages read it."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    run = words(place, tmp_path / "out", "--logging_steps", "1", "--completions", "0")
+    assert main([*run, "--report_to", "tensorboard"]) == 0
+    read = events.EventAccumulator(str(tmp_path / "logs"))
+    read.Reload()
+    scalars = {tag.removeprefix("train/"): read.Scalars(tag) for tag in read.Tags()["scalars"]}
+    report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
+    for task in report["tasks"]:
+        before, after = scalars[f"loss/{task['name']}"]
+        assert [before.step, after.step] == [0, 4]
+        assert before.value == pytest.approx(task["before"]["loss"]["value"], rel=1e-6)
+        assert after.value == pytest.approx(task["after"]["loss"]["value"], rel=1e-6)
+        assert scalars[f"drift/{task['name']}"][0].value == pytest.approx(task["drift"]["value"], rel=1e-5)
+    assert [found.step for found in scalars["ewc/penalty"]] == [1, 2, 3, 4]
