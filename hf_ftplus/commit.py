@@ -361,10 +361,13 @@ def _set_aside(checkpoint: Path, why: str) -> None:
     aside = checkpoint.with_name(f"{DAMAGED if was_whole else INCOMPLETE}{checkpoint.name}")
     for old in checkpoint.parent.glob(f"{INCOMPLETE}checkpoint-*"):
         shutil.rmtree(old, ignore_errors=True)
-    with suppress(OSError):
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
         os.replace(checkpoint, aside)
-    logger.warning("%s is not whole: %s. It is now %s.", checkpoint, why, aside.name)
+        now = f"It is now {aside.name}."
+    except OSError as error:
+        now = f"It stays, for it cannot be renamed ({error.strerror})."
+    logger.warning("%s is not whole: %s. %s", checkpoint, why, now)
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Both go into trainers (`trainer.py`); every override calls `super()`.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -81,10 +82,11 @@ class TasksMixin:
     _learn: dict[str, Any] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if isinstance(kwargs.get("train_dataset"), dict):
-            self._learn = learn_tasks(kwargs["train_dataset"])
-            kwargs["train_dataset"] = leading(self._learn)
-        super().__init__(*args, **kwargs)
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        if isinstance(given.get("train_dataset"), dict):
+            self._learn = learn_tasks(given["train_dataset"])
+            given["train_dataset"] = leading(self._learn)
+        super().__init__(**given)
         if self._learn is not None:  # TRL was told to skip preparation
             self.train_dataset = self._put_together(self._learn, self.args)
 

@@ -108,6 +108,17 @@ def test_what_was_never_finished_is_set_aside_and_one_of_it_kept(run, caplog):
     assert "checkpoint-6 is not whole: it was being written when the run ended" in caplog.text
 
 
+def test_what_cannot_be_set_aside_is_said_to_stay(run, caplog, monkeypatch):
+    unfinished(run / "checkpoint-6")
+
+    def refused(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(commit.os, "replace", refused)
+    assert commit.newest(run) == run / "checkpoint-4"
+    assert "It stays, for it cannot be renamed (Permission denied)." in caplog.text
+
+
 def test_whoever_only_looks_moves_nothing(run):
     flip(run / "checkpoint-6" / "model.safetensors")
     before = sorted(run.iterdir())

@@ -246,6 +246,12 @@ def test_rows_that_trl_need_not_prepare_are_put_together_as_they_are(tmp_path):
     assert it.train_dataset["task"][:] == ["a", "b"]
 
 
+def test_tasks_may_be_given_by_place_as_trl_takes_its_rows(tmp_path):
+    tasks = {"sums": Dataset.from_list(SUMS), "text": Dataset.from_list(TEXT)}
+    it = SFTTrainer(tiny_llama(), arguments(tmp_path), None, tasks, processing_class=tiny_tokenizer())
+    assert set(it.train_dataset["task"]) == {"sums", "text"}
+
+
 def test_an_evaluation_set_that_is_one_of_the_tasks_is_left_alone(tmp_path):
     sums = Dataset.from_list(SUMS)
     it = SFTTrainer(
