@@ -126,7 +126,8 @@ def split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Adapter]
     plain, adapters = trainable(model), lora(model)
     inside = {id(weight) for adapter in adapters.values() for weight in (adapter.A, adapter.B)}
     plain = {name: weight for name, weight in plain.items() if id(weight) not in inside}
-    strange = [name for name in plain if re.search(r"lora_|\.(ia3|oft|boft|vera|hada|lokr|adalora|prompt)_?", name)]
+    added = _added(model)
+    strange = [name for name, weight in plain.items() if id(weight) in added or "lora_" in name]
     if strange or is_prompt_learning(model):
         raise IncompatibleError(
             f"The adapter trains {_some(strange) or 'a prompt'}, which does not change a weight by scale * B A (DoRA, "
@@ -134,6 +135,18 @@ def split(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Adapter]
             "fine-tuning."
         )
     return plain, adapters
+
+
+def _added(model: nn.Module) -> set[int]:
+    """Ids of what PEFT's layers add to a model; not of those that are trained in the place of weights of its own."""
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    layers = [layer for layer in layers if not isinstance(layer, (LNTuningLayer, TrainableTokensLayer))]
+    parts = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
+    return {id(weight) for part in parts if isinstance(part, nn.Module) for weight in part.parameters()}
 
 
 def lora(model: nn.Module) -> dict[str, Adapter]:

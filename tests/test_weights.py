@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    FourierFTConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from tiny import tiny_llama, tiny_mixtral
 
 from hf_ftplus.errors import IncompatibleError
@@ -73,12 +82,30 @@ def test_a_partial_match_lists_the_misses():
         IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
         PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
         LoraConfig(r=2, target_modules=["embed_tokens"]),
+        FourierFTConfig(target_modules=["q_proj"], n_frequency=8),
+        HRAConfig(target_modules=["q_proj"], r=2),
     ],
-    ids=["DoRA", "LoRA bias", "AdaLoRA", "IA3", "prompt tuning", "LoRA on embeddings"],
+    ids=["DoRA", "LoRA bias", "AdaLoRA", "IA3", "prompt tuning", "LoRA on embeddings", "FourierFT", "HRA"],
 )
 def test_adapters_that_do_not_add_scale_B_A_are_refused(config):
     with pytest.raises(IncompatibleError, match="plain LoRA or rsLoRA"):
         split(get_peft_model(tiny_llama(), config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LNTuningConfig(target_modules=["input_layernorm"]), LoraConfig(**LORA, trainable_token_indices=[3, 4])],
+    ids=["norms", "tokens"],
+)
+def test_what_peft_trains_in_the_place_of_a_models_own_weights_is_held_as_such(config):
+    plain, _ = split(get_peft_model(tiny_llama(), config))
+    assert plain
+
+
+def test_a_module_may_be_called_like_an_adapter():
+    model = tiny_llama()
+    model.model.prompt_norm = torch.nn.LayerNorm(4)
+    assert "model.prompt_norm.weight" in split(model)[0]
 
 
 @pytest.mark.parametrize("parameters", [["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]])
