@@ -174,7 +174,8 @@ def main(seeds: int, only: tuple[str, ...], out: Path, show: bool) -> None:
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
     for sentiment in (False, True):
         mine = [name for name in ROWS if name in cells and name.startswith(SENTIMENT) == sentiment]
-        click.echo(table({name.removeprefix(SENTIMENT): list(cells[name].values()) for name in mine}) + "\n")
+        if mine:
+            click.echo(table({name.removeprefix(SENTIMENT): list(cells[name].values()) for name in mine}) + "\n")
 
 
 def missing(cells: dict[str, dict[str, Cell]], rows: Iterator[str], seeds: int) -> Iterator[tuple[str, int]]:

@@ -139,7 +139,8 @@ def _failure(result: TaskResult, threshold: float) -> str:
     interval = ""
     if result.retention.low is not None:
         interval = f" [{result.retention.low:.3f}, {result.retention.high:.3f}]"
+    down = math.floor(round(1000 * result.retention.value, 6)) / 1000  # rounded up, it might read as what was expected
     return (
-        f"{result.name}: retention {result.retention.value:.3f}{interval} ({what} {before:.3f} -> {after:.3f}); "
+        f"{result.name}: retention {down:.3f}{interval} ({what} {before:.3f} -> {after:.3f}); "
         f"expected at least {threshold:g}."
     )

@@ -313,6 +313,8 @@ def test_the_gate_judges_protect_tasks_by_the_point_and_shows_the_interval():
     [said] = retention_gate([lost, kept, unasked], 0.95)
     assert said == "chat: retention 0.833 [0.700, 0.960] (token accuracy 0.600 -> 0.500); expected at least 0.95."
     assert retention_gate([lost, kept], 0.8) == []
+    [said] = retention_gate([result(retention=Estimate(0.9496))], 0.95)
+    assert "retention 0.949 (" in said  # not 0.950, which would be enough
 
 
 def test_the_gate_does_not_open_for_what_was_not_measured():
