@@ -59,11 +59,11 @@ def options(place, out, *candidates, config=None, seeds=1):
 
 
 def kill_midway(folder):
-    """SIGKILL for the process of a cell once it has saved a checkpoint; the thread that does so."""
+    """SIGKILL for the process of a cell once its first checkpoint is whole; the thread that does so."""
 
     def wait():
         until = time.monotonic() + 240
-        while time.monotonic() < until and not list(folder.glob("checkpoint-2/trainer_state.json")):
+        while time.monotonic() < until and not list(folder.glob("checkpoint-2/ftplus/commit.json")):
             time.sleep(0.05)
         os.kill(json.loads((folder / "ftplus" / "cell.json").read_text())["pid"], signal.SIGKILL)
 
