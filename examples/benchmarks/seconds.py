@@ -79,8 +79,8 @@ def timed(name: str) -> tuple[float, float]:
 
 
 @click.command()
-@click.argument("row", type=click.Choice([name for name in ROWS if not name.startswith(SENTIMENT)]))
-@click.option("--beside", default="plain 5e-5", type=click.Choice(list(ROWS)), show_default=True)
+@click.argument("row", metavar="ROW", type=click.Choice([name for name in ROWS if not name.startswith(SENTIMENT)]))
+@click.option("--beside", default="plain 5e-5", metavar="ROW", type=click.Choice(list(ROWS)), show_default=True)
 @click.option("--rounds", default=2, show_default=True, help="Of A B B A.")
 def main(row: str, beside: str, rounds: int) -> None:
     """Train both sides in turns and print what each takes."""
