@@ -87,7 +87,7 @@ def protect_batches(
                 self_generate,
                 run.model,
                 tokenizer,
-                task.generate,
+                **task.sampling(),
                 seed=seed_of("" if name == first else f"protect {name}", args.seed),
                 autocast=run.autocast,
                 cache=cache() / "self",

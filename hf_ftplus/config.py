@@ -52,7 +52,7 @@ OPTIONS = (
     Option("no_plugin", "Never load this installed plugin. Repeatable.", True, metavar="NAME"),
     Option(
         "protect",
-        "What must not be forgotten: a file, a Hub name, or self:256. Repeatable.",
+        "What must not be forgotten: a file, a Hub name, self:256, or self:256x48 (answers of 48 tokens). Repeatable.",
         True,
         metavar="[NAME=]DATA[:SPLIT]",
     ),

@@ -55,13 +55,15 @@ _SPLIT = re.compile(r"(?P<source>.+):(?P<split>[A-Za-z_][\w.-]*(?:\[[^\]]*\])?)"
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task as named on the command line: `[NAME=]FILE_OR_HUB[:split]`, or `[NAME=]self:256`."""
+    """One task as it is typed: `[NAME=]FILE_OR_HUB[:split]`, `[NAME=]self:256` or `[NAME=]self:256x48`."""
 
     name: str
     source: str
     split: str | None = None
     generate: int | None = None
     """Number of examples that the starting model writes itself; None for data that exists."""
+    tokens: int | None = None
+    """Longest answer of these; None: as `generate.Sampling` says."""
     config: str | None = None
     """Of several that a dataset on the Hub has."""
     through: Callable[[int], Callable[[Row], Row]] | None = field(default=None, repr=False)
@@ -82,13 +84,15 @@ class TaskSpec:
 
     @classmethod
     def of(cls, name: str, text: str) -> TaskSpec:
-        """One task by its name (or a name of its source) and what stands behind it: FILE_OR_HUB[:split], or self:256.
+        """One task by its name (or a name of its source) and what stands behind it: FILE_OR_HUB[:split], self:256 or
+        self:256x48.
 
         Raises:
             UsageError: `self:` without a number of rows.
         """
         if text == "self" or text.startswith("self:"):
-            return cls(name or "self", "self", generate=_count(text))
+            generate, tokens = _self(text)
+            return cls(name or "self", "self", generate=generate, tokens=tokens)
         source, split = _split(text)
         return cls(name or Path(source).stem, source, split)
 
@@ -107,9 +111,13 @@ class TaskSpec:
         """The same, read as they are needed; see `stream`."""
         return stream(self.source, self.split, self.config, through=self.through(seed) if self.through else None)
 
+    def sampling(self) -> dict[str, int]:
+        """What the model is to write, for `self_generate`."""
+        return {"count": self.generate, **({"max_new_tokens": self.tokens} if self.tokens else {})}
+
     def __str__(self) -> str:
-        tail = f":{self.generate}" if self.generate else f":{self.split}" if self.split else ""
-        return f"{self.name}={self.source}{tail}"
+        tail = f":{self.generate or self.split}" if self.generate or self.split else ""
+        return f"{self.name}={self.source}{tail}" + (f"x{self.tokens}" if self.tokens else "")
 
 
 def parse_all(texts: Iterable[str]) -> list[TaskSpec]:
@@ -141,11 +149,15 @@ def distinct_names(names: Iterable[str]) -> None:
         seen[key] = name
 
 
-def _count(text: str) -> int:
-    number = text.removeprefix("self").removeprefix(":")
-    if not re.fullmatch(r"[0-9]{1,9}", number) or int(number) == 0:
-        raise UsageError(f"{text!r} does not say how many rows; expected self:N with N of 1 or more, such as self:256.")
-    return int(number)
+def _self(text: str) -> tuple[int, int | None]:
+    """Rows, and tokens of the longest answer, of `self:256` or `self:256x48`."""
+    found = re.fullmatch(r"self:(0*[1-9][0-9]{0,8})(?:x(0*[1-9][0-9]{0,5}))?", text)
+    if not found:
+        raise UsageError(
+            f"{text!r} does not say how many rows; expected self:N with N of 1 or more, such as self:256, or "
+            "self:256x48 for answers of at most 48 tokens."
+        )
+    return int(found[1]), int(found[2]) if found[2] else None
 
 
 def _split(text: str) -> tuple[str, str | None]:

@@ -60,7 +60,7 @@ class Sampling:
 
     batch_size: int = 64
     max_new_tokens: int = 96
-    """Longest answer, in tokens; text of a base model may be as long as request and answer together."""
+    """Longest answer (`self:64x48`: 48); text of a base model may be as long as request and answer together."""
     request_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 0.95

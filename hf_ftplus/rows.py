@@ -219,17 +219,17 @@ def write(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> None:
 
 def written(spec: data.TaskSpec, use: str, config: RunConfig, trainer: SFTTrainer) -> Dataset:
     """The first process writes, the others read its cache. Each `use` has rows of its own; "" those of the seed."""
-    how = {"seed": seed_of(use, config.training.seed), "autocast": autocast(trainer.args)}
+    how = {**spec.sampling(), "seed": seed_of(use, config.training.seed), "autocast": autocast(trainer.args)}
     if trainer.is_fsdp_enabled:
-        return _written_together(use or spec.name, spec.generate, config, trainer, how)
+        return _written_together(use or spec.name, config, trainer, how)
     with trainer.args.main_process_first(local=False):
-        return self_generate(trainer.model, tokenizer_of(trainer), spec.generate, cache=cache() / "self", **how)
+        return self_generate(trainer.model, tokenizer_of(trainer), cache=cache() / "self", **how)
 
 
-def _written_together(name: str, count: int, config: RunConfig, trainer: SFTTrainer, how: dict[str, Any]) -> Dataset:
+def _written_together(name: str, config: RunConfig, trainer: SFTTrainer, how: dict[str, Any]) -> Dataset:
     """Every rank runs every forward pass of a sharded model, from one seed; what the first has written counts."""
     kept = SelfText(Path(config.training.output_dir), again=trainer.state.global_step > 0)
-    write = partial(self_generate, trainer.model, tokenizer_of(trainer), count, **how)
+    write = partial(self_generate, trainer.model, tokenizer_of(trainer), **how)
     found = kept.rows(name, write, trainer.args)
     reshard(trainer.model)
     return found

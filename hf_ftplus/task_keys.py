@@ -62,7 +62,7 @@ def _truth(value: Any) -> bool:
 TEXT = "text, in quotes"
 KEYS = {
     "name": Key("what errors and reports call it", _name, "text without = / \\ : and control characters"),
-    "dataset": Key("a file, a Hub name, NAME:split, or (to protect) self:64, written by the model", _text, TEXT),
+    "dataset": Key("a file, a Hub name, NAME:split, or (to protect) self:64: the model writes it", _text, TEXT),
     "split": Key("of the dataset; left out, train", _text, TEXT),
     "config": Key("of several that a dataset on the Hub has", _text, TEXT),
     "columns": Key("names for templates and formats, as OUR_NAME: THEIR_COLUMN", _columns, "OUR_NAME: THEIR_COLUMN"),

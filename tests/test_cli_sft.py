@@ -130,8 +130,11 @@ def test_a_dry_run_shows_rows_mask_and_cost_and_writes_nothing(place, tmp_path, 
 
 def test_the_starting_model_can_write_what_is_protected(place, tmp_path, monkeypatch):
     monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / "cache"))
-    assert main(words(place, tmp_path / "out", "--completions", "0", "--max_steps", "1", protect="self:10")) == 0
-    assert len(list((tmp_path / "cache" / "self").glob("self-*.jsonl"))) == 1
+    assert main(words(place, tmp_path / "out", "--completions", "0", "--max_steps", "1", protect="self:10x5")) == 0
+    (file,) = (tmp_path / "cache" / "self").glob("self-*.jsonl")
+    answers = [json.loads(line)["completion"][0]["content"] for line in file.read_text().splitlines()]
+    assert len(answers) == 10
+    assert max(map(len, answers)) <= 5 * max(map(len, tiny_tokenizer().get_vocab()))
     report = json.loads((tmp_path / "out" / "ftplus" / "report.json").read_text())
     assert report["tasks"][1]["name"] == "self"
     assert report["tasks"][1]["rows"] == 2

@@ -494,10 +494,15 @@ def test_reading_shows_no_bars_and_leaves_the_bar_setting(tmp_path, capfd, monke
         ("runs/lr=3/old.csv", TaskSpec("old", "runs/lr=3/old.csv")),
         ("self:256", TaskSpec("self", "self", generate=256)),
         ("own words=self:8", TaskSpec("own words", "self", generate=8)),
+        ("own words=self:8x24", TaskSpec("own words", "self", generate=8, tokens=24)),
     ],
 )
 def test_task_specifications(text, expected):
     assert TaskSpec.parse(text) == expected
+
+
+def test_what_the_model_writes_is_said_as_it_is_typed():
+    assert [str(TaskSpec.parse(text)) for text in ("self:8", "own=self:8x24")] == ["self=self:8", "own=self:8x24"]
 
 
 def test_a_file_that_exists_is_never_taken_apart(tmp_path, monkeypatch):
@@ -506,7 +511,9 @@ def test_a_file_that_exists_is_never_taken_apart(tmp_path, monkeypatch):
     assert TaskSpec.parse("a=b:c").source == "a=b:c"
 
 
-@pytest.mark.parametrize("text", ["self", "self:", "self:0", "self:many", "self:-3", "x=self:1.5"])
+@pytest.mark.parametrize(
+    "text", ["self", "self:", "self:0", "self:many", "self:-3", "x=self:1.5", "self:8x", "self:8x0", "self:x8"]
+)
 def test_self_needs_a_number_of_rows(text):
     with pytest.raises(UsageError, match="self:256"):
         TaskSpec.parse(text)

@@ -164,7 +164,7 @@ def test_every_use_of_what_the_model_writes_has_rows_of_its_own(place, tmp_path,
 
     seeds = {}
 
-    def generate(model, tokenizer, count, seed, **how):
+    def generate(model, tokenizer, *, count, seed, **how):
         seeds[count] = seed
         return Dataset.from_list([{"text": f"{i} of {count}"} for i in range(count)])
 

@@ -38,6 +38,8 @@ EWC = "--plugin ewc --set ewc.remember=false --set ewc.strength"
 SELF = "--protect chat=self:64"
 """Protects with what the model wrote itself, and nothing of the user's."""
 MORE = "--protect chat=self:192"
+SHORT = "--protect chat=self:64x48"
+"""Answers of at most 48 tokens instead of 96."""
 FEW = '--max_steps 65 --lr_scheduler_kwargs {"num_decay_steps":20}'
 SEVENTY_TWO = '--max_steps 72 --lr_scheduler_kwargs {"num_decay_steps":22}'
 EIGHTY = '--max_steps 80 --lr_scheduler_kwargs {"num_decay_steps":24}'
@@ -68,6 +70,9 @@ ROWS = {
     ),
     "distill 1/12 + EWC 10,000, self, 80 steps": (
         f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1e-4 {EIGHTY}"
+    ),
+    "distill 1/12 + EWC 10,000, self 64x48, 80 steps": (
+        f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SHORT} --learning_rate 1e-4 {EIGHTY}"
     ),
     "distill 1/12 + EWC 10,000 on 16 rows, self, 80 steps": (
         f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=16 {SELF} --learning_rate 1e-4 {EIGHTY}"

@@ -39,7 +39,7 @@ def memory() -> None:
     multiple=True,
     required=True,
     metavar="[NAME=]DATA[:SPLIT]",
-    help="What must not be forgotten: a file, a Hub name, or self:256. Repeatable.",
+    help="What must not be forgotten: a file, a Hub name, self:256, or self:256x48 (answers of 48 tokens). Repeatable.",
 )
 @out_option
 @click.option(
