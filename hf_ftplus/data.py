@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +325,8 @@ def _slice(dataset: Dataset, split: str | None, where: str) -> Dataset:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
     except (ValueError, AssertionError) as error:
         raise DataError(f"{where}:{split}: {error} A local file has one split: {where}:train.") from None
-    sliced = dataset.select(range(parts[0].from_ or 0, len(dataset) if parts[0].to is None else parts[0].to))
+    ranges = (range(part.from_ or 0, len(dataset) if part.to is None else part.to) for part in parts)
+    sliced = dataset.select(list(chain(*ranges)))
     if not len(sliced):
         raise DataError(f"{where}:{split}: 0 rows; the file has {len(dataset)}.")
     return sliced

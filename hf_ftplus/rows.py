@@ -139,9 +139,9 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
         from trl import get_dataset
 
         splits = get_dataset(mixture)
-    elif Path(script.dataset_name).suffix in data.READERS:
-        read = data.stream if script.dataset_streaming else data.load
-        splits = {script.dataset_train_split: read(script.dataset_name, through=of_training(config)(0), named=True)}
+    elif data.is_local(script.dataset_name):
+        read, split = data.stream if script.dataset_streaming else data.load, script.dataset_train_split
+        splits = {split: read(script.dataset_name, split, through=of_training(config)(0), named=True)}
     else:
         try:
             splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)

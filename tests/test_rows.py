@@ -10,13 +10,17 @@ import yaml
 from commands import make_place, words
 from datasets import Dataset
 from tiny import CHATML, tiny_tokenizer
-from training import LEARN
+from training import LEARN, arguments
+from trl import ModelConfig, ScriptArguments
+from trl.scripts.utils import DatasetMixtureConfig
 
 from hf_ftplus.cli import main
+from hf_ftplus.config import RunConfig
 from hf_ftplus.data import load
 from hf_ftplus.errors import DataError
 from hf_ftplus.measured import hold_out
 from hf_ftplus.row_checks import without
+from hf_ftplus.rows import learn_rows
 
 SHORT = ["--max_steps", "2", "--save_strategy", "no", "--completions", "0"]
 
@@ -154,6 +158,24 @@ def test_tasks_may_be_streams_that_are_drawn_from_in_their_shares(place, tmp_pat
     assert re.search(r"names +.*75", caplog.text)
     assert main(["data", "preview", *line[1:]]) == 0
     assert "streamed, not counted" in capsys.readouterr().out
+
+
+# ---- which split of a file ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("split", "numbers"),
+    [("train", range(24)), ("train[:3]", range(3)), ("train[2:4]+train[20:]", [2, 3, 20, 21, 22, 23])],
+)
+def test_the_split_of_a_file_that_was_named_is_learnt(place, split, numbers):
+    script = ScriptArguments(dataset_name=str(place / "learn.jsonl"), dataset_train_split=split)
+    rows, _ = learn_rows(RunConfig(arguments(place), ModelConfig(), script, DatasetMixtureConfig()))
+    assert rows["prompt"] == [LEARN[number]["prompt"] for number in numbers]
+
+
+def test_a_split_that_a_file_has_not_is_refused(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", *SHORT, "--dataset_train_split", "validation", plugin=None)) == 3
+    assert "A local file has one split" in capsys.readouterr().err
 
 
 # ---- what the model writes itself ------------------------------------------------------------------------------------

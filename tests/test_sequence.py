@@ -225,6 +225,15 @@ def test_memory_goes_to_what_trains_all_that_was_trained(place, tmp_path, first,
     assert [said in note for note in plan.notes] == ([] if fits else [True])
 
 
+def test_a_stage_is_measured_on_the_split_that_it_learns(place, tmp_path):
+    given = sequence_yaml(place, tmp_path, stages=2, measure={}, each={"colours": {"dataset_train_split": "train[:9]"}})
+    plan = read(given)
+    assert {name: spec.rpartition("/")[2] for name, spec in plan.measure.items()} == {
+        "colours": "colours.jsonl:train[:9]",
+        "fruits": "fruits.jsonl",
+    }
+
+
 @pytest.mark.parametrize(("first", "teacher"), [({}, "01-colours"), (LORA, "01-colours/merged")])
 def test_the_model_that_an_earlier_stage_leaves_may_teach_a_later_one(place, tmp_path, first, teacher):
     """Two stages later, when it is no longer the starting model."""

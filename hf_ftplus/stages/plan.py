@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from ..config import RunConfig, merge, read_yaml
-from ..data import distinct_names, parse_all
+from ..data import distinct_names, is_local, parse_all
 from ..errors import FTPlusError, UsageError, nearest
-from ..files import READERS
 
 OWN = ("stages", "keep")
 """Keys above those of `ftplus sft`."""
@@ -246,7 +245,7 @@ def _trained_rows(plan: Plan, stage: Stage) -> str:
     if not source or any(stage.yaml.get(key) for key in ("tasks", "datasets", "dataset_config", "dataset_streaming")):
         raise UsageError(f"There is nothing to measure it on. Add held-out rows: measure: {{{stage.name}: DATA}}")
     plan.notes.append(f"{stage.name} is measured on trained rows; for held-out ones: measure: {{{stage.name}: DATA}}.")
-    return str(source) if Path(str(source)).suffix in READERS else f"{source}:{split}"
+    return str(source) if split == "train" and is_local(str(source)) else f"{source}:{split}"
 
 
 def _check_measured(stage: Stage) -> None:
