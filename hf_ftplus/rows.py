@@ -30,6 +30,7 @@ from .row_checks import (
     refuse_one_task,
     refuse_questions,
     refuse_unevaluated,
+    spread,
     warn_of_learnt,
     warn_of_protected,
     without,
@@ -89,6 +90,9 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
         with noting(faults, name if name in declared else ""):
             refuse_questions(name, task)
     learn = rows.learn if declared else {}
+    if not declared and "learn" in config.metrics and config.measure_rows:
+        with noting(faults):
+            learn = as_measured(rows, config)
     for name, found in {**learn, **rows.protect, **rows.measured}.items():
         with noting(faults, name if name in declared else ""):
             if config.measure_rows and name not in config.unmeasured:
@@ -155,6 +159,14 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
     train, test = as_trl_reads(train, config), None if test is None else as_trl_reads(test, config)
     refuse_one_task(config, train)
     return train, test
+
+
+def as_measured(rows: Rows, config: RunConfig) -> dict[str, Dataset]:
+    """The rows that the one learn task of a run without `tasks:` is measured on, if nothing else is given."""
+    found = rows.learn if rows.test is None else rows.test
+    if not isinstance(found, Dataset):
+        return {}
+    return {"learn": data.normalise(spread(found, config.measure_rows), "learn", of_training(config)(0))}
 
 
 def declared_rows(config: RunConfig, faults: list[FTPlusError]) -> dict[str, Dataset]:

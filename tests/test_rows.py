@@ -160,6 +160,14 @@ def test_tasks_may_be_streams_that_are_drawn_from_in_their_shares(place, tmp_pat
     assert "streamed, not counted" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [["data", "check"], ["sft"]])
+def test_a_metric_that_learn_rows_cannot_be_scored_by_is_said_before_a_model_loads(place, tmp_path, capsys, command):
+    line = words(place, tmp_path / "out", *SHORT, "--metric", "learn=choice", plugin=None, protect=None)
+    line[line.index("--model_name_or_path") + 1] = "no/such-model"
+    assert main([*command, *line[1:]]) == 3
+    assert "Task 'learn', row 1 has no 'choices'" in capsys.readouterr().err
+
+
 # ---- which split of a file ---------------------------------------------------------------------------------------
 
 
