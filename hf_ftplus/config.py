@@ -70,9 +70,12 @@ OPTIONS = (
     ),
     Option("memory", "OUTPUT/ftplus/memory of an earlier run, whose knowledge still counts.", metavar="DIR"),
     Option(
-        "measure_rows", "Rows per task that are measured before and after; 0 measures nothing.", kind=int, metavar="N"
+        "measure_rows",
+        "Rows per task that are measured before and after; 0 measures nothing.  [64]",
+        kind=int,
+        metavar="N",
     ),
-    Option("completions", "Completions per task shown side by side, before and after.", kind=int, metavar="N"),
+    Option("completions", "Completions per task shown side by side, before and after.  [3]", kind=int, metavar="N"),
     Option(
         "stop_when",
         "End training early: learn-plateaus[:PATIENCE[:NATS]], or 'retention-falls-below X'. Repeatable.",
@@ -157,7 +160,7 @@ def without_secrets(value: Any) -> Any:
     """For what is kept on disk, where a push to the Hub would take it along."""
     if isinstance(value, dict):
         return {key: without_secrets(item) for key, item in value.items() if key not in SECRETS}
-    return value
+    return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def read_yaml(path: str | None, what: str = "--config") -> dict[str, Any]:

@@ -133,7 +133,7 @@ def tasks_of(rows: Rows, config: RunConfig, tokenizer: Any, most: int = 0) -> It
             most_apart = 0 if spec.name in {*rows.measured, *config.unmeasured} else config.measure_rows
             yield partial(_protecting, spec, rows.protect.get(spec.name), most_apart, config, tokenizer, most)
     for name, part in rows.measured.items():
-        yield partial(_measured, name, part, config, tokenizer)
+        yield partial(_measured, name, part, config, tokenizer, most)
 
 
 def _learnt(name: str, rows: Any, config: RunConfig, tokenizer: Any, most: int) -> Seen:
@@ -161,11 +161,11 @@ def _protecting(
     return Seen(spec.name, role, about, cut(examples, most, part))
 
 
-def _measured(name: str, rows: Dataset, config: RunConfig, tokenizer: Any) -> Seen:
+def _measured(name: str, rows: Dataset, config: RunConfig, tokenizer: Any, most: int) -> Seen:
     if rows.column_names == ["prompt"]:
         return Seen(name, "measured", f"{len(rows)} questions, which the model answers when the run begins", [])
-    examples = data.tokenize(rows, tokenizer, None, name).examples
-    return Seen(name, "measured", counted(examples, name, window(config.training.max_length)), [])
+    examples, part = data.tokenize(rows, tokenizer, None, name).examples, window(config.training.max_length)
+    return Seen(name, "measured", counted(examples, name, part), cut(examples, most, part))
 
 
 def _role(kind: str, share: float | None) -> str:

@@ -67,7 +67,7 @@ def test_the_preview_shows_rendered_rows_masks_and_counts(place, tmp_path, capsy
     assert "«Home 0<|im_end|>\\n»" in shown
     assert "Sum up: Boat 1 is home \\x1b[31m." in shown
     assert "\x1b" not in shown
-    assert shown.count("«") == 6
+    assert shown.count("«") == 8
     counts = (
         r"^names \(learn\): 24 rows, \d+ tokens, \d+ supervised \(\d+%\), longest \d+; at max_length 64 0 are cut, 0"
     )

@@ -227,11 +227,11 @@ def test_tasks_are_exported_without_a_model_and_what_cannot_be_is_named(place, t
 def test_without_a_folder_it_says_how_to_keep_the_answers_and_then_measures_nothing(place, tmp_path, capsys):
     line = ["eval", str(place / "base"), "--measure", f"asked={place / 'asked.jsonl'}"]
     assert main(line) == 0
-    assert capsys.readouterr().err.splitlines()[-1].startswith("Type the same with --out FOLDER for a page, eval.json")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Type the same with --out DIR for a page, eval.json")
     assert main([*line, "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
     assert "0 of 1 cells" in said
-    assert "--out FOLDER" not in said
+    assert "--out DIR" not in said
 
 
 def test_half_a_cell_was_never_kept(place, tmp_path, capsys, cache):

@@ -33,7 +33,7 @@ def test_what_is_not_said_is_as_declared():
 @pytest.mark.fault("F8")
 def test_the_report_holds_the_whole_configuration_less_its_secrets(tmp_path):
     training = arguments(tmp_path, hub_token="hf_secret", eos_token="<|im_end|>")
-    training.model_init_kwargs = {"token": "hf_secret", "revision": "main"}
+    training.model_init_kwargs = {"token": "hf_secret", "revision": "main", "of": [{"token": "hf_secret", "n": 1}]}
     mixture = DatasetMixtureConfig(datasets=[DatasetConfig(path="trl-lib/tldr")])
     config = RunConfig(training=training, model=ModelConfig(), script=ScriptArguments(), mixture=mixture)
     path = Report([], {"config": config.resolved()}).save(tmp_path / "report.json")
@@ -41,7 +41,7 @@ def test_the_report_holds_the_whole_configuration_less_its_secrets(tmp_path):
     found = Report.load(path).facts["config"]
     assert found["training"]["eos_token"] == "<|im_end|>"
     assert found["training"]["include_num_input_tokens_seen"] == "no"
-    assert found["training"]["model_init_kwargs"] == {"revision": "main"}
+    assert found["training"]["model_init_kwargs"] == {"revision": "main", "of": [{"n": 1}]}
     assert found["mixture"]["datasets"][0]["path"] == "trl-lib/tldr"
 
 

@@ -57,25 +57,25 @@ HELP = {
 )
 @click.option(
     "--lm-eval-include",
-    metavar="FOLDER",
+    metavar="DIR",
     type=click.Path(path_type=Path),
     help="YAML files of your own tasks for --lm-eval.",
 )
 @click.option(
     "--export",
-    metavar="FOLDER",
+    metavar="DIR",
     type=click.Path(path_type=Path),
     help="Write the tasks for lm-evaluation-harness there; without MODEL nothing else is done.",
 )
 @click.option(
     "--out",
-    metavar="FOLDER",
+    metavar="DIR",
     type=click.Path(path_type=Path),
     help="Keep eval.json, every row with its answer, and a page here; typed later, nothing is measured again.",
 )
 @click.option(
     "--cache",
-    metavar="FOLDER",
+    metavar="DIR",
     type=click.Path(path_type=Path),
     help="What was measured before. [~/.cache/ftplus/eval]",
 )
@@ -174,7 +174,7 @@ def run(plan: Plan, kept: Any, out: Path | None, benchmarks: list[Any]) -> None:
         leave_page(file)
     else:
         click.echo(
-            "Type the same with --out FOLDER for a page, eval.json, and the answer to every row behind these scores; "
+            "Type the same with --out DIR for a page, eval.json, and the answer to every row behind these scores; "
             "nothing is measured again.",
             err=True,
         )

@@ -20,7 +20,7 @@ from .generate import device_option, dtype_option
     help="The folder that `ftplus sft --use_peft` wrote, or an adapter's name on the Hub.",
 )
 @click.option(
-    "--out", required=True, metavar="FOLDER", type=click.Path(path_type=Path), help="An empty folder, or none."
+    "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="An empty folder, or none."
 )
 @dtype_option
 @device_option

@@ -21,7 +21,7 @@ VERBS = ("new", "test")
 
 @click.command(name="new", short_help="Write a distribution with one strategy.")
 @click.argument("name")
-@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Where to.  [./ftplus-NAME]")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Where to.  [./ftplus-NAME]")
 @click.option("--author", metavar="NAME", help="Who holds the copyright.  [the authors of ftplus-NAME]")
 def new(name: str, out: Path | None, author: str | None) -> None:
     """Write a distribution with one strategy in it, to install, to change and to publish.
@@ -85,7 +85,7 @@ def write(folder: Path, name: str, author: str) -> list[Path]:
             file.write_text(_filled(source.read_text(encoding="utf-8"), words), encoding="utf-8")
             written.append(file)
     except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error.strerror}. Choose another: --out FOLDER.") from error
+        raise StorageError(f"{folder} cannot be written: {error.strerror}. Choose another: --out DIR.") from error
     return written
 
 
