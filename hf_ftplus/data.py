@@ -16,11 +16,11 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,7 @@ def load(
     path = Path(os.path.expanduser(source))
     suffix = path.suffix.lower()
     if is_local(source):
-        return _slice(_local(path, suffix, through, named), split, source)
+        return sliced({"train": _local(path, suffix, through, named)}, split or "train", source)
     if os.path.isfile(path):  # false, and no error, for what is too long for a name
         raise DataError(f"{source} is a {suffix or 'file without suffix'}; expected one of {', '.join(READERS)}.")
     if not os.path.exists(path) and _looks_local(source):
@@ -318,18 +318,25 @@ def _neighbour(path: Path) -> str:
     return nearest(path.name, [item.name for item in folder.iterdir()]) if os.path.isdir(folder) else ""
 
 
-def _slice(dataset: Dataset, split: str | None, where: str) -> Dataset:
-    if split is None:
-        return dataset
+def sliced(splits: Mapping[str, Dataset], split: str, where: str) -> Dataset:
+    """One of the splits, or what a slice such as `train[:100]+train[90%:]` takes of them.
+
+    Raises:
+        DataError: no such split, or nothing is in the slice.
+    """
+    if split in splits:
+        return splits[split]
+    lengths = {name: len(rows) for name, rows in splits.items()}
     try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
-        raise DataError(f"{where}:{split}: {error} A local file has one split: {where}:train.") from None
-    ranges = (range(part.from_ or 0, len(dataset) if part.to is None else part.to) for part in parts)
-    sliced = dataset.select(list(chain(*ranges)))
-    if not len(sliced):
-        raise DataError(f"{where}:{split}: 0 rows; the file has {len(dataset)}.")
-    return sliced
+        raise DataError(f"{where}:{split}: {error} Expected one of {', '.join(splits)}, or a slice of it.") from None
+    taken = ((splits[part.splitname], range(lengths[part.splitname])[part.from_ : part.to]) for part in parts)
+    found = [rows.select(places) for rows, places in taken if places]
+    if not found:
+        there = ", ".join(f"{count} in {name}" for name, count in lengths.items())
+        raise DataError(f"{where}:{split}: 0 rows; there are {there}.")
+    return datasets.concatenate_datasets(found)
 
 
 def reason(error: Exception) -> str:

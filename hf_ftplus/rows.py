@@ -16,7 +16,7 @@ from . import data
 from .batches import SelfText, seed_of
 from .callback import autocast
 from .config import RunConfig
-from .errors import DataError, FTPlusError
+from .errors import DataError, FTPlusError, UsageError
 from .evaluation import reshard
 from .formats import Row
 from .generate import self_generate
@@ -144,21 +144,37 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
 
         splits = get_dataset(mixture)
     elif data.is_local(script.dataset_name):
-        read, split = data.stream if script.dataset_streaming else data.load, script.dataset_train_split
-        splits = {split: read(script.dataset_name, split, through=of_training(config)(0), named=True)}
+        if script.dataset_config:
+            raise UsageError(
+                f"--dataset_config is of datasets on the Hub, and {script.dataset_name} is a local file; leave it out."
+            )
+        read = data.stream if script.dataset_streaming else data.load
+        splits = {"train": read(script.dataset_name, through=of_training(config)(0), named=True)}
     else:
         try:
             splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
         except Exception as error:  # whatever its readers, fsspec or the network raise
             raise DataError(f"--dataset_name {script.dataset_name}: {data.reason(error)}") from error
-    if script.dataset_train_split not in splits:
-        raise DataError(
-            f"{script.dataset_name} has no split {script.dataset_train_split!r}; it has {', '.join(splits)}."
-        )
-    train, test = splits[script.dataset_train_split], splits.get(script.dataset_test_split)
+    train, test = split_of(splits, "train", script), split_of(splits, "test", script)
     train, test = as_trl_reads(train, config), None if test is None else as_trl_reads(test, config)
     refuse_one_task(config, train)
     return train, test
+
+
+def split_of(splits: Any, use: str, script: Any) -> Any:
+    """What `--dataset_train_split` or `--dataset_test_split` names; None if there is nothing to test on.
+
+    Raises:
+        DataError: it is not there.
+    """
+    split, source = getattr(script, f"dataset_{use}_split"), script.dataset_name or "The mixture"
+    if split in splits:
+        return splits[split]
+    if use == split == "test":
+        return None
+    if {*"[+"} & {*split} and all(isinstance(rows, Dataset) for rows in splits.values()):
+        return data.sliced(splits, split, source)
+    raise DataError(f"{source} has no split {split!r}; it has {', '.join(splits)}. Type --dataset_{use}_split NAME.")
 
 
 def as_measured(rows: Rows, config: RunConfig) -> dict[str, Dataset]:

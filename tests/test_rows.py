@@ -181,9 +181,41 @@ def test_the_split_of_a_file_that_was_named_is_learnt(place, split, numbers):
     assert rows["prompt"] == [LEARN[number]["prompt"] for number in numbers]
 
 
-def test_a_split_that_a_file_has_not_is_refused(place, tmp_path, capsys):
-    assert main(words(place, tmp_path / "out", *SHORT, "--dataset_train_split", "validation", plugin=None)) == 3
-    assert "A local file has one split" in capsys.readouterr().err
+def test_the_split_of_a_file_that_was_named_is_evaluated(place, tmp_path):
+    splits = ["--dataset_train_split", "train[:20]", "--dataset_test_split", "train[20:]", "--eval_strategy", "epoch"]
+    assert main(words(place, tmp_path / "out", *SHORT, *splits, plugin=None, protect=None)) == 0
+    assert report(tmp_path)["tasks"][0]["rows"] == 4
+
+
+def test_a_slice_may_be_of_several_splits(tmp_path):
+    for name in ("train", "more"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(4)))
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: train.jsonl}\n"
+        "  - {split: more, path: more.jsonl}\n---\n"
+    )
+    script = ScriptArguments(dataset_name=str(tmp_path), dataset_train_split="train[:1]+more[3:]")
+    rows, _ = learn_rows(RunConfig(arguments(tmp_path / "out"), ModelConfig(), script, DatasetMixtureConfig()))
+    assert rows["text"] == ["train 0", "more 3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--dataset_train_split", "validation"],
+            "has no split 'validation'; it has train. Type --dataset_train_split",
+        ),
+        (["--dataset_test_split", "held"], "has no split 'held'; it has train. Type --dataset_test_split"),
+        (["--dataset_train_split", "train[30:]"], r"train[30:]: 0 rows"),
+        (["--dataset_train_split", "train[3:"], "Unrecognized instruction format: train[3:"),
+        (["--dataset_config", "en"], "is of datasets on the Hub"),
+        (["--dataset_train_split", "train[:3]", "--dataset_streaming", "true"], "has no split 'train[:3]'"),
+    ],
+)
+def test_a_split_that_is_not_there_is_refused(place, tmp_path, capsys, flags, said):
+    assert main(words(place, tmp_path / "out", *SHORT, *flags, plugin=None, protect=None)) in (2, 3)
+    assert said in capsys.readouterr().err
 
 
 # ---- what the model writes itself ------------------------------------------------------------------------------------

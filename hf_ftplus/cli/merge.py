@@ -19,9 +19,7 @@ from .generate import device_option, dtype_option
     metavar="ADAPTER",
     help="The folder that `ftplus sft --use_peft` wrote, or an adapter's name on the Hub.",
 )
-@click.option(
-    "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="An empty folder, or none."
-)
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="An empty folder, or none.")
 @dtype_option
 @device_option
 def merge(name: str, out: Path, dtype: str, device: str | None) -> None:
