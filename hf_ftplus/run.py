@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 from . import compat, stopping
-from .callback import STATE_FOLDER, autocast, give_back_memory, refuse, zero_stage
+from .callback import STATE_FOLDER, autocast, give_back_memory
 from .config import RunConfig
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
@@ -29,6 +29,7 @@ from .measured import keep_apart, tasks
 from .model import to_train
 from .output import alone, claim, no_empty_folder, on_the_disk, refuse_full_disk, resume_point, settle
 from .page import leave_card, leave_page, warned
+from .refusals import refuse, zero_stage
 from .report import Report
 from .report.tracked import hold_open, track
 from .row_checks import check_supervised

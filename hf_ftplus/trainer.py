@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import commit, compat
-from .callback import StrategyCallback, refuse
+from .callback import StrategyCallback
 from .data import reason
 from .errors import DataError, FTPlusError, IncompatibleError, StorageError, UsageError
 from .hidden import hide
@@ -37,6 +37,7 @@ from .mixing import MixingMixin, TasksMixin
 from .model import to_train
 from .origin import origin, refuse_other
 from .pools import EVALUATED, together
+from .refusals import refuse
 from .shared.hub import of_push, refusal
 from .strategy import Batch, Strategy
 from .weights import local, trainable

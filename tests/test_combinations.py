@@ -24,10 +24,10 @@ from training import LEARN, PROTECT, arguments, far, first_gradient, same, train
 from transformers import EarlyStoppingCallback
 
 from hf_ftplus import EWC, Batch, Run, Strategy
-from hf_ftplus.callback import refuse
 from hf_ftplus.cli import main
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
 from hf_ftplus.logits import hidden_states
+from hf_ftplus.refusals import refuse
 from hf_ftplus.strategies.distill import Distill
 from hf_ftplus.strategies.si import SI
 

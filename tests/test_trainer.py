@@ -21,9 +21,9 @@ from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trai
 
 from hf_ftplus import EWC, Distill, Replay, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
 from hf_ftplus.batches import examples_of
-from hf_ftplus.callback import refuse
 from hf_ftplus.data import TaskSpec
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
+from hf_ftplus.refusals import refuse
 
 
 def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):

@@ -116,9 +116,9 @@ def check(all_cells: Sequence[Cell], config: RunConfig) -> None:
     Raises:
         FTPlusError: with the cell that it is about, where it is about one.
     """
-    from ..callback import refuse
     from ..foreseen import refuse_foreseen
     from ..model import DEMO, to_train
+    from ..refusals import refuse
     from ..rows import find
     from ..trained import tokenizer_of
 

@@ -92,9 +92,9 @@ def check(plan: Plan) -> dict[str, str]:
     """
     from datasets import Dataset
 
-    from ..callback import refuse
     from ..foreseen import refuse_foreseen
     from ..model import DEMO, to_train
+    from ..refusals import refuse
     from ..rows import find
     from ..run import len_of, refuse_several_devices
     from .reservoir import pool

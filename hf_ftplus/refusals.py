@@ -1,0 +1,55 @@
+"""What no strategy can stand, whichever it is: launchers, settings and models, refused before anything is trained."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import TrainingArguments
+
+from .errors import IncompatibleError
+from .strategy import Strategy, acts_on_gradients, refuse_deepspeed
+
+
+def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
+    """Raise for launchers and settings under which a strategy would act wrongly, before a model is loaded."""
+    if args.deepspeed or args.distributed_state.distributed_type == "DEEPSPEED":
+        refuse_deepspeed(strategies, zero_stage(args))
+    if strategies and args.auto_find_batch_size:
+        raise IncompatibleError(
+            "auto_find_batch_size starts training again from weights that already moved, which strategies would take "
+            "for the starting model. Set per_device_train_batch_size instead."
+        )
+    if strategies and getattr(args, "enable_jit_checkpoint", False):
+        raise IncompatibleError(
+            "enable_jit_checkpoint saves within a step, from which no run goes on as it would have. Leave it out: "
+            "ftplus sft saves after the step when it is told to stop."
+        )
+    for strategy in strategies if not args.resume_from_checkpoint else ():
+        strategy.refuse(None)
+
+
+def refuse_parts(strategies: list[Strategy], model: nn.Module, args: TrainingArguments) -> None:
+    """Raise where strategies would take a part of a weight, or of the rows, for the whole."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise IncompatibleError(
+            "FSDP version 1 flattens weights into one, so strategies cannot tell them apart. Set fsdp_version: 2 "
+            "in the accelerate config, or type --accelerate_config fsdp2."
+        )
+    reading = [strategy.name for strategy in strategies if strategy.overrides("token_loss")]
+    if reading and args.n_gpu > 1:
+        raise IncompatibleError(
+            f"{', '.join(reading)} reads hidden states, of which each of {args.n_gpu} devices of one process would see "
+            f"a part (DataParallel). Start a process for each: accelerate launch --num_processes {args.n_gpu} "
+            "SCRIPT.py; or choose one device: CUDA_VISIBLE_DEVICES=0."
+        )
+    looking = [it.name for it in strategies if it.overrides("token_loss") or acts_on_gradients(it)]
+    if looking and (getattr(model, "tp_size", None) or 1) > 1:
+        raise IncompatibleError(
+            f"{', '.join(looking)} cannot tell the parts of a weight that tensor parallelism (tp_plan) splits over "
+            f"{model.tp_size} processes. Load the model without tp_plan, and type --accelerate_config fsdp2."
+        )
+
+
+def zero_stage(args: TrainingArguments) -> int:
+    """DeepSpeed's ZeRO stage of a run; 0 without it."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return int(getattr(plugin, "zero_stage", 0) or 0)
