@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -143,7 +144,7 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
         from trl import get_dataset
 
         splits = get_dataset(mixture)
-    elif data.is_local(script.dataset_name):
+    elif data.is_local(script.dataset_name) or os.path.isfile(script.dataset_name):
         if script.dataset_config:
             raise UsageError(
                 f"--dataset_config is of datasets on the Hub, and {script.dataset_name} is a local file; leave it out."
@@ -154,7 +155,9 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
         try:
             splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
         except Exception as error:  # whatever its readers, fsspec or the network raise
-            raise DataError(f"--dataset_name {script.dataset_name}: {data.reason(error)}") from error
+            spec = data.TaskSpec.parse(script.dataset_name)
+            hint = f" Type --dataset_name {spec.source} --dataset_train_split '{spec.split}'." if spec.split else ""
+            raise DataError(f"--dataset_name {script.dataset_name}: {data.reason(error)}{hint}") from error
     train, test = split_of(splits, "train", script), split_of(splits, "test", script)
     train, test = as_trl_reads(train, config), None if test is None else as_trl_reads(test, config)
     refuse_one_task(config, train)

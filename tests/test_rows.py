@@ -210,6 +210,8 @@ def test_a_slice_may_be_of_several_splits(tmp_path):
         (["--dataset_train_split", "train[30:]"], r"train[30:]: 0 rows"),
         (["--dataset_train_split", "train[3:"], "Unrecognized instruction format: train[3:"),
         (["--dataset_config", "en"], "is of datasets on the Hub"),
+        (["--dataset_name", "a/b.jsonl:train[:3]"], "Type --dataset_name a/b.jsonl --dataset_train_split 'train[:3]'"),
+        (["--dataset_name", __file__], "is a .py; expected one of"),
         (["--dataset_train_split", "train[:3]", "--dataset_streaming", "true"], "has no split 'train[:3]'"),
     ],
 )
