@@ -43,9 +43,11 @@ SHORT = "--protect chat=self:64x48"
 FEW = '--max_steps 65 --lr_scheduler_kwargs {"num_decay_steps":20}'
 SEVENTY_TWO = '--max_steps 72 --lr_scheduler_kwargs {"num_decay_steps":22}'
 EIGHTY = '--max_steps 80 --lr_scheduler_kwargs {"num_decay_steps":24}'
+EIGHTY_SIX = '--max_steps 86 --lr_scheduler_kwargs {"num_decay_steps":26}'
 NINETY = '--max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}'
 TWELFTH = "--set distill.share=0.0833"
 FOURTEENTH = "--set distill.share=0.0714"
+TENTH = "--set distill.share=0.1"
 EIGHTH = "--set distill.share=0.125"
 HUNDRED = '--max_steps 100 --lr_scheduler_kwargs {"num_decay_steps":30}'
 REPLAY = "--plugin replay --padding_free true"
@@ -73,6 +75,9 @@ ROWS = {
     ),
     "distill 1/12 + EWC 10,000, self 64x48, 80 steps": (
         f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SHORT} --learning_rate 1e-4 {EIGHTY}"
+    ),
+    "distill 1/10 + EWC 10,000, self 64x48, 86 steps": (
+        f"{DISTILL} {TENTH} {EWC}=10000 --set ewc.rows=32 {SHORT} --learning_rate 1e-4 {EIGHTY_SIX}"
     ),
     "distill 1/12 + EWC 10,000 on 16 rows, self, 80 steps": (
         f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=16 {SELF} --learning_rate 1e-4 {EIGHTY}"
