@@ -16,6 +16,7 @@ import math
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -374,12 +375,18 @@ class SaveOnInterrupt(TrainerCallback):
             signal.signal(number, handler)
 
 
+def raised_in(error: BaseException) -> str:
+    """The package whose code raised it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
 def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrainer:
     """The SFTTrainer that `trl sft` would build from the same arguments; strategies are installed later.
 
     Raises:
         DataError: the model cannot be found or loaded, or has no template for chats.
-        UsageError: it brings code that was not allowed to run.
+        UsageError: it brings code that was not allowed to run, or TRL refuses settings beside each other.
         StorageError: the disk failed (full, or not to be read or written).
     """
     training, model = config.training, config.model
@@ -414,12 +421,15 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
                 f"The model {model.model_name_or_path!r} brings code of its own, which may do anything. Read it, then "
                 "type --trust_remote_code to let it run."
             ) from error
-        if "chat template" not in str(error):
-            raise
-        raise DataError(
-            f"The learn rows are chats, and the tokenizer of {model.model_name_or_path!r} has no chat template. Type "
-            "--chat_template_path NAME_OR_FILE (of a model that has one, or a Jinja file), or give rows of text."
-        ) from error
+        if "chat template" in str(error):
+            raise DataError(
+                f"The learn rows are chats, and the tokenizer of {model.model_name_or_path!r} has no chat template. "
+                "Type --chat_template_path NAME_OR_FILE (of a model that has one, or a Jinja file), or give rows of "
+                "text."
+            ) from error
+        if (package := raised_in(error)) in ("trl", "transformers", "peft", "accelerate"):
+            raise UsageError(f"{package} refuses these settings: {error}") from error
+        raise
     stay_differentiable(trainer.model)
     best = (training.metric_for_best_model or "").removeprefix("eval_")
     if isinstance(trainer.eval_dataset, dict) and best in EVALUATED:

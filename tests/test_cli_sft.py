@@ -53,6 +53,13 @@ def test_one_command_trains_measures_and_reports(place, tmp_path, capsys):
     assert (tmp_path / "out" / "ftplus" / "memory" / "ewc.safetensors").is_file()
 
 
+def test_settings_that_trl_refuses_end_in_its_sentence(place, tmp_path, capsys):
+    assert main(words(place, tmp_path / "out", "--padding_free", "true", plugin=None, protect=None)) == 2
+    said = capsys.readouterr().err
+    assert "trl refuses these settings: When `padding_free=True` without packing" in said
+    assert "traceback" not in said
+
+
 def test_without_plugins_it_is_trl_sft_bit_for_bit(place, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_bytes((place / "learn.jsonl").read_bytes())
