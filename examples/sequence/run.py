@@ -1,8 +1,9 @@
 """Watch a small model learn three things in a row and forget them, and the same with EWC and replay.
 
-    python examples/sequence/run.py
+    python examples/sequence/run.py             plain, then `ftplus sequence examples/sequence/sequence.yaml`
+    python examples/sequence/run.py --each      SI, EWC and replay alone as well
 
-Both are ordinary sequences; the second is the command `ftplus sequence examples/sequence/sequence.yaml`.
+All are ordinary sequences: what is finished is not run again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+import click
 import torch
 import yaml
 from rich.console import Console
@@ -23,22 +25,30 @@ LAYERS = (0, 1, 2, 3, 28, 29)
 """Of the demo model's thirty. What goes missing with the others the first stage teaches anew."""
 
 
-def main() -> None:
-    """Make data and model, run both sequences (or what is left of them), show both matrices."""
+@click.command()
+@click.option("--each", is_flag=True, help="SI, EWC and replay alone, too.")
+def main(each: bool) -> None:
+    """Make data and model, run the sequences (or what is left of them), show their matrices."""
     from make_data import make_data
     from run import ENVIRONMENT  # of the demo: how memory is kept, which glibc reads when a process starts
 
     if not ENVIRONMENT.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, str(HERE / "run.py")], {**os.environ, **ENVIRONMENT})
+        os.execve(sys.executable, [sys.executable, str(HERE / "run.py"), *sys.argv[1:]], {**os.environ, **ENVIRONMENT})
 
     import hf_ftplus
 
     console = Console(highlight=False)
     make_data(OUT / "data")
     shrink(OUT / "sequence" / "model")
-    kept = yaml.safe_load((HERE / "sequence.yaml").read_text())
-    plain = {**kept, "output_dir": str(OUT / "sequence" / "plain"), "plugins": [], "keep": 0}
-    matrices = {name: hf_ftplus.sequence(arm) for name, arm in (("plain", plain), ("EWC and replay", kept))}
+    given = yaml.safe_load((HERE / "sequence.yaml").read_text())
+    arms = {"plain": {"plugins": [], "keep": 0}, "kept": {}}
+    if each:
+        ewc, replay = given["plugins"]
+        arms |= {"si": {"plugins": ["si"], "keep": 0}, "ewc": {"plugins": [ewc]}, "replay": {"plugins": [replay]}}
+    matrices = {
+        name: hf_ftplus.sequence({**given, "output_dir": str(OUT / "sequence" / name), **arm})
+        for name, arm in arms.items()
+    }
     for name, matrix in matrices.items():
         console.print(f"\n[bold]{name}[/]", matrix.table())
 
