@@ -50,7 +50,8 @@ CHUNK = 20_000
 # ---- what the user typed -------------------------------------------------------------------------------------------
 
 _NAME = re.compile(r"(?P<name>[^=/\\:\x00-\x1f]+)=(?P<rest>.+)", re.DOTALL)
-_SPLIT = re.compile(r"(?P<source>.+):(?P<split>[A-Za-z_][\w.-]*(?:\[[^\]]*\])?)", re.DOTALL)
+_PART = r"[A-Za-z_][\w.-]*(?:\[[^\]]*\])?"
+_SPLIT = re.compile(rf"(?P<source>.+):(?P<split>{_PART}(?:\+{_PART})*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -294,13 +295,12 @@ def _streamed(
 
 
 def _looks_local(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix.lower() in READERS
+    return source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
 def is_local(source: str) -> bool:
     """Whether `load` reads a file of this machine, and not a dataset of the Hub."""
-    path = Path(os.path.expanduser(source))
-    return path.suffix.lower() in READERS and (os.path.isfile(path) or _looks_local(source))
+    return Path(source).suffix.lower() in READERS
 
 
 def _local(path: Path, suffix: str, through: Through | None, named: bool) -> Dataset:

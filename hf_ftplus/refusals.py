@@ -1,4 +1,4 @@
-"""What no strategy can stand, whichever it is: launchers, settings and models, refused before anything is trained."""
+"""Launchers, settings and models under which strategies would act wrongly, refused before anything is trained."""
 
 from __future__ import annotations
 

@@ -54,25 +54,25 @@ LOOKED_THROUGH = 20_000
 def dropped(name: str, part: Dataset, lost: int, trainer: SFTTrainer) -> str:
     """How many rows of a task do not train, why, and which."""
     length, tokenizer = trainer.args.max_length, trainer.processing_class
-    said = f"{escape(name)}: {lost} of {len(part)} rows ({lost / len(part):.0%}) do not train at max_length {length}"
+    line = f"{escape(name)}: {lost} of {len(part)} rows ({lost / len(part):.0%}) do not train at max_length {length}"
     if len(part) <= LOOKED_THROUGH:
         with suppress(FTPlusError):  # rows that TRL reads and we do not
             found = tokenize(normalise(part, name), getattr(tokenizer, "tokenizer", tokenizer), length, name)
-            said += f": {found.why()}" if found.dropped == lost else ""
-    return f"{said}. Type a larger --max_length, or shorten the prompts."
+            line += f": {found.why()}" if found.dropped == lost else ""
+    return f"{line}. Type a larger --max_length, or shorten the prompts."
 
 
 def refuse_idle(config: RunConfig) -> None:
     """Raise for settings of `dataset_name` that would do nothing to tasks."""
     script, training = config.script, config.training
-    for key, idle, instead in (
+    for key, unset, instead in (
         ("dataset_config", script.dataset_config is None, "config: NAME to the tasks"),
         ("dataset_streaming", not script.dataset_streaming, "streaming: true to the tasks"),
         ("dataset_train_split", script.dataset_train_split == "train", "split: NAME to the tasks"),
         ("dataset_test_split", script.dataset_test_split == "test", "measure: DATA to the tasks"),
         ("dataset_text_field", training.dataset_text_field == "text", "columns: {text: NAME} to the tasks"),
     ):
-        if not idle:
+        if not unset:
             raise UsageError(f"{key} does nothing beside tasks. Leave it out, and give {instead}.")
 
 

@@ -91,7 +91,8 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
         with noting(faults, name if name in declared else ""):
             refuse_questions(name, task)
     learn = rows.learn if declared else {}
-    if not declared and "learn" in config.metrics and config.measure_rows:
+    given = [spec.name for spec in config.measure]
+    if not declared and "learn" in config.metrics and "learn" not in given and config.measure_rows:
         with noting(faults):
             learn = as_measured(rows, config)
     for name, found in {**learn, **rows.protect, **rows.measured}.items():
@@ -143,7 +144,13 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
     if mixture.datasets:
         from trl import get_dataset
 
-        splits = get_dataset(mixture)
+        try:
+            splits = get_dataset(mixture)
+        except Exception as error:  # as below, and what TRL refuses of the mixture
+            raise DataError(
+                f"datasets: {data.reason(error).rstrip('.')}. Expected entries with path: NAME on the Hub, or path: "
+                "json with data_files: FILE."
+            ) from error
     elif data.is_local(script.dataset_name) or os.path.isfile(script.dataset_name):
         if script.dataset_config:
             raise UsageError(
@@ -175,9 +182,12 @@ def split_of(splits: Any, use: str, script: Any) -> Any:
         return splits[split]
     if use == split == "test":
         return None
-    if {*"[+"} & {*split} and all(isinstance(rows, Dataset) for rows in splits.values()):
-        return data.sliced(splits, split, source)
-    raise DataError(f"{source} has no split {split!r}; it has {', '.join(splits)}. Type --dataset_{use}_split NAME.")
+    what = f"Type --dataset_{use}_split NAME."
+    if {*"[+"} & {*split}:
+        if all(isinstance(rows, Dataset) for rows in splits.values()):
+            return data.sliced(splits, split, source)
+        what = "A stream has no slices: name one of these, or do not stream."
+    raise DataError(f"{source} has no split {split!r}; it has {', '.join(splits)}. {what}")
 
 
 def as_measured(rows: Rows, config: RunConfig) -> dict[str, Dataset]:

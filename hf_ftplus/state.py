@@ -221,13 +221,13 @@ def same_identity(saved: dict[str, Any], now: dict[str, Any], where: Path) -> No
         IncompatibleError: lists what does.
     """
     match(now["weights"], saved["weights"], f"The state in {where}")
-    reshaped = [
+    other_shapes = [
         f"{name} {saved['weights'][name]} there, {shape} here"
         for name, shape in now["weights"].items()
         if saved["weights"][name] != shape
     ]
-    if reshaped:
-        raise IncompatibleError(f"The state in {where} has other shapes: {'; '.join(reshaped[:10])}.")
+    if other_shapes:
+        raise IncompatibleError(f"The state in {where} has other shapes: {'; '.join(other_shapes[:10])}.")
     for name, facts in now["adapters"].items():
         was = saved["adapters"].get(name) or dict.fromkeys(facts)  # an earlier version knew fewer settings
         both = {key: value for key, value in facts.items() if key in was and was[key] != value}

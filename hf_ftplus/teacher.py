@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .data import reason
 from .errors import DataError, IncompatibleError, UsageError
 from .logits import Head, evaluating, hidden_states, lm_head
 from .model import resolve
@@ -294,10 +295,9 @@ def loading(name: str) -> Iterator[None]:
     try:
         yield
     except (DataError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"distill cannot load the teacher {name!r}: {reason} Type --set distill.teacher=FOLDER with a causal LM "
-            "and its tokenizer, or the name of one on the Hub; or leave it out for the starting model."
+            f"distill cannot load the teacher {name!r}: {reason(error)} Type --set distill.teacher=FOLDER with a "
+            "causal LM and its tokenizer, or the name of one on the Hub; or leave it out for the starting model."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Strategies inside a Trainer, in three ways; with `mixing.py`, all that knows what Trainers do inside.
+"""Strategies inside a Trainer, in three ways; with `callback.py` and `mixing.py`, all that knows Trainers inside.
 
     trainer = hf_ftplus.SFTTrainer(model, ..., strategies=["ewc"], protect=protect)    TRL's own, with strategies
     trainer = hf_ftplus.attach(AnyTrainer(...), "ewc", protect=protect)                any transformers.Trainer
@@ -376,9 +376,16 @@ class SaveOnInterrupt(TrainerCallback):
 
 
 def raised_in(error: BaseException) -> str:
-    """The package whose code raised it."""
+    """The module whose code raised it."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0]
+    return frame.f_globals.get("__name__", "")
+
+
+def unloadable(name: str, error: Exception) -> DataError:
+    """What to say of a model that nothing can be made of."""
+    return DataError(
+        f"The model {name!r} cannot be loaded: {reason(error)} Expected a folder, a name on the Hub, or demo."
+    )
 
 
 def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrainer:
@@ -386,7 +393,8 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
 
     Raises:
         DataError: the model cannot be found or loaded, or has no template for chats.
-        UsageError: it brings code that was not allowed to run, or TRL refuses settings beside each other.
+        UsageError: it brings code that was not allowed to run; or TRL, transformers, PEFT or accelerate refuses
+            settings.
         StorageError: the disk failed (full, or not to be read or written).
     """
     training, model = config.training, config.model
@@ -411,10 +419,7 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
             raise StorageError(refusal(training.hub_model_id or training.output_dir, error)) from error
         if error.errno is not None:  # of the system; what transformers raises about a model has no number
             raise StorageError(f"Preparing the run failed: {error}. Free some space, or mind who may write.") from error
-        raise DataError(
-            f"The model {model.model_name_or_path!r} cannot be loaded: {reason(error)} Expected a folder, a name "
-            "on the Hub, or demo."
-        ) from error
+        raise unloadable(model.model_name_or_path, error) from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise UsageError(
@@ -427,7 +432,10 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
                 "Type --chat_template_path NAME_OR_FILE (of a model that has one, or a Jinja file), or give rows of "
                 "text."
             ) from error
-        if (package := raised_in(error)) in ("trl", "transformers", "peft", "accelerate"):
+        module = raised_in(error)
+        if module.startswith("transformers.models.auto."):
+            raise unloadable(model.model_name_or_path, error) from error
+        if (package := module.partition(".")[0]) in ("trl", "transformers", "peft", "accelerate"):
             raise UsageError(f"{package} refuses these settings: {error}") from error
         raise
     stay_differentiable(trainer.model)

@@ -379,14 +379,15 @@ def test_questions_alone_are_measured_against_what_the_first_model_answers(place
 
 
 def test_rows_that_the_first_model_writes(place, tmp_path):
-    flags = ["--measure", "self:6", "--protect", "own=self:6"]
+    flags = ["--measure", "self:6x5", "--protect", "own=self:6"]
     found = scored(place, tmp_path / "out", ["model", "worse"], *flags)
     assert [(entry["name"], entry["role"]) for entry in found["results"][1]] == [
         ("own", "protect"),
         ("self", "measure"),
     ]
-    prompts = [{row["prompt"] for row in rows_of(tmp_path / "out", entry)} for entry in found["results"][0]]
-    assert not prompts[0] & prompts[1]
+    own, self = [rows_of(tmp_path / "out", entry) for entry in found["results"][0]]
+    assert not {row["prompt"] for row in own} & {row["prompt"] for row in self}
+    assert 3 * max(row["tokens"] for row in self) < max(row["tokens"] for row in own)
 
 
 # ---- careless acts ---------------------------------------------------------------------------------------------------

@@ -60,6 +60,15 @@ def test_settings_that_trl_refuses_end_in_its_sentence(place, tmp_path, capsys):
     assert "traceback" not in said
 
 
+def test_a_model_of_an_unknown_kind_is_named(place, tmp_path, capsys):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "nothing-known"}')
+    line = words(place, tmp_path / "out", plugin=None, protect=None)
+    line[line.index("--model_name_or_path") + 1] = str(tmp_path / "odd")
+    assert main(line) == 3
+    assert "odd' cannot be loaded: The checkpoint you are trying to load has model type" in capsys.readouterr().err
+
+
 def test_without_plugins_it_is_trl_sft_bit_for_bit(place, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_bytes((place / "learn.jsonl").read_bytes())

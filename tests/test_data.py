@@ -486,6 +486,8 @@ def test_reading_shows_no_bars_and_leaves_the_bar_setting(tmp_path, capfd, monke
     [
         ("old.jsonl", TaskSpec("old", "old.jsonl")),
         ("old.jsonl:train[:10]", TaskSpec("old", "old.jsonl", "train[:10]")),
+        ("old.jsonl:train[:9]+train[90%:]", TaskSpec("old", "old.jsonl", "train[:9]+train[90%:]")),
+        ("org/set:train+test", TaskSpec("set", "org/set", "train+test")),
         ("chat=data/old.jsonl", TaskSpec("chat", "data/old.jsonl")),
         ("chat=org/set:test", TaskSpec("chat", "org/set", "test")),
         ("org/set", TaskSpec("set", "org/set")),

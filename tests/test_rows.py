@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -16,11 +17,11 @@ from trl.scripts.utils import DatasetMixtureConfig
 
 from hf_ftplus.cli import main
 from hf_ftplus.config import RunConfig
-from hf_ftplus.data import load
+from hf_ftplus.data import TaskSpec, load
 from hf_ftplus.errors import DataError
 from hf_ftplus.measured import hold_out
 from hf_ftplus.row_checks import without
-from hf_ftplus.rows import learn_rows
+from hf_ftplus.rows import gather, learn_rows
 
 SHORT = ["--max_steps", "2", "--save_strategy", "no", "--completions", "0"]
 
@@ -168,6 +169,23 @@ def test_a_metric_that_learn_rows_cannot_be_scored_by_is_said_before_a_model_loa
     assert "Task 'learn', row 1 has no 'choices'" in capsys.readouterr().err
 
 
+def test_learn_rows_that_are_not_measured_need_no_metric(place):
+    script = ScriptArguments(dataset_name=str(place / "learn.jsonl"))
+    config = RunConfig(arguments(place), ModelConfig(), script, DatasetMixtureConfig(), metrics={"learn": "choice"})
+    _, faults = gather(replace(config, measure=[TaskSpec.parse(f"learn={place}/held.jsonl")]))
+    assert not any("choices" in str(fault) for fault in faults)
+    _, faults = gather(config)
+    assert any("no 'choices'" in str(fault) for fault in faults)
+
+
+def test_a_mixture_that_is_not_there_is_one_of_the_faults(place, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"datasets": [{"path": "nobody/nothing"}]}))
+    line = words(place, tmp_path / "out", "--config", str(tmp_path / "run.yaml"), plugin=None, protect=None)
+    at = line.index("--dataset_name")
+    assert main([*line[:at], *line[at + 2 :]]) == 3
+    assert "datasets: Couldn't reach 'nobody/nothing' on the Hub" in capsys.readouterr().err
+
+
 # ---- which split of a file ---------------------------------------------------------------------------------------
 
 
@@ -212,7 +230,7 @@ def test_a_slice_may_be_of_several_splits(tmp_path):
         (["--dataset_config", "en"], "is of datasets on the Hub"),
         (["--dataset_name", "a/b.jsonl:train[:3]"], "Type --dataset_name a/b.jsonl --dataset_train_split 'train[:3]'"),
         (["--dataset_name", __file__], "is a .py; expected one of"),
-        (["--dataset_train_split", "train[:3]", "--dataset_streaming", "true"], "has no split 'train[:3]'"),
+        (["--dataset_train_split", "train[:3]", "--dataset_streaming", "true"], "it has train. A stream has no slices"),
     ],
 )
 def test_a_split_that_is_not_there_is_refused(place, tmp_path, capsys, flags, said):

@@ -128,7 +128,7 @@ def _refuse_other_prompts(name: str, one: Outcome, other: Outcome) -> None:
     if [row["prompt"] for row in one.rows] != [row["prompt"] for row in other.rows]:
         raise DataError(
             f"--lm-eval {name}: it did not ask the same twice. Does its code draw at random, or did its rows change "
-            "meanwhile? Give a new --cache FOLDER to measure again."
+            "meanwhile? Give a new --cache DIR to measure again."
         )
 
 

@@ -221,17 +221,17 @@ def _with_rows(found: Found, scored: Scored, first: OneModel) -> Found:
     if found.rows is not None and not found.unanswered:
         return found
     task, plan = found.asked, scored.plan
-    questions = list(found.rows) if found.rows is not None else task.spec.generate
-    key = content.digest(["rows", content.of_code(), scored.contents[0], questions, task.use, plan.seed, *scored.how])
+    asked = list(found.rows) if found.rows is not None else task.spec.sampling()
+    key = content.digest(["rows", content.of_code(), scored.contents[0], asked, task.use, plan.seed, *scored.how])
     rows = scored.kept.get(key)
     if rows is None:
         it = first()
         scored.say(f"{it.name}, {task.name}: writing what is measured")
         if found.unanswered:
-            rows = with_answers(it.model, it.tokenizer, questions, batch_size=plan.batch_size)
+            rows = with_answers(it.model, it.tokenizer, asked, batch_size=plan.batch_size)
         else:
             seed = seed_of(task.use, plan.seed)
-            rows = list(self_generate(it.model, it.tokenizer, questions, seed=seed, cache=cache() / "self"))
+            rows = list(self_generate(it.model, it.tokenizer, **asked, seed=seed, cache=cache() / "self"))
         scored.kept.put(key, rows)
     if not rows:
         raise DataError(

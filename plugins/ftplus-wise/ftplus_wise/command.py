@@ -44,7 +44,7 @@ from hf_ftplus.errors import DataError, UsageError
     "--max_length", default=1024, show_default=True, type=click.IntRange(2), help="Tokens of a row that are read."
 )
 @click.option("--seed", default=42, show_default=True, type=int, help="Of rows that the base writes.")
-@click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help="Write the repaired model here.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Write the repaired model here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @dtype_option
 @device_option

@@ -216,7 +216,7 @@ def _batches(
     spec: TaskSpec, it: Trained, run: Run, rows: int, max_length: int, batch_size: int
 ) -> list[dict[str, Tensor]]:
     if spec.generate:
-        data = self_generate(it.model, it.tokenizer, spec.generate, seed=run.seed)
+        data = self_generate(it.model, it.tokenizer, **spec.sampling(), seed=run.seed)
     else:
         data = spec.load(run.seed)
     data = data.select(range(min(rows, len(data))))
