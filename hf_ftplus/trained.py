@@ -82,14 +82,27 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     """
     path, base = placed(name), base_of(name)
     with _said_of(name):
-        AutoConfig.from_pretrained(base or path)
+        there, revision = at(base or path)
+        AutoConfig.from_pretrained(there, revision=revision)
     return _tokenizer(path, base)
 
 
 def weights(name: str, dtype: str = "auto") -> PreTrainedModel:
     """The causal LM of this name, unquantised."""
+    there, revision = at(name)
     with _said_of(name):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(there, revision=revision, dtype=dtype)
+
+
+def at(name: str) -> tuple[str, str]:
+    """A folder, or a name on the Hub, and the revision of it: of NAME@REVISION, else main."""
+    there, _, revision = name.partition("@")
+    return (name, "main") if not revision or os.path.exists(name) else (there, revision)
+
+
+def pinned(name: str, revision: str | None) -> str:
+    """What `at` takes apart."""
+    return name if revision in (None, "main") or os.path.exists(name) else f"{name}@{revision}"
 
 
 def placed(name: str) -> str:
@@ -101,9 +114,11 @@ def placed(name: str) -> str:
     path = resolve(name)
     if Path(path).is_dir():
         return path
+    there, revision = at(path)
     with _said_of(name):
-        adapter = find_adapter_config_file(path)
-        return path if adapter is None else snapshot_download(path, allow_patterns=OF_ADAPTER, ignore_patterns="*/*")
+        if find_adapter_config_file(there, revision=revision) is None:
+            return path
+        return snapshot_download(there, revision=revision, allow_patterns=OF_ADAPTER, ignore_patterns="*/*")
 
 
 def base_of(name: str) -> str | None:
@@ -120,7 +135,7 @@ def base_of(name: str) -> str | None:
         raise DataError(f"{file} names no base_model_name_or_path; expected the model that the adapter was trained on.")
     if Path(resolve(base)).is_dir() and Path(resolve(base)).samefile(file.parent):
         raise DataError(f"{file} names its own folder as its base; expected the model that the adapter was trained on.")
-    return resolve(base)
+    return pinned(resolve(base), config.get("revision"))
 
 
 def began_with(name: str) -> str:
@@ -133,7 +148,8 @@ def began_with(name: str) -> str:
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
     file = run / STATE_FOLDER / "report.json"
     try:
-        return read_json(file)["facts"]["config"]["model"]["model_name_or_path"]
+        model = read_json(file)["facts"]["config"]["model"]
+        return pinned(model["model_name_or_path"], model["model_revision"])
     except FileNotFoundError:
         found = f"There is no {file}"
     except (OSError, ValueError, KeyError, TypeError):
@@ -158,8 +174,9 @@ def _fit_embeddings(model: PreTrainedModel, adapter: Path) -> None:
 
 def _tokenizer(path: str, base: str | None) -> PreTrainedTokenizerBase:
     for place in filter(None, (path, base)):
+        there, revision = at(place)
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(there, revision=revision)
         except (OSError, ValueError) as error:
             last = error
     raise DataError(f"{path} has no tokenizer that can be loaded: {reason(last)}") from last

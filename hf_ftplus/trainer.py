@@ -405,6 +405,9 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
+    adapter = trl.get_peft_config(model)
+    if adapter is not None and model.model_revision != "main":
+        adapter.revision = model.model_revision  # or whoever loads the adapter puts it on another base
     try:
         trainer = SFTTrainer(
             model=to_train(model.model_name_or_path),
@@ -412,7 +415,7 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
             train_dataset=learn,
             eval_dataset=held_out if training.eval_strategy != "no" else None,
             quantization_config=trl.get_quantization_config(model),
-            peft_config=trl.get_peft_config(model),
+            peft_config=adapter,
         )
     except OSError as error:
         if of_push(error):

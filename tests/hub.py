@@ -18,7 +18,9 @@ http = getattr(_http, "httpx2", None) or _http.httpx  # huggingface_hub 2 and 1
 
 
 class Hub:
-    """Answers the requests of uploads and downloads. `repos[name][path]` are the bytes of one file."""
+    """Answers the requests of uploads and downloads. `repos[name][path]` are the bytes of one file, `repos[name@v2]` the
+    files of a revision.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
@@ -45,10 +47,15 @@ class Hub:
         if path == "/api/validate-yaml":
             return http.Response(200, json={"errors": [], "warnings": []})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|tree|revision)/(.+)", path):
-            return getattr(self, found[2])(found[1], request)
+            return getattr(self, found[2])(self.at(found[1], found[3]), request)
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self.file(found[1], found[3], method)
+            return self.file(self.at(found[1], found[2]), found[3], method)
         return http.Response(404, json={"error": f"{method} {path}"})
+
+    def at(self, name: str, revision: str) -> str:
+        """The key of a revision, which is also known by its commit."""
+        pinned = (other for other in self.repos if other.startswith(f"{name}@"))
+        return next((other for other in pinned if revision in (other.partition("@")[2], self.sha(other))), name)
 
     def preupload(self, name: str, request: Any) -> Any:
         files = json.loads(request.content)["files"]

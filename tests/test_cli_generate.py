@@ -211,6 +211,29 @@ def test_an_adapter_of_the_hub_is_asked_and_merged_like_one_of_a_folder(place, t
     torch.testing.assert_close(whole(ids).logits, adapted(place)(ids).logits, rtol=1e-3, atol=1e-4)
 
 
+def test_an_adapter_stays_on_the_revision_that_it_was_trained_on(place, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    tiny_llama(seed=9).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    of_hub = ["--model_name_or_path", "me/base", "--model_revision", "v2"]
+    with hub(monkeypatch, tmp_path / "hub") as there:
+        there.put("me/base", other)
+        there.put("me/base@v2", place / "model")
+        adapter, whole = tmp_path / "adapter", tmp_path / "whole"
+        lora = ["--use_peft", "true", "--lora_target_modules", "q_proj"]
+        assert main(words(place, adapter, *QUICK, *lora, *of_hub)) == 0
+        assert main(["merge", "--model", str(adapter), "--out", str(tmp_path / "out")]) == 0
+        found, base = (
+            AutoModelForCausalLM.from_pretrained(it).state_dict() for it in (tmp_path / "out", place / "model")
+        )
+        assert {name for name in base if not torch.equal(found[name], base[name])} == {
+            name for name in base if "q_proj" in name
+        }
+        assert main(words(place, whole, *QUICK, *of_hub)) == 0
+        (row,) = asked(place, tmp_path, "--model", whole, "--prompt", "Name a colour.", "--compare-with", "base")
+        assert row["compared"] == answer(AutoModelForCausalLM.from_pretrained(place / "model"))
+
+
 def dropped(model, **options):
     return model.unload()
 

@@ -19,7 +19,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..contents import of_file
 from ..evaluation import EvalTask
-from ..trained import base_of, placed
+from ..trained import at, base_of, placed
 
 HELD = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 """Suffixes of files that a model or its tokenizer is made of."""
@@ -65,7 +65,9 @@ def held(file: Path) -> bool:
 def _of_hub(name: str) -> str:
     """A model without a commit is like no other, and measured every time."""
     # not the configuration's `_commit_hash`, which transformers 5 no longer sets
-    return f"{name}@{extract_commit_hash(cached_file(name, CONFIG_NAME), None) or secrets.token_hex()}"
+    there, revision = at(name)
+    found = extract_commit_hash(cached_file(there, CONFIG_NAME, revision=revision), None)
+    return f"{there}@{found or secrets.token_hex()}"
 
 
 def of_task(task: EvalTask) -> str:
