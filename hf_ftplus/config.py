@@ -89,6 +89,8 @@ OPTIONS = (
         metavar="X",
     ),
 )
+OVERLAID = ("set", "metric")
+"""NAME=VALUE: a flag replaces what the file says of that name, and leaves the others."""
 YAML_ONLY = ("tasks",)
 MOST_YAML = 100_000
 """Values in a YAML file, anchors written out."""
@@ -257,7 +259,8 @@ def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], 
         elif given is not None:
             ours[option.name] = _listed(given) if option.many else _single(given, option)
         if flags.get(option.name) not in (None, ()):
-            ours[option.name] = list(flags[option.name]) if option.many else flags[option.name]
+            before = ours.get(option.name, ()) if option.name in OVERLAID else ()
+            ours[option.name] = [*before, *flags[option.name]] if option.many else flags[option.name]
     ours["tasks"] = rest.pop("tasks", None)
     return ours, rest
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, load_dataset
 
 from . import data
@@ -145,7 +146,8 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
         from trl import get_dataset
 
         try:
-            splits = get_dataset(mixture)
+            with numpy_seed(config.training.seed):  # test_split_size: the same split in every process, and again
+                splits = get_dataset(mixture)
         except Exception as error:  # as below, and what TRL refuses of the mixture
             raise DataError(
                 f"datasets: {data.reason(error).rstrip('.')}. Expected entries with path: NAME on the Hub, or path: "
@@ -157,7 +159,10 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
                 f"--dataset_config is of datasets on the Hub, and {script.dataset_name} is a local file; leave it out."
             )
         read = data.stream if script.dataset_streaming else data.load
-        splits = {"train": read(script.dataset_name, through=of_training(config)(0), named=True)}
+        found = read(script.dataset_name, through=of_training(config)(0), named=True)
+        field = config.training.dataset_text_field
+        there = field != "text" and "text" in (found.column_names or next(iter(found)))
+        splits = {"train": found.rename_column("text", field) if there else found}  # where TRL looks for it
     else:
         try:
             splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
@@ -169,6 +174,17 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
     train, test = as_trl_reads(train, config), None if test is None else as_trl_reads(test, config)
     refuse_one_task(config, train)
     return train, test
+
+
+@contextmanager
+def numpy_seed(seed: int) -> Iterator[None]:
+    """Inside, numpy's global generator, which `train_test_split` asks for a seed, begins with this one."""
+    before = np.random.get_state()
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
 
 
 def split_of(splits: Any, use: str, script: Any) -> Any:

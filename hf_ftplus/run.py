@@ -106,6 +106,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     refuse_foreseen(config, config.strategies)
     if config.memory is not None:
         base.check(config.memory, config.model.model_name_or_path)
+    warn_of_idle(config)
     rows = find(config)
     trainer = stopping.trainer_of(config, rows, sft_trainer)
     check_supervised(rows.learn, trainer)
@@ -232,6 +233,17 @@ def refuse_zero3(config: RunConfig) -> None:
         )
 
 
+def warn_of_idle(config: RunConfig) -> None:
+    """Say which settings do nothing; a stage of a sequence or a candidate may go without their use on purpose."""
+    model, usual = config.model, type(config.model)()
+    names = [name for name in vars(model) if name.startswith(("lora_", "use_dora", "use_rslora"))]
+    idle = [f"--{name}" for name in names if getattr(model, name) != getattr(usual, name)]
+    if idle and not model.use_peft:
+        logger.warning("%s: nothing without --use_peft, and all weights are trained", ", ".join(idle))
+    if config.memory is not None and not any(strategy.overrides("finish") for strategy in config.strategies):
+        logger.warning("--memory: no strategy of this run reads one; --plugin ewc and --plugin si do")
+
+
 def warn_unsharded(trainer: SFTTrainer) -> None:
     """Say that FSDP was asked for where accelerate leaves it out without a word: on CPUs."""
     if trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
@@ -317,6 +329,8 @@ def already_done(config: RunConfig) -> Report | None:
     if config.training.process_index == 0:
         file = Path(config.training.output_dir) / STATE_FOLDER / "report.json"
         click.echo(f"Already complete: {report.facts.get('steps')} steps, {file}. More: --max_steps N.", err=True)
+        if config.training.push_to_hub:
+            click.echo(f"Nothing was pushed. To push it: hf upload REPO {config.training.output_dir}", err=True)
     judge(config, report.tasks)
     return report
 

@@ -24,6 +24,14 @@ def test_a_value_that_means_the_same_is_taken(value):
     assert merge({}, {"measure_rows": value})[0]["measure_rows"] == 3
 
 
+def test_a_setting_that_is_typed_leaves_the_others_of_the_file():
+    yaml = {"plugins": ["ewc"], "set": ["ewc.strength=3", "ewc.rows=5"], "metric": ["a=f1", "b=f1"]}
+    ours, _ = merge({"set": ("ewc.rows=8",), "metric": ("b=rouge",)}, {**yaml, "measure": ["a=x.csv", "b=y.csv"]})
+    config = build(ours)
+    assert (config.strategies[0].strength, config.strategies[0].rows) == (3.0, 8)
+    assert config.metrics == {"a": "f1", "b": "rouge"}
+
+
 def test_what_is_not_said_is_as_declared():
     config = build(merge({}, {})[0])
     assert (config.measure_rows, config.completions) == (RunConfig.measure_rows, RunConfig.completions)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from tiny import CHATML, tiny_tokenizer
 from training import LEARN, arguments
 from trl import ModelConfig, ScriptArguments
-from trl.scripts.utils import DatasetMixtureConfig
+from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 
 from hf_ftplus.cli import main
 from hf_ftplus.config import RunConfig
@@ -184,6 +184,51 @@ def test_a_mixture_that_is_not_there_is_one_of_the_faults(place, tmp_path, capsy
     at = line.index("--dataset_name")
     assert main([*line[:at], *line[at + 2 :]]) == 3
     assert "datasets: Couldn't reach 'nobody/nothing' on the Hub" in capsys.readouterr().err
+
+
+def test_a_mixture_is_split_the_same_at_every_look(place):
+    given = DatasetMixtureConfig([DatasetConfig("json", data_files=str(place / "learn.jsonl"))], test_split_size=0.25)
+    looks = [learn_rows(RunConfig(arguments(place), ModelConfig(), ScriptArguments(), given)) for _ in range(2)]
+    assert [part["prompt"] for part in looks[0]] == [part["prompt"] for part in looks[1]]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_text_under_another_name_is_learnt_from_a_file(place, tmp_path, streaming):
+    rows = [{"body": f"Row {i} of the harbour.", "text": "Not this."} for i in range(8)]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset_text_field", "body", "--dataset_streaming", streaming]
+    line = words(place, tmp_path / "out", *SHORT, *flags, plugin=None, protect=None)
+    line[line.index("--dataset_name") + 1] = str(tmp_path / "two.jsonl")
+    assert main(line) == 0
+    assert main(["data", "preview", *line[1:]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lora_r", "4"], "--lora_r: nothing without --use_peft"),
+        (["--memory", "memory"], "--memory: no strategy of this run reads one"),
+    ],
+)
+def test_what_does_nothing_is_said(place, tmp_path, caplog, flags, said):
+    assert main(words(place, tmp_path / "first", *SHORT)) == 0
+    flags = [str(tmp_path / "first" / "ftplus" / "memory") if word == "memory" else word for word in flags]
+    assert main(words(place, tmp_path / "out", *SHORT, *flags, plugin=None)) == 0
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"datasets": [{"path": "json"}]}, "datasets and dataset_name both say what to learn"),
+        ({"streaming": True}, "streaming is of `datasets:`"),
+        ({"test_split_size": 0.5}, "test_split_size is of `datasets:`"),
+    ],
+)
+def test_what_belongs_to_a_mixture_is_refused_without_one(place, tmp_path, capsys, given, said):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
+    assert main(words(place, tmp_path / "out", "--config", str(tmp_path / "run.yaml"))) == 2
+    assert said in capsys.readouterr().err
 
 
 # ---- which split of a file ---------------------------------------------------------------------------------------

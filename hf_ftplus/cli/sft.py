@@ -174,6 +174,15 @@ def parse_trl(
             "There is nothing to learn: no --dataset_name, and no tasks or datasets in YAML. Type --dataset_name "
             "FILE_OR_HUB."
         )
+    if mixture.datasets and script.dataset_name:
+        raise UsageError("datasets and dataset_name both say what to learn; expected one of them.")
+    if not mixture.datasets and (mixture.streaming or mixture.test_split_size is not None):
+        idle = "streaming" if mixture.streaming else "test_split_size"
+        instead = {"streaming": "--dataset_streaming true, or streaming: true in a task"}
+        raise UsageError(
+            f"{idle} is of `datasets:` in YAML, and there is none. Leave it out, and type "
+            f"{instead.get(idle, '--dataset_test_split NAME, or measure: DATA in a task')}."
+        )
     if tasks and (other := next((name for name in ("dataset_name", "datasets") if learn[name]), "")):
         raise UsageError(f"tasks and {other} both say what to learn; expected one of them. Leave {other} out.")
     if not model.model_name_or_path:
