@@ -75,7 +75,7 @@ def protect_batches(
             "The trainer has no tokenizer to read protect data with. Give it processing_class=tokenizer, or give "
             "protect as ready micro-batches of input_ids and labels."
         )
-    length = getattr(args, "max_length", DEFAULT_LENGTH)
+    length, mode = getattr(args, "max_length", DEFAULT_LENGTH), getattr(args, "truncation_mode", "keep_start")
     first = next((name for name, task in tasks.items() if isinstance(task, data.TaskSpec) and task.generate), None)
     found = {}
     for name, task in tasks.items():
@@ -95,7 +95,7 @@ def protect_batches(
             task = written.rows(name, write, args) if written else write()
         elif isinstance(task, data.TaskSpec):
             task = task.load(args.seed)
-        done = data.tokenize(data.normalise(task, name), tokenizer, length, name)
+        done = data.tokenize(data.normalise(task, name), tokenizer, length, name, mode)
         if done.dropped:
             logger.warning(
                 "%s: nothing is left to protect in %d of %d rows (%.0f %%) at max_length %s: %s",

@@ -59,14 +59,23 @@ class Tokenized:
         return sum(label != IGNORED for example in self.examples for label in example["labels"][1:])
 
 
+def window(length: int | None, mode: str = "keep_start") -> slice:
+    """The part of a row that truncation leaves; `mode` as TRL's `truncation_mode`."""
+    return slice(-length, None) if length and mode == "keep_end" else slice(length)
+
+
 def tokenize(
-    rows: Dataset | Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str
+    rows: Dataset | Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    where: str,
+    mode: str = "keep_start",
 ) -> Tokenized:
     """Canonical rows as examples: for prompt/completion and text, exactly those that TRL's SFTTrainer makes.
 
     `messages` are the exception, on purpose: TRL trains on every token of a conversation unless the chat template marks
     the assistant's; here every assistant turn is supervised, with the end of turn that the template writes, and
-    nothing else. Sequences are cut at `max_length` (their start is kept); rows left with no supervised token are
+    nothing else. Sequences are cut at `max_length` as `mode` says; rows left with no supervised token are
     dropped and counted.
 
     Raises:
@@ -80,7 +89,7 @@ def tokenize(
         example = _example(row, tokenizer, f"{where}, row {index + 1}")
         longest = max(longest, len(example["input_ids"]))
         reason = CUT if any(label != IGNORED for label in example["labels"]) else UNSUPERVISED
-        example = {key: ids[:max_length] for key, ids in example.items()}
+        example = {key: ids[window(max_length, mode)] for key, ids in example.items()}
         if any(label != IGNORED for label in example["labels"]):
             done.examples.append(example)
             done.kept.append(index)

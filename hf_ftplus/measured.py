@@ -88,7 +88,8 @@ def _task(name: str, role: Role, rows: Dataset, config: RunConfig, trainer: SFTT
     through = of_training(config)(0) if name == "learn" and not config.tasks else None
     found = data.normalise(spread(rows, config.measure_rows), name, through)
     found = answered(name, found, trainer) if found.column_names == ["prompt"] else found
-    return EvalTask.of(name, role, found, tokenizer_of(trainer), trainer.args.max_length, config.metrics.get(name))
+    tokenizer, args, metric = tokenizer_of(trainer), trainer.args, config.metrics.get(name)
+    return EvalTask.of(name, role, found, tokenizer, args.max_length, metric, args.truncation_mode)
 
 
 def asked_for(name: str, config: RunConfig) -> bool:

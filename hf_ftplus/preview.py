@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from . import data
 from .config import RunConfig
 from .errors import DataError
-from .examples import IGNORED, Example
+from .examples import IGNORED, Example, window
 from .measured import hold_out, tasks
 from .mixing import as_trained
 from .model import resolve
@@ -153,7 +153,7 @@ def _protecting(
     role = _role("protect", config.shares.get(spec.name))
     if rows is None:
         return Seen(spec.name, role, f"{spec.generate} rows, which the model writes when the run begins", [])
-    part = window(config.training.max_length)
+    part = window(config.training.max_length, config.training.truncation_mode)
     kept, measured = hold_out(rows, apart)
     examples = data.tokenize(kept, tokenizer, None, spec.name).examples
     about = counted(examples, spec.name, part)
@@ -164,17 +164,13 @@ def _protecting(
 def _measured(name: str, rows: Dataset, config: RunConfig, tokenizer: Any, most: int) -> Seen:
     if rows.column_names == ["prompt"]:
         return Seen(name, "measured", f"{len(rows)} questions, which the model answers when the run begins", [])
-    examples, part = data.tokenize(rows, tokenizer, None, name).examples, window(config.training.max_length)
+    examples = data.tokenize(rows, tokenizer, None, name).examples
+    part = window(config.training.max_length, config.training.truncation_mode)
     return Seen(name, "measured", counted(examples, name, part), cut(examples, most, part))
 
 
 def _role(kind: str, share: float | None) -> str:
     return kind if share is None else f"{kind}, share {share:g}"
-
-
-def window(length: int | None, mode: str = "keep_start") -> slice:
-    """The part of a row that truncation leaves."""
-    return slice(-length, None) if length and mode == "keep_end" else slice(length)
 
 
 def counted(examples: Iterable[Example], name: str, part: slice) -> str:

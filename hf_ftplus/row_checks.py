@@ -57,7 +57,8 @@ def dropped(name: str, part: Dataset, lost: int, trainer: SFTTrainer) -> str:
     line = f"{escape(name)}: {lost} of {len(part)} rows ({lost / len(part):.0%}) do not train at max_length {length}"
     if len(part) <= LOOKED_THROUGH:
         with suppress(FTPlusError):  # rows that TRL reads and we do not
-            found = tokenize(normalise(part, name), getattr(tokenizer, "tokenizer", tokenizer), length, name)
+            tokenizer, mode = getattr(tokenizer, "tokenizer", tokenizer), trainer.args.truncation_mode
+            found = tokenize(normalise(part, name), tokenizer, length, name, mode)
             line += f": {found.why()}" if found.dropped == lost else ""
     return f"{line}. Type a larger --max_length, or shorten the prompts."
 

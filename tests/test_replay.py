@@ -153,6 +153,15 @@ def test_masks_of_protect_rows_are_kept(tmp_path):
         assert answer.endswith("<|im_end|>")
 
 
+def test_protect_rows_are_cut_at_the_end_that_learn_rows_are(tmp_path):
+    long = [{"prompt": "alpha " * 20 + f"Question {i}. ", "completion": f"It is {i}."} for i in range(8)]
+    how = {"learn": long, "protect": long, "max_length": 16, "truncation_mode": "keep_end"}
+    it = trainer(tmp_path, Replay(share=0.5), **how)
+    rows = it.train_dataset
+    learnt = {tuple(row["input_ids"][-16:]) for row in rows.select(range(8))}
+    assert {tuple(row["input_ids"]) for row in rows.select(range(8, len(rows)))} == learnt
+
+
 def test_what_strategies_learn_from_learn_rows_is_not_from_protect_rows(tmp_path):
     it = trainer(tmp_path, Replay(share=0.5), "ewc", max_steps=1)
     it.train()

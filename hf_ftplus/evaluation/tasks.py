@@ -78,13 +78,14 @@ class EvalTask:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
         metric: str | None = None,
+        truncation_mode: str = "keep_start",
     ) -> EvalTask:
         """A task from canonical rows. Rows that truncation leaves without a supervised token are left out.
 
         Rows that all have `choices` declare the metric "choice", if no metric is given.
         """
         rows = list(rows)
-        done = tokenize(rows, tokenizer, max_length, name)
+        done = tokenize(rows, tokenizer, max_length, name, truncation_mode)
         kept = [rows[i] for i in done.kept]
         if metric is None and all(row.get("choices") for row in kept):
             metric = "choice"
