@@ -149,7 +149,7 @@ def began_with(name: str) -> str:
     file = run / STATE_FOLDER / "report.json"
     try:
         model = read_json(file)["facts"]["config"]["model"]
-        return pinned(model["model_name_or_path"], model["model_revision"])
+        return pinned(model["model_name_or_path"], model.get("model_revision"))
     except FileNotFoundError:
         found = f"There is no {file}"
     except (OSError, ValueError, KeyError, TypeError):

@@ -153,6 +153,7 @@ def test_masks_of_protect_rows_are_kept(tmp_path):
         assert answer.endswith("<|im_end|>")
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'`:FutureWarning")
 def test_protect_rows_are_cut_at_the_end_that_learn_rows_are(tmp_path):
     long = [{"prompt": "alpha " * 20 + f"Question {i}. ", "completion": f"It is {i}."} for i in range(8)]
     how = {"learn": long, "protect": long, "max_length": 16, "truncation_mode": "keep_end"}
