@@ -13,7 +13,7 @@ demo: .venv/demo
 # tiny models are several times faster on one thread: two threads on busy cores only wait for each other. Two workers, a
 # file each at a time, halve the minutes; tests that start two processes of their own want no more of them.
 test: .venv/demo .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # every strategy and pair of them, ended anywhere in any way, and resumed: 980 times, on one process and two
 exact: .venv/test

@@ -46,9 +46,12 @@ CHATS = [
 ]
 
 
+LONG = ("test_storm.py", "test_cli_launch.py", "test_published.py", "test_two_ranks.py", "test_testing.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first: of two workers neither is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_storm.py")
+    """The longest files first: of two workers neither is left alone with one at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="module", autouse=True)
