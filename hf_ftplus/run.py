@@ -26,7 +26,7 @@ from .facts import facts
 from .finished import finished
 from .foreseen import refuse_foreseen
 from .measured import keep_apart, tasks
-from .model import to_train
+from .model import resolve, to_train
 from .output import alone, claim, no_empty_folder, on_the_disk, refuse_full_disk, resume_point, settle
 from .page import leave_card, leave_page, warned
 from .refusals import refuse, zero_stage
@@ -240,6 +240,8 @@ def warn_of_idle(config: RunConfig) -> None:
     idle = [f"--{name}" for name in names if getattr(model, name) != getattr(usual, name)]
     if idle and not model.use_peft:
         logger.warning("%s: nothing without --use_peft, and all weights are trained", ", ".join(idle))
+    if model.model_revision != usual.model_revision and os.path.isdir(resolve(model.model_name_or_path)):
+        logger.warning("--model_revision: nothing for %s, a folder, which has none", model.model_name_or_path)
     if config.memory is not None and not any(strategy.overrides("finish") for strategy in config.strategies):
         logger.warning("--memory: no strategy of this run reads one; --plugin ewc and --plugin si do")
 

@@ -95,9 +95,17 @@ def weights(name: str, dtype: str = "auto") -> PreTrainedModel:
 
 
 def at(name: str) -> tuple[str, str]:
-    """A folder, or a name on the Hub, and the revision of it: of NAME@REVISION, else main."""
+    """A folder, or a name on the Hub, and the revision of it: of NAME@REVISION, else main.
+
+    Raises:
+        DataError: FOLDER@REVISION, of which transformers would load the folder as it is.
+    """
     there, _, revision = name.partition("@")
-    return (name, "main") if not revision or os.path.exists(name) else (there, revision)
+    if not revision or os.path.exists(name):
+        return name, "main"
+    if os.path.isdir(there):
+        raise DataError(f"{there} is a folder, which has no revisions. Leave @{revision} out.")
+    return there, revision
 
 
 def pinned(name: str, revision: str | None) -> str:
