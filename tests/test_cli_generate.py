@@ -234,8 +234,9 @@ def test_an_adapter_stays_on_the_revision_that_it_was_trained_on(place, tmp_path
         assert row["compared"] == answer(AutoModelForCausalLM.from_pretrained(place / "model"))
 
 
-def test_a_folder_has_no_revision(place, capsys):
-    assert main(["generate", "--model", f"{place}/model@v2", "--prompt", "x"]) == 3
+def test_a_folder_has_no_revision(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    assert main(["generate", "--model", "model@v2", "--prompt", "x"]) == 3
     assert "model is a folder, which has no revisions. Leave @v2 out" in capsys.readouterr().err
 
 
