@@ -42,6 +42,7 @@ SHORT = "--protect chat=self:64x48"
 """Answers of at most 48 tokens instead of 96."""
 FEW = '--max_steps 65 --lr_scheduler_kwargs {"num_decay_steps":20}'
 SEVENTY_TWO = '--max_steps 72 --lr_scheduler_kwargs {"num_decay_steps":22}'
+SEVENTY_SIX = '--max_steps 76 --lr_scheduler_kwargs {"num_decay_steps":23}'
 EIGHTY = '--max_steps 80 --lr_scheduler_kwargs {"num_decay_steps":24}'
 EIGHTY_SIX = '--max_steps 86 --lr_scheduler_kwargs {"num_decay_steps":26}'
 NINETY = '--max_steps 90 --lr_scheduler_kwargs {"num_decay_steps":27}'
@@ -72,6 +73,12 @@ ROWS = {
     ),
     "distill 1/12 + EWC 10,000, self, 80 steps": (
         f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1e-4 {EIGHTY}"
+    ),
+    "distill 1/12 + EWC 10,000, self, 8e-5, 76 steps": (
+        f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 8e-5 {SEVENTY_SIX}"
+    ),
+    "distill 1/12 + EWC 10,000, self, 7e-5, 80 steps": (
+        f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 7e-5 {EIGHTY}"
     ),
     "distill 1/12 + EWC 10,000, self 64x48, 80 steps": (
         f"{DISTILL} {TWELFTH} {EWC}=10000 --set ewc.rows=32 {SHORT} --learning_rate 1e-4 {EIGHTY}"
