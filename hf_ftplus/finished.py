@@ -26,6 +26,7 @@ ARGUMENTS = (
     *("lr_scheduler_kwargs", "packing_strategy", "eos_token", "load_best_model_at_end", "metric_for_best_model"),
 )
 """What of a configuration decides which weights a run ends with. How it is measured, logged and saved does not."""
+MEASURING = ("measure", "metrics", "measure_rows")
 
 
 def finished(config: RunConfig) -> Report | None:
@@ -52,6 +53,12 @@ def finished(config: RunConfig) -> Report | None:
             "one, or put back what it was."
         )
     return report
+
+
+def measured_otherwise(config: RunConfig, report: Report) -> list[str]:
+    """What of a configuration says how to measure, and is not what a finished run was measured by."""
+    then, now = report.facts.get("config", {}), strict(config.resolved())
+    return [key for key in MEASURING if key in then and then[key] != now[key]]
 
 
 def _from_its_end(config: RunConfig, report: Report) -> bool:

@@ -153,12 +153,32 @@ def check_metric(name: str, rows: Any, metric: str | None) -> None:
     EvalTask(name, "measure", found, found, metric or ("choice" if all(row["choices"] for row in found) else None))
 
 
-def warn_of_learnt(learn: Any, protect: dict[str, Dataset]) -> None:
-    """Say which protect tasks hold learn rows: what is being learnt cannot tell what was forgotten."""
+def sayings(learn: Any) -> set[int]:
+    """What the learn rows say, each as a number; a stream's are not known."""
     parts = learn.values() if isinstance(learn, dict) else [learn]
-    known = {said(row) for part in parts if protect and isinstance(part, Dataset) for row in part}
+    return {said(row) for part in parts if isinstance(part, Dataset) for row in part}
+
+
+def warn_of_learnt(learnt: set[int], protect: dict[str, Dataset]) -> None:
+    """Say which protect tasks hold learn rows: what is being learnt cannot tell what was forgotten."""
     for name, task in protect.items():
-        say_learnt(name, sum(said(row) in known for row in task), len(task))
+        say_learnt(name, sum(said(row) in learnt for row in task), len(task))
+
+
+def measured_and_learnt(measured: dict[str, Any], learnt: set[int], most: int) -> dict[str, str]:
+    """What a report must say of tasks whose measured rows are trained on: learnt by heart is not learnt.
+
+    Args:
+        measured: rows to measure, by task.
+        learnt: what the learn rows say.
+        most: rows of a task that are measured.
+    """
+    notes = {}
+    for name, task in measured.items():
+        rows = spread(task, most) if isinstance(task, Dataset) else []
+        if same := sum(said(row) in learnt for row in rows):
+            notes[name] = f"{same} of its {len(rows)} measured rows are trained on, word for word."
+    return notes
 
 
 def warn_of_protected(measured: dict[str, Dataset], protect: dict[str, Dataset], most: int) -> None:

@@ -27,11 +27,13 @@ from .row_checks import (
     best_figure,
     check_metric,
     evaluated,
+    measured_and_learnt,
     refuse_endless,
     refuse_idle,
     refuse_one_task,
     refuse_questions,
     refuse_unevaluated,
+    sayings,
     spread,
     warn_of_learnt,
     warn_of_protected,
@@ -108,7 +110,11 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
     if rows.test is None and not faults:
         with noting(faults):
             refuse_unevaluated(config)
-    warn_of_learnt(rows.learn, rows.protect)
+    split = {} if declared or rows.test is None else {"learn": rows.test}
+    measured = {**split, **rows.measured} if config.measure_rows else {}
+    learnt = sayings(rows.learn) if rows.protect or any(measured.values()) else set()
+    warn_of_learnt(learnt, rows.protect)
+    rows.notes |= measured_and_learnt(measured, learnt, config.measure_rows)
     warn_of_protected(rows.measured, rows.protect, config.measure_rows)
     return rows, faults
 

@@ -23,7 +23,7 @@ from .config import RunConfig
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
 from .facts import facts
-from .finished import finished
+from .finished import finished, measured_otherwise
 from .foreseen import refuse_foreseen
 from .measured import keep_apart, tasks
 from .model import resolve, to_train
@@ -331,6 +331,9 @@ def already_done(config: RunConfig) -> Report | None:
     if config.training.process_index == 0:
         file = Path(config.training.output_dir) / STATE_FOLDER / "report.json"
         click.echo(f"Already complete: {report.facts.get('steps')} steps, {file}. More: --max_steps N.", err=True)
+        if other := measured_otherwise(config, report):
+            command = f"ftplus eval BASE {config.training.output_dir} --measure NAME=DATA"
+            click.echo(f"It is not measured again with another {' and '.join(other)}: type {command}", err=True)
         if config.training.push_to_hub:
             click.echo(f"Nothing was pushed. To push it: hf upload REPO {config.training.output_dir}", err=True)
     judge(config, report.tasks)

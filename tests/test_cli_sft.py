@@ -554,11 +554,16 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_it(place, complete,
 
 
 @pytest.mark.fault("A8")
-def test_how_a_finished_run_is_measured_logged_and_shared_out_makes_no_other_run(complete, capsys):
+def test_how_a_finished_run_is_measured_logged_and_shared_out_makes_no_other_run(place, complete, capsys):
     more = ["--logging_steps", "3", "--completions", "1", "--report_to", "none", "--save_total_limit", "7"]
     split = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
-    assert main([*complete[1], *more, *split, "--resume_from_checkpoint", "auto"]) == 0
-    assert "Already complete: 4 steps" in capsys.readouterr().err
+    again = [*complete[1], *more, *split, "--resume_from_checkpoint", "auto"]
+    assert main(again) == 0
+    said = capsys.readouterr().err
+    assert "Already complete: 4 steps" in said
+    assert "measured again" not in said
+    assert main([*again, "--measure_rows", "5", "--measure", f"other={place / 'learn.jsonl'}"]) == 0
+    assert "not measured again with another measure and measure_rows: type ftplus eval" in capsys.readouterr().err
 
 
 @pytest.mark.fault("A8")

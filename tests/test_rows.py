@@ -81,6 +81,16 @@ def test_text_that_trl_trains_on_is_what_is_measured(place, tmp_path):
     assert measured["before"]["loss"] == expected["before"]["loss"]
 
 
+def test_measured_rows_that_are_trained_on_are_counted_in_the_report(place, tmp_path):
+    half = ["--dataset_train_split", "train[:6]", "--dataset_test_split", "train[4:]"]
+    line = learning(place, tmp_path, LEARN[:8], *half, "--measure", f"other={place}/protect.jsonl")
+    assert main([*line, "--measure", f"same={tmp_path}/rows/train.jsonl"]) == 0
+    notes = {task["name"]: " ".join(task["notes"]) for task in report(tmp_path)["tasks"]}
+    assert "2 of its 4 measured rows are trained on, word for word." in notes["learn"]
+    assert "6 of its 8 measured rows are trained on, word for word." in notes["same"]
+    assert "trained on" not in notes["other"]
+
+
 def test_a_template_that_hides_earlier_turns_trains_and_is_not_measured(place, tmp_path, caplog):
     hides = CHATML.replace("message['content'] +", "(message['content'] if loop.last else 'hidden') +")
     tiny_tokenizer(hides).save_pretrained(place / "hides")
