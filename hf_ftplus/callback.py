@@ -27,6 +27,7 @@ from .mixture import check_drawn, rows_drawn
 from .plugins import origin, resolve
 from .refusals import refuse, refuse_parts
 from .strategy import Memory, Run, Strategy, acts_on_gradients
+from .tensorfile import whole
 from .weights import sharded, trainable
 from .zero import Around, under_deepspeed
 
@@ -431,13 +432,13 @@ def rescued(model: torch.nn.Module, args: TrainingArguments, tokenizer: Any) -> 
     """Save the trained model where `trainer.save_model()` would, since an error is about to be raised; says where."""
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # transformers only logs that it cannot
-        whole = {}
+        found = {}
         if sharded(model.parameters()):
             for name, tensor in model.state_dict().items():
-                tensor = state.whole(tensor)  # all ranks take part
-                whole |= {name: tensor} if args.should_save else {}
+                tensor = whole(tensor)  # all ranks take part
+                found |= {name: tensor} if args.should_save else {}
         if args.should_save:
-            model.save_pretrained(args.output_dir, state_dict=whole or None)
+            model.save_pretrained(args.output_dir, state_dict=found or None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(args.output_dir)
     except Exception as error:

@@ -198,9 +198,9 @@ def held(accelerator: Accelerator, model: nn.Module, found: Found) -> dict[str, 
 
 def trained(model: nn.Module, optimizer: Any, rank: int | None, accelerator: Accelerator) -> dict[str, Tensor]:
     """Whole weights, and EWC's importances, after some steps on the rows of `rank`, or on all where it is None."""
-    from .state import whole
     from .strategies.ewc import EWC
     from .strategy import Memory, Run
+    from .tensorfile import whole
     from .testing import tiny_batches
 
     world, device = accelerator.num_processes, accelerator.device

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import tensorfile
 from .disk import read_format, replace, sha256
 from .errors import FTPlusError, IncompatibleError, StorageError
 from .sketch import compare, sketch
-from .weights import canonical, match, trainable
+from .weights import canonical, local, match, trainable
 
 if TYPE_CHECKING:
     from .strategy import Run, Strategy
@@ -239,78 +240,54 @@ def same_identity(saved: dict[str, Any], now: dict[str, Any], where: Path) -> No
 def _write(
     folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None = None
 ) -> None:
-    """All tensors, if they are finite, then the manifest; all ranks call, rank 0 writes, and all fail if it does."""
-    several = torch.distributed.is_initialized()
-    writes = not (several and torch.distributed.get_rank())
-    files = {name: _apart(_gathered(tensors, writes)) for name, tensors in files.items()}
-    broken = _not_finite(files) if writes else ""
-    failed = [broken, _written(folder, files, facts, kept) if writes and not broken else ""]
-    if several:
-        torch.distributed.broadcast_object_list(failed)
-    if failed[0]:
+    """All tensors, if they are finite, then the manifest; all ranks call, rank 0 writes, and all fail if one does."""
+    if broken := _agreed(_not_finite(files)):
         raise IncompatibleError(
-            f"{failed[0]} is not finite at step {facts['step']}, so nothing is written to {folder}; what was written "
+            f"{broken} is not finite at step {facts['step']}, so nothing is written to {folder}; what was written "
             "before is intact. Lower the strength or the learning rate, or train in bf16 or fp32 instead of fp16."
         )
-    if failed[1]:
+    if failed := _agreed(_written(folder, files, facts, kept)):
         raise StorageError(
-            f"Could not write strategy state to {folder}: {failed[1]}. Free some space or choose another --output_dir."
+            f"Could not write strategy state to {folder}: {failed}. Free some space or choose another --output_dir."
         )
+
+
+def _agreed(said: str) -> str:
+    """What this rank says went wrong, or the first that any of them says."""
+    if not torch.distributed.is_initialized():
+        return said
+    every: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, said)
+    return next(filter(None, every), "")
 
 
 def _not_finite(files: dict[str, dict[str, Tensor]]) -> str:
-    """Which tensor of which strategy is broken, if any is."""
+    """Which tensor of which strategy is broken, if this rank's part of any is."""
     for name, tensors in files.items():
         for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not local(tensor).isfinite().all():
                 return f"State of {name}: {key}"
     return ""
-
-
-def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Each tensor whole, one after another: all ranks take part, and those that write nothing `keep` nothing."""
-    found = {}
-    for key, tensor in tensors.items():
-        if keep or hasattr(tensor, "full_tensor"):
-            all_of_it = whole(tensor)
-            found |= {key: all_of_it} if keep else {}
-    return found
 
 
 def _written(
     folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None
 ) -> str:
     """What went wrong, if anything."""
-    from safetensors.torch import save_file
-
-    try:
-        entries = dict(kept or {})
-        for name, tensors in files.items():
-            path = folder / f"{name}.safetensors"
-            replace(path, lambda file, tensors=tensors: save_file(tensors, file))
-            entries[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    entries, failed = dict(kept or {}), ""
+    for name, tensors in files.items():
+        try:
+            entries[name] = tensorfile.write(folder / f"{name}.safetensors", tensors, writes and not failed)
+        except OSError as error:  # the others' tensors are gathered all the same
+            failed = str(error)
+    if writes and not failed:
         text = json.dumps({"format": FORMAT, **facts, "files": entries}, indent=1)
-        replace(folder / MANIFEST, lambda file: file.write_text(text))
-    except OSError as error:
-        return str(error)
-    return ""
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A DTensor gathered from all ranks; contiguous and on the CPU."""
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor.detach().cpu().contiguous()
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, copied only where two share memory, which safetensors refuses to write."""
-    seen: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        address = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    return found
+        try:
+            replace(folder / MANIFEST, lambda file: file.write_text(text))
+        except OSError as error:
+            failed = str(error)
+    return failed
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

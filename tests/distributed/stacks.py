@@ -24,6 +24,7 @@ from hf_ftplus.strategies.multitask import MultiTask
 from hf_ftplus.strategies.replay import Replay
 from hf_ftplus.strategies.si import SI
 from hf_ftplus.strategy import Memory
+from hf_ftplus.tensorfile import whole
 from hf_ftplus.weights import trainable
 
 STEPS, CUT, ROWS = 4, 3, 8
@@ -101,9 +102,9 @@ def train(stack: str, out: Path, first: Path, resume: str | None = None, shards:
 
 def outcome(it, rows: Tensor) -> dict[str, Tensor]:
     """Weights, state of each strategy, rows and figures."""
-    found = {f"weights.{name}": state.whole(weight) for name, weight in trainable(it.model).items()}
+    found = {f"weights.{name}": whole(weight) for name, weight in trainable(it.model).items()}
     for strategy in it.ftplus.strategies:
-        found |= {f"state.{strategy.name}.{name}": state.whole(t) for name, t in strategy.state_dict().items()}
+        found |= {f"state.{strategy.name}.{name}": whole(t) for name, t in strategy.state_dict().items()}
     logs = [log for log in it.state.log_history if "loss" in log]
     figures = {key for log in logs for key in log if "/" in key or key == "loss"}
     found |= {f"figure.{key}": torch.tensor([log.get(key, 0.0) for log in logs]) for key in sorted(figures)}
@@ -156,7 +157,7 @@ def taken_over(out: Path) -> dict[str, Tensor]:
     for strategy in (ewc(), SI()):
         strategy.load_state_dict(states[strategy.name], run)
         assert all(isinstance(tensor, DTensor) for tensor in strategy.state_dict().values())
-        found |= {f"taken over/{strategy.name}.{k}": state.whole(t).clone() for k, t in strategy.state_dict().items()}
+        found |= {f"taken over/{strategy.name}.{k}": whole(t).clone() for k, t in strategy.state_dict().items()}
     return found
 
 
