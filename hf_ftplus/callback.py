@@ -400,15 +400,20 @@ def _of(strategy: Strategy) -> str:
 
 
 def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
-    """Mixed precision for forward passes of our own: bf16 as in training; fp32 under fp16, which needs loss scaling."""
-    return partial(torch.autocast, args.device.type, torch.bfloat16) if args.bf16 else nullcontext
+    """Mixed precision for forward passes of our own, as in training: what was measured before it compares with after.
+
+    Under fp16, too, where nobody scales the gradients of the Fisher pass: those of single tokens are far from too small.
+    """
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return partial(torch.autocast, args.device.type, dtype) if dtype else nullcontext
 
 
 def unscale(optimizer: Any) -> None:
-    """Take fp16's loss scale off the gradients: the Trainer does so to clip them, and else leaves it to the step."""
+    """Take fp16's loss scale off the gradients, if the Trainer has not done so to clip or to measure them."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is not None:
-        scaler.unscale_(optimizer.optimizer)
+        with suppress(RuntimeError):  # done already
+            scaler.unscale_(optimizer.optimizer)
 
 
 def give_back_memory() -> None:

@@ -13,6 +13,7 @@ All arithmetic is in fp32 whatever the weights are in, on this rank's shards, wi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -192,6 +193,13 @@ def pull(held: list[Well | AdapterWell], strength: float, measure: bool) -> Tens
     """
     figures = [figure for well in held for figure in well.add(strength, measure)]
     return torch.stack(figures).sum(0) if figures else None
+
+
+def beside_task(strength: float, pull_square: float, task_square: float) -> dict[str, float]:
+    """grad_ratio = |strength * pull| / |task gradient|; nothing where that is not finite, and fp16 skips the step."""
+    if not math.isfinite(task_square):
+        return {}
+    return {"grad_ratio": strength * (pull_square / task_square) ** 0.5 if task_square else 0.0}
 
 
 class Cut:

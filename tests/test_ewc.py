@@ -140,18 +140,43 @@ def test_under_a_gradient_scaler_the_step_is_the_unscaled_one():
     assert far(plain, dict(tiny_llama().named_parameters())) > 1e-3
 
 
-def test_a_loss_scale_is_off_the_gradients_where_nothing_clips_them(tmp_path):
-    """The Trainer takes it off in order to clip; with max_grad_norm 0 the penalty was divided by the scale, 65,536."""
+@pytest.fixture
+def in_fp16(monkeypatch):
+    """Has a trainer scale its loss, and autocast to fp16, as accelerate sets it up on a GPU."""
 
-    def trained(folder, scaler):
-        it = trainer(folder, EWC(strength=100), optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
-        it.accelerator.scaler = scaler
-        it.train()
-        return weights_of(it)
+    def on(it, scale):
+        it.accelerator.native_amp, it.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
+        monkeypatch.setitem(vars(it.accelerator.state), "_mixed_precision", "fp16")
+        it.args.fp16 = True
+        return it
 
-    scaled = trained(tmp_path / "a", torch.amp.GradScaler("cpu", init_scale=2.0**12))
-    plain = trained(tmp_path / "b", None)
-    assert far(scaled, plain) < 1e-6
+    return on
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e9])
+def test_a_loss_scale_is_off_the_gradients_whether_or_not_they_are_clipped(tmp_path, in_fp16, clip):
+    """The Trainer takes it off to clip, or to measure the norm; beside it the penalty was divided by 65,536."""
+
+    def make(folder):
+        return trainer(folder, EWC(strength=100), optim="sgd", learning_rate=0.1, max_grad_norm=clip)
+
+    plain = make(tmp_path / "a")
+    plain.train()
+    scaled = in_fp16(make(tmp_path / "b"), 2.0**12)
+    scaled.train()
+    assert far(weights_of(scaled), weights_of(plain)) < 0.02 * far(
+        dict(tiny_llama().named_parameters()), weights_of(plain)
+    )
+
+
+def test_a_step_that_fp16_skips_ends_no_run(tmp_path, in_fp16):
+    """A scale that is still too large makes infinite gradients, and clipping makes nan of them."""
+    it = in_fp16(trainer(tmp_path, EWC(strength=100), max_grad_norm=1.0, logging_steps=1, max_steps=4), 2.0**60)
+    it.train()
+    windows = [log for log in it.state.log_history if "ewc/penalty" in log]
+    assert len(windows) == 4
+    assert "ewc/grad_ratio" not in windows[0]
+    assert it.accelerator.scaler.get_scale() < 2.0**60
 
 
 @pytest.mark.gpu

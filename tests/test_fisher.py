@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from batches import padded, padding_free, random_rows
@@ -164,6 +166,15 @@ def test_bf16_weights_are_accumulated_in_fp32_and_close_to_fp32(truth):
     assert all(tensor.dtype == torch.float32 for tensor in found.diagonal.values())
     whole = fisher(model, padded(rows, 2), trainable(model))
     assert torch.nn.functional.cosine_similarity(flat(found.diagonal), flat(whole.diagonal), dim=0) > 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_changes_little_also_where_no_loss_is_scaled(truth, dtype):
+    model, rows, _ = truth
+    whole = fisher(model, padded(rows, 2), trainable(model)).diagonal
+    found = fisher(model, padded(rows, 2), trainable(model), autocast=partial(torch.autocast, "cpu", dtype)).diagonal
+    assert torch.nn.functional.cosine_similarity(flat(found), flat(whole), dim=0) > 0.999
+    assert flat(found).sum() / flat(whole).sum() == pytest.approx(1, abs=0.02)
 
 
 def test_checkpointed_layers_give_the_same_fisher(truth):

@@ -149,6 +149,7 @@ class EWC(Strategy):
         penalty (nats); predicted_drift = penalty / strength; grad_ratio = |penalty gradient| / |task gradient|;
         held_weights: share of the trained weights whose importance is not 0.
         """
+        from ..quadratic import beside_task
         from ..weights import over_shards
 
         if self._measured is None:
@@ -163,7 +164,7 @@ class EWC(Strategy):
         return {
             "penalty": self.force * drift,
             "predicted_drift": drift,
-            "grad_ratio": self.force * (pull_square / task_square) ** 0.5 if task_square else 0.0,
+            **beside_task(self.force, pull_square, task_square),
             "held_weights": self.held,
         }
 

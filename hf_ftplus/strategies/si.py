@@ -198,13 +198,15 @@ class SI(Strategy):
 
     def metrics(self) -> dict[str, float]:
         """explained (nats, since the start); with memory: penalty (nats), grad_ratio = |its gradient| / |task's|."""
+        from ..quadratic import beside_task
+
         found = {}
         if self._explained is not None:
             (found["explained"],) = self._summed([self._explained.reshape(1)])
         if self._held is not None:
             depth, pull_square, task_square = self._summed([self._held])
             found["penalty"] = 2 * self.strength * depth
-            found["grad_ratio"] = 2 * self.strength * (pull_square / task_square) ** 0.5 if task_square else 0.0
+            found |= beside_task(2 * self.strength, pull_square, task_square)
             self._zeros = 0 if depth else self._zeros + 1
             if self._zeros == 3:
                 logger.warning(
