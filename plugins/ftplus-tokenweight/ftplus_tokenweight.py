@@ -106,11 +106,12 @@ class TokenWeight(Strategy):
             part = slice(start, start + size)
             given = None if known is None else known[part]
             # logits are made again on the way back: to keep those of every chunk is what runs out of memory
-            extra, weights = checkpoint(
-                self._extra, batch.logits, batch.hidden[part], batch.labels[part], given, use_reentrant=False
-            )
+            with run.autocast():  # as the task loss is computed
+                extra, weights = checkpoint(
+                    self._extra, batch.logits, batch.hidden[part], batch.labels[part], given, use_reentrant=False
+                )
             total = total + extra
-            seen = torch.stack([weights.sum(), weights.new_tensor(len(weights))])
+            seen = torch.stack([weights.sum(), weights.new_full((), len(weights))])
             self._seen = self._seen.to(seen.device) + seen  # stays on the device until it is logged
         return self.weight * total
 

@@ -97,6 +97,19 @@ def test_the_gradient_of_a_step_is_that_of_the_weighted_loss(tmp_path, settings,
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_logits_are_made_in_the_precision_of_training(tmp_path, monkeypatch):
+    rounded = []
+
+    def noting(logits, power):
+        rounded.append(torch.equal(logits, logits.bfloat16().float()))
+        return eaft_weights(logits, power)
+
+    monkeypatch.setattr("ftplus_tokenweight.eaft_weights", noting)
+    trainer(tmp_path, TokenWeight(rule="eaft"), bf16=True, max_steps=1).train()
+    assert rounded
+    assert all(rounded)
+
+
 def test_a_replayed_row_that_was_not_asked_about_counts_in_full(tmp_path):
     it = trainer(tmp_path, TokenWeight(rule="flow"), ("replay", {"share": 0.5}), max_steps=4, logging_steps=4)
     it.train()
