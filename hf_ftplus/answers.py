@@ -98,14 +98,14 @@ class Answers:
         self._new, self._new_tokens = {}, 0
         self.refresh()
 
-    def to(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The answers to a micro-batch: tokens [N, k] and log-probabilities [N, k + 1], in the order of its labels.
+    def to(self, examples: list[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The answers to some examples: tokens [N, k] and log-probabilities [N, k + 1], in the order of their labels.
 
         Raises:
-            IncompatibleError: one of its examples was never answered to.
+            IncompatibleError: one of them was never answered to.
         """
         found = []
-        for example in examples_in(batch):
+        for example in examples:
             place = self._where.get(key_of(example))
             if place is None:
                 raise IncompatibleError(

@@ -402,7 +402,7 @@ def _of(strategy: Strategy) -> str:
 def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
     """Mixed precision for forward passes of our own, as in training: what was measured before it compares with after.
 
-    Under fp16, too, where nobody scales the gradients of the Fisher pass: those of single tokens are far from too small.
+    Under fp16, too, where nobody scales the gradients of the Fisher pass: those of single tokens are large enough.
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return partial(torch.autocast, args.device.type, dtype) if dtype else nullcontext

@@ -311,7 +311,7 @@ def test_answers_come_back_in_the_order_of_the_labels(tmp_path):
     shuffled = [rows[i] for i in (3, 0, 2, 1)]
     for batch in (padded(shuffled, 4)[0], padding_free(shuffled, 4)[0]):
         expected = likeliest(*Teacher(model)(padded(shuffled, 4)[0]), 3)
-        found = Answers(tmp_path / "store").to(batch, torch.device("cpu"))
+        found = Answers(tmp_path / "store").to(examples_in(batch), torch.device("cpu"))
         assert torch.equal(found[0], expected[0])
         assert torch.allclose(found[1], expected[1], atol=1e-2)
     with pytest.raises(IncompatibleError, match=r"was not there when distill asked.*cache=false"):

@@ -35,6 +35,7 @@ from ..strategy import Batch, Run, Strategy, setting
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..examples import Example
     from ..teacher import Teacher
 
     Batches = list[dict[str, Tensor]]
@@ -337,9 +338,8 @@ class Distill(Strategy):
         rows = torch.tensor([row for row, _, _ in drawn]).to(device, non_blocking=True)
         tokens = torch.tensor([tokens for _, _, tokens in drawn]).to(device, non_blocking=True)
         each = learnt[rows] / tokens * (0.0 if idle else self.strengths["protect"] / self.share)
-        return Part(
-            "protect", inputs, hidden, each.repeat_interleave(tokens_of_rows(inputs), output_size=len(hidden)), idle
-        )
+        weights = each.repeat_interleave(tokens_of_rows(inputs), output_size=len(hidden))
+        return Part("protect", inputs, hidden, weights, idle, [example for _, example, _ in drawn])
 
     def _place(self, run: Run, rows: int) -> int:
         """Place of this micro-batch's first row among all rows of the optimizer step, over ranks with as many rows."""
@@ -362,7 +362,7 @@ class Distill(Strategy):
         hidden, weights = torch.cat([part.hidden for part in parts]), torch.cat([part.weights for part in parts])
         how = {"temperature": self.temperature, "weights": weights}
         if self.answers is not None:
-            kept = zip(*(self.answers.to(part.inputs, hidden.device) for part in parts), strict=True)
+            kept = zip(*(self.answers.to(part.read(), hidden.device) for part in parts), strict=True)
             kept = [torch.cat(column) for column in kept]
             with run.autocast():  # as the task loss is computed, and as the teacher was asked
                 return bucketed_kl(hidden, head, *kept, **how)
@@ -406,6 +406,13 @@ class Part:
     """What the KL of each token counts: [N]."""
     idle: bool = False
     """There because other ranks needed company; counts nothing."""
+    examples: list[Example] | None = None
+    """What it is made of, where that is known without asking the device."""
+
+    def read(self) -> list[Example]:
+        from ..answers import examples_in
+
+        return examples_in(self.inputs) if self.examples is None else self.examples
 
 
 def states_through_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
