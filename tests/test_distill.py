@@ -315,7 +315,7 @@ def test_answers_come_back_in_the_order_of_the_labels(tmp_path):
         assert torch.equal(found[0], expected[0])
         assert torch.allclose(found[1], expected[1], atol=1e-2)
     with pytest.raises(IncompatibleError, match=r"was not there when distill asked.*cache=false"):
-        store.to(padded(rows, 6)[0], torch.device("cpu"))
+        store.to(examples_in(padded(rows, 6)[0]), torch.device("cpu"))
 
 
 def test_a_damaged_file_of_answers_is_asked_again(tmp_path, caplog):
