@@ -255,7 +255,11 @@ def as_trl_reads(rows: Any, config: RunConfig) -> Any:
 
 def of_training(config: RunConfig) -> Callable[[int], Callable[[Row], Row]]:
     """For learn rows that are not read by TRL: its text field alone, where that is what TRL would train on."""
-    return lambda seed: partial(trained_on, text=config.training.dataset_text_field)
+    return of_column(config.training.dataset_text_field)
+
+
+def of_column(text: str) -> Callable[[int], Callable[[Row], Row]]:
+    return lambda seed: partial(trained_on, text=text)
 
 
 def trained_on(row: Row, text: str) -> Row:

@@ -361,6 +361,16 @@ def test_rows_are_cut_as_the_run_of_the_yaml_cut_them(place, tmp_path, said, the
     assert scored(place, tmp_path / "out", ["base"], *flags)["plan"]["max_length"] == then
 
 
+def test_the_column_that_a_run_learns_is_the_one_that_is_scored(place, tmp_path):
+    write(tmp_path / "rows.jsonl", [{"story": row["completion"], "text": "no"} for row in ASKED])
+    write(tmp_path / "stories.jsonl", [{"text": row["completion"]} for row in ASKED])
+    (tmp_path / "run.yaml").write_text("dataset_text_field: story\n")
+    flags = ["--config", tmp_path / "run.yaml", "--measure", f"learn={tmp_path / 'rows.jsonl'}"]
+    found = scored(place, tmp_path / "out", ["base"], *flags, "--measure", f"same={tmp_path / 'stories.jsonl'}")
+    learn, same = ({**entry, "name": ""} for entry in found["results"][0])
+    assert learn["after"] == same["after"]
+
+
 def test_rows_of_tasks_with_long_names_have_a_file(place, tmp_path):
     name = "名" * 100
     found = scored(place, tmp_path / "out", ["base"], "--measure", f"{name}={place / 'asked.jsonl'}")

@@ -136,7 +136,7 @@ def eval(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     names = [name.strip() for text in lm_eval for name in text.split(",") if name.strip()]
-    tasks = asked(ours, others=bool(names))
+    tasks = asked(ours, others=bool(names), text=rest.get("dataset_text_field"))
     benchmarks = load(names, lm_eval_include, how["measure_rows"]) if names else []
     if {"dataset_name", "datasets"} & rest.keys() and "learn" not in [task.name for task in tasks]:
         click.echo("What the run learnt is not scored. To score it, too, type --measure learn=DATA.", err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset
@@ -13,7 +13,7 @@ from ..errors import FTPlusError, UsageError
 from ..evaluation.tasks import Role
 from ..evaluation.verdict import MARGIN
 from ..measured import HELD_OUT, hold_out, spread
-from ..rows import noting, together
+from ..rows import noting, of_column, together
 from ..tasks import read
 
 
@@ -61,12 +61,13 @@ class Found:
         return self.rows is not None and self.rows.column_names == ["prompt"]
 
 
-def asked(ours: dict[str, Any], others: bool = False) -> list[Asked]:
+def asked(ours: dict[str, Any], others: bool = False, text: str | None = None) -> list[Asked]:
     """Every task under `tasks:`, `protect:` and `measure:` and of the flags of that name.
 
     Args:
         ours: options as `config.merge` gives them.
         others: something is measured beside these, so there need be none.
+        text: the column that a run without `tasks:` learns, its `dataset_text_field`.
 
     Raises:
         UsageError: no task, a bad one, or a metric for none.
@@ -80,6 +81,8 @@ def asked(ours: dict[str, Any], others: bool = False) -> list[Asked]:
     own = {task.name: task.spec for task in tasks if task.measure} | {spec.name: spec for spec in protect}
     other = {task.name: task.measure for task in tasks if isinstance(task.measure, TaskSpec)}
     other |= {spec.name: spec for spec in measure}
+    if text and not tasks and "learn" in other:
+        other["learn"] = replace(other["learn"], through=of_column(text))
     names = list(dict.fromkeys([*own, *other]))
     if not (names or others):
         raise UsageError("There is nothing to measure. Type --measure NAME=DATA, or --config FILE with tasks: in it.")
