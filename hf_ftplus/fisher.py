@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -174,18 +175,8 @@ def row_column_sums(
         )
         for name, adapter in adapters.items()
     }
-    hooks = []
 
-    def watch(name: str) -> Callable:
-        def forward_hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                inputs = args[0].detach()
-                output.register_hook(lambda gradient: add(name, inputs, gradient))
-
-        return forward_hook
-
-    def add(name: str, inputs: Tensor, gradient: Tensor) -> None:
-        x, delta = inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float()
+    def add(name: str, x: Tensor, delta: Tensor) -> None:
         if len(x) <= FEW_TOKENS:
             rows, columns = (delta * (x @ x.T @ delta)).sum(0), (x * (delta @ delta.T @ x)).sum(0)
         else:
@@ -195,13 +186,50 @@ def row_column_sums(
             )
         sums[name] = (sums[name][0] + rows, sums[name][1] + columns)
 
-    try:
-        for name, adapter in adapters.items():
-            hooks.append(adapter.layer.register_forward_hook(watch(name)))
+    with watching({name: adapter.layer for name, adapter in adapters.items()}, add):
         yield sums
+
+
+@contextmanager
+def watching(layers: dict[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call see(name, x, delta) whenever a gradient comes to a layer: its input x [N, k] and the gradient delta [N, d]
+    of its output, in fp32.
+
+    Until then inputs are held as the layers hold theirs: those of checkpointed layers are not, but made anew.
+    """
+
+    def watch(name: str) -> Callable:
+        def forward_hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                node = _Saved.apply(torch.empty(0, requires_grad=True), args[0].detach()).grad_fn
+                output.register_hook(lambda gradient: tell(name, node, gradient))
+
+        return forward_hook
+
+    def tell(name: str, node: Any, gradient: Tensor) -> None:
+        (inputs,) = node.saved_tensors
+        see(name, inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float())
+
+    hooks = []
+    try:
+        for name, layer in layers.items():
+            hooks.append(layer.register_forward_hook(watch(name)))
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _Saved(torch.autograd.Function):
+    """A node of no graph that saves a tensor: checkpointing that is not reentrant drops it, and makes it anew.
+
+    Nothing goes through it: behind a layer, a model could no longer change the layer's output in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return torch.empty_like(anchor)
 
 
 @contextmanager

@@ -66,34 +66,22 @@ def factors(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     """
     import torch
 
+    from hf_ftplus.fisher import watching
+
     sums: dict[str, list[Tensor]] = {}
+    for name, layer in layers.items():
+        d, k = _shape(layer)
+        device = next(layer.parameters()).device
+        sums[name] = [torch.zeros(shape, device=device) for shape in ((d, d), (k, k), ())]
 
-    def watch(name: str) -> object:
-        def forward_hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                seen = args[0].detach()
-                output.register_hook(lambda gradient: add(name, seen, gradient))
-
-        return forward_hook
-
-    def add(name: str, seen: Tensor, gradient: Tensor) -> None:
-        x, g = seen.flatten(0, -2).float(), gradient.flatten(0, -2).float()
+    def add(name: str, x: Tensor, g: Tensor) -> None:
         reached = (g != 0).any(1, keepdim=True).float()
         x = x * reached
         found = [g.T @ g, x.T @ x, reached.sum()]
         sums[name] = [one + other for one, other in zip(sums[name], found, strict=True)]
 
-    hooks = []
-    for name, layer in layers.items():
-        d, k = _shape(layer)
-        device = next(layer.parameters()).device
-        sums[name] = [torch.zeros(shape, device=device) for shape in ((d, d), (k, k), ())]
-        hooks.append(layer.register_forward_hook(watch(name)))
-    try:
+    with watching(layers, add):
         yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:

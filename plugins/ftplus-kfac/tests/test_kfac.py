@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alive import Alive
+from batches import padded, random_rows
 from ftplus_kfac import KFAC, factors, kronecker_penalty, kronecker_pull, thin_pull
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 from training import LEARN, PROTECT, sequence, trainer
 
@@ -13,6 +15,7 @@ from hf_ftplus import EWC, plugins, testing
 from hf_ftplus.errors import DataError, IncompatibleError
 from hf_ftplus.fisher import backward_logits
 from hf_ftplus.testing import check_strategy
+from hf_ftplus.weights import split
 
 
 @pytest.mark.laws
@@ -80,6 +83,19 @@ def test_factors_are_sums_over_positions_that_a_gradient_reaches(tmp_path):
     assert 0 < positions < batch["input_ids"].numel()
     torch.testing.assert_close(sums["it"], [outputs, inputs, torch.tensor(float(positions))])
     assert len(layer._forward_hooks) == 1  # of this test
+
+
+def test_under_checkpointing_factors_hold_no_more_inputs_than_a_training_step():
+    model = get_peft_model(tiny_llama(layers=12), LoraConfig(r=2, target_modules="all-linear")).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    batch, most = padded(random_rows(16, 384, longest=32), 16)[0], []
+    for layers in ({}, {name: adapter.layer for name, adapter in split(model)[1].items()}):
+        model.zero_grad()
+        with Alive() as alive, factors(layers) as sums:
+            backward_logits(model, batch, "sign", torch.Generator())
+        most.append(alive.most - sum(tensor.nbytes for found in sums.values() for tensor in found))
+    assert most[1] < 1.2 * most[0]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
