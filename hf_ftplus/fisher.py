@@ -193,7 +193,7 @@ def row_column_sums(
 @contextmanager
 def watching(layers: dict[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call see(name, x, delta) whenever a gradient comes to a layer: its input x [N, k] and the gradient delta [N, d]
-    of its output, in fp32.
+    of its output, in fp32 and out of reach of autocast, so that products of them are in fp32, too.
 
     Until then inputs are held as the layers hold theirs: those of checkpointed layers are not, but made anew.
     """
@@ -208,7 +208,8 @@ def watching(layers: dict[str, nn.Module], see: Callable[[str, Tensor, Tensor], 
 
     def tell(name: str, node: Any, gradient: Tensor) -> None:
         (inputs,) = node.saved_tensors
-        see(name, inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float())
+        with torch.autocast(gradient.device.type, enabled=False):
+            see(name, inputs.flatten(0, -2).float(), gradient.flatten(0, -2).float())
 
     hooks = []
     try:

@@ -64,7 +64,9 @@ def protect_batch(tmp_path):
     return dict(next(iter(it.get_train_dataloader())))
 
 
-def test_factors_are_sums_over_positions_that_a_gradient_reaches(tmp_path):
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "autocast"])
+def test_factors_are_sums_over_positions_that_a_gradient_reaches(tmp_path, bf16):
+    """In fp32, also of the inputs and gradients that autocast makes bf16."""
     model, batch = tiny_llama(), protect_batch(tmp_path)
     layer = model.model.layers[1].mlp.gate_proj
     seen, gradients = [], []
@@ -74,15 +76,16 @@ def test_factors_are_sums_over_positions_that_a_gradient_reaches(tmp_path):
         output.register_hook(lambda gradient: gradients.append(gradient))
 
     layer.register_forward_hook(look)
-    with factors({"it": layer}) as sums:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), factors({"it": layer}) as sums:
         backward_logits(model, batch, "sign", torch.Generator().manual_seed(3))
     outputs, inputs, positions = 0, 0, 0
-    for x, g in zip(seen[0].flatten(0, 1), gradients[0].flatten(0, 1), strict=True):
+    for x, g in zip(seen[0].flatten(0, 1).float(), gradients[0].flatten(0, 1).float(), strict=True):
         if g.any():
             outputs, inputs, positions = outputs + torch.outer(g, g), inputs + torch.outer(x, x), positions + 1
     assert 0 < positions < batch["input_ids"].numel()
     torch.testing.assert_close(sums["it"], [outputs, inputs, torch.tensor(float(positions))])
     assert len(layer._forward_hooks) == 1  # of this test
+    assert gradients[0].dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_under_checkpointing_factors_hold_no_more_inputs_than_a_training_step():
