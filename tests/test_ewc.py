@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_ftplus import EWC, Run, Strategy, state
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
+from hf_ftplus.fisher import fisher
 from hf_ftplus.quadratic import fitted, importance_names
 from hf_ftplus.strategy import Memory
 from hf_ftplus.weights import split, trainable
@@ -590,6 +591,36 @@ def test_rows_without_labels_leave_the_next_run_only_what_was_protected(tmp_path
     strategy.finish(run)
     left = state.load_memory(tmp_path / "memory", "ewc", run)
     assert all(torch.equal(left[name], tensor) for name, tensor in strategy.importance.items())
+
+
+def test_while_it_learns_what_to_remember_it_holds_no_importances_but_those(tmp_path, monkeypatch):
+    """The optimizer's state is still there. Those of before, in host memory, are added in place, and come back."""
+    strategy, run = prepared(tiny_llama(), EWC(strength=10), memory=Memory(write=tmp_path))
+    run.learn = lambda rows: padded(random_rows(4, 384, seed=1), 2)
+    made, left, before = {}, {}, {name: tensor.clone() for name, tensor in strategy.state_dict().items()}
+
+    def looked(*args, **kwargs):
+        assert not strategy.wells
+        assert {tensor.device.type for tensor in strategy.importance.values()} == {"cpu"}
+        found = fisher(*args, **kwargs)
+        made.update({name: (tensor, tensor.clone()) for name, tensor in found.named()})
+        return found
+
+    monkeypatch.setattr("hf_ftplus.fisher.fisher", looked)
+    monkeypatch.setattr(run.memory, "save", lambda name, tensors, run: left.update(tensors))
+    strategy.finish(run)
+    assert left.keys() == made.keys() == strategy.importance.keys()
+    for name, (tensor, alone) in made.items():
+        assert left[name] is tensor
+        assert torch.equal(tensor, before[f"importance.{name}"] + alone)
+    assert far(strategy.state_dict(), before) == 0
+    for weight in run.weights.values():
+        weight.data.add_(1e-3)
+        weight.grad = torch.zeros_like(weight)
+    now = {name: weight.detach() for name, weight in run.weights.items()}
+    with torch.no_grad():
+        strategy.before_step(run)
+    assert_autograds({name: weight.grad for name, weight in run.weights.items()}, penalty_gradient(strategy, now))
 
 
 def test_memory_of_another_model_is_refused(tmp_path):

@@ -57,3 +57,23 @@ def test_compiled_and_checkpointed_training_holds(tmp_path):
         found.append(weights_of(it))
     assert far(found[0], found[1]) < 1e-3
     assert far(found[0], found[2]) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_finishing_takes_no_more_memory_than_training(tmp_path, monkeypatch, dtype):
+    """Would prove: with Adam's state still there, EWC's last pass has room where training had."""
+    model = tiny_llama(hidden=512, layers=4, dtype=dtype)
+    it = trainer(tmp_path, "ewc", model=model, use_cpu=False, bf16=dtype == torch.bfloat16)
+    ewc, most = it.ftplus.strategies[0], []
+    finish = ewc.finish
+
+    def measured(run):
+        most.append(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        finish(run)
+        most.append(torch.cuda.max_memory_allocated())
+
+    monkeypatch.setattr(ewc, "finish", measured)
+    torch.cuda.reset_peak_memory_stats()
+    it.train()
+    assert most[1] < 1.02 * most[0]

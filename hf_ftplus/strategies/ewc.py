@@ -111,7 +111,7 @@ class EWC(Strategy):
                 state_bytes(self.plain, self.adapters) / 1e6,
                 sum(map(_rows, tasks.values())),
             )
-            importance = _sum(importance, self._importance(run, tasks))
+            importance = _added(importance, self._importance(run, tasks))
         self._hold(starting(self.plain, self.adapters), importance)
 
     def before_step(self, run: Run) -> None:
@@ -124,10 +124,22 @@ class EWC(Strategy):
         self._measured = self._measured if measured is None else measured
 
     def finish(self, run: Run) -> None:
-        """Leave the importances for the next run, with those of what this run learnt."""
+        """Leave the importances for the next run, with those of what this run learnt.
+
+        The optimizer still holds its state, so those of before wait in host memory: nothing is held beside those of
+        what was learnt, which take their room.
+        """
+        from ..quadratic import wells
+
         learnt = run.learn(self.rows) if self.remember and run.memory.write else []
-        total = _sum(self.importance, self._importance(run, {"learn": learnt})) if learnt else self.importance
-        run.memory.save(self.name, total, run)
+        if not learnt:
+            run.memory.save(self.name, self.importance, run)
+            return
+        devices = {name: tensor.device for name, tensor in self.importance.items()}
+        self.wells, self.importance = [], {name: tensor.cpu() for name, tensor in self.importance.items()}
+        run.memory.save(self.name, _added(self._importance(run, {"learn": learnt}), self.importance), run)
+        self.importance = {name: tensor.to(devices[name]) for name, tensor in self.importance.items()}
+        self.wells = wells(self.plain, self.adapters, self.start, self.importance)
 
     def state_dict(self) -> dict[str, Tensor]:
         parts = {"importance": self.importance, "start": self.start}
@@ -231,7 +243,7 @@ class EWC(Strategy):
                 autocast=run.autocast,
                 progress=lambda items, task=task: tqdm(items, desc=f"Fisher of {task}", disable=None, leave=False),
             )
-            total = _sum(total, {name: tensor.div_(len(tasks)) for name, tensor in found.named()})
+            total = _added(total, {name: tensor.div_(len(tasks)) for name, tensor in found.named()})
         return total
 
 
@@ -250,8 +262,11 @@ def _rows(batches: list[dict[str, Tensor]]) -> int:
     return sum(len(batch["labels"]) for batch in batches)
 
 
-def _sum(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**total, **{name: total[name] + tensor if name in total else tensor for name, tensor in part.items()}}
+def _added(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`total` with `part`, which may lie on another device, added to its tensors in place."""
+    for name, tensor in part.items():
+        total[name] = total[name].add_(tensor.to(total[name].device)) if name in total else tensor
+    return total
 
 
 @hookimpl
