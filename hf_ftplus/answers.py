@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .disk import replace
 from .errors import IncompatibleError, StorageError
-from .examples import Example
+from .examples import Example, sent
 
 FORMAT = 1
 """Part of the folder's name: raise it when the same teacher and example come to give another answer."""
@@ -115,7 +115,7 @@ class Answers:
                 )
             part, start, length = place
             found.append(tuple(self._parts[part][name][start : start + length] for name in ("tokens", "log_probs")))
-        tokens, log_probs = (torch.cat(column).to(device, non_blocking=True) for column in zip(*found, strict=True))
+        tokens, log_probs = (sent(torch.cat(column), device) for column in zip(*found, strict=True))
         return tokens, log_probs
 
 

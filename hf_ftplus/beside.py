@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .answers import examples_in, supervised_tokens
 from .errors import DataError
-from .examples import Example, collate
+from .examples import Example, collate, sent
 
 
 @dataclass
@@ -79,7 +79,7 @@ def tokens_of_rows(inputs: dict[str, Any]) -> Tensor:
 def collated(examples: list[Example], device: torch.device) -> dict[str, Tensor]:
     """One micro-batch of examples, on its way to `device`."""
     (batch,) = collate(examples, 0, len(examples))
-    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+    return {key: sent(tensor, device) for key, tensor in batch.items()}
 
 
 def seed_of(*numbers: int) -> int:

@@ -211,6 +211,11 @@ def _called(tokenizer: PreTrainedTokenizerBase) -> str:
     return escape(str(tokenizer.name_or_path or type(tokenizer).__name__))
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on its way to `device`; waited for where nobody keeps what is yet to be copied (MPS)."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def collate(examples: list[Example], pad_token_id: int, batch_size: int) -> list[dict[str, Tensor]]:
     """Micro-batches in the order given, right padded; padding is unattended and unlabelled.
 

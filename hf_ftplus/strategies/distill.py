@@ -322,6 +322,7 @@ class Distill(Strategy):
         import torch
 
         from ..beside import beside, collated, seed_of, tokens_of_rows
+        from ..examples import sent
         from ..generate import private_rng
         from ..logits import hidden_states
 
@@ -335,8 +336,8 @@ class Distill(Strategy):
         inputs = collated([example for _, example, _ in drawn], device)
         with private_rng(device, seed_of(run.seed, run.step, place)):  # dropout of its own
             hidden = states_through_output(run.model, inputs) if self._sharded else hidden_states(run.model, inputs)[0]
-        rows = torch.tensor([row for row, _, _ in drawn]).to(device, non_blocking=True)
-        tokens = torch.tensor([tokens for _, _, tokens in drawn]).to(device, non_blocking=True)
+        rows = sent(torch.tensor([row for row, _, _ in drawn]), device)
+        tokens = sent(torch.tensor([tokens for _, _, tokens in drawn]), device)
         each = learnt[rows] / tokens * (0.0 if idle else self.strengths["protect"] / self.share)
         weights = each.repeat_interleave(tokens_of_rows(inputs), output_size=len(hidden))
         return Part("protect", inputs, hidden, weights, idle, [example for _, example, _ in drawn])
