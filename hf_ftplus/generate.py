@@ -274,8 +274,9 @@ def private_rng(device: torch.device, seed: int) -> Iterator[None]:
         if device.type == "cpu":
             yield
             return
-        with torch.accelerator.device_index(device.index):
-            module = torch.get_device_module(device)
+        module = torch.get_device_module(device)
+        chosen = module.device(device) if hasattr(module, "device") else nullcontext()  # Apple's GPU is the only one
+        with chosen:  # torch.accelerator.device_index is of torch 2.8
             state = module.get_rng_state()
             module.manual_seed(seed)
             try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -268,6 +270,31 @@ def test_on_an_accelerator_its_generator_is_left_as_found(tokenizer):
     module.manual_seed(8)
     assert rows_of(self_generate(model, tokenizer, 5, seed=1, **SHORT)) == first
     assert fingerprint(model) == fingerprint(model.cpu())
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_torch_2_6_has_what_seeds_one_device_and_gives_it_back(kind, monkeypatch):
+    """`torch.accelerator.device_index` came with 2.8; Apple's module has no devices to choose from."""
+    done = []
+
+    @contextmanager
+    def chosen(device):
+        done.append(f"on {device}")
+        yield
+        done.append(f"off {device}")
+
+    module = SimpleNamespace(
+        get_rng_state=lambda: "state",
+        manual_seed=lambda seed: done.append(f"seeded {seed}"),
+        set_rng_state=lambda state: done.append(f"{state} is back"),
+        **({"device": chosen} if kind == "cuda" else {}),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.delattr(torch.accelerator, "device_index", raising=False)
+    with generate.private_rng(torch.device(kind, 1 if kind == "cuda" else 0), 7):
+        done.append("drawn")
+    inside = ["seeded 7", "drawn", "state is back"]
+    assert done == (["on cuda:1", *inside, "off cuda:1"] if kind == "cuda" else inside)
 
 
 # ---- the cache -----------------------------------------------------------------------------------------------------
