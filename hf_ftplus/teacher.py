@@ -166,7 +166,7 @@ class Other(Teacher):
 
 
 def copied(weights: dict[str, nn.Parameter], dtype: str, device: str) -> dict[str, Tensor]:
-    """Copies of the trained weights, as state: `start.NAME`, and `scale.NAME` for int8.
+    """Copies of the trained weights, as state: `start.NAME`, and `scale.NAME` for int8; one by one to where they stay.
 
     Matrices alone are made smaller: norms and biases are a thousandth of the bytes and carry more of the answer. int8
     is the nearest of 255 levels between -max and max of each row, so a row's largest weight is exact.
@@ -177,14 +177,15 @@ def copied(weights: dict[str, nn.Parameter], dtype: str, device: str) -> dict[st
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
         _refuse_shards(name, weight)
-        copy = weight.detach()
+        copy = live = weight.detach()
         if copy.dim() >= 2 and dtype == "int8":
             scale = (copy.float().abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-            found[f"scale.{name}"], copy = scale, (copy.float() / scale).round().to(torch.int8)
+            found[f"scale.{name}"], copy = kept_on(scale, device), (copy.float() / scale).round().to(torch.int8)
         elif copy.dim() >= 2 and dtype == "bfloat16":
             copy = copy.to(torch.bfloat16)
-        found[f"start.{name}"] = copy.clone() if copy.data_ptr() == weight.data_ptr() else copy
-    return {name: kept_on(copy, device) for name, copy in found.items()}
+        copy = kept_on(copy, device)
+        found[f"start.{name}"] = copy.clone() if copy is live else copy
+    return found
 
 
 def bytes_of_copies(weights: dict[str, nn.Parameter], dtype: str) -> int:

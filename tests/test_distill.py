@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from reference import bucketed, distillation, drift
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import LEARN, PROTECT, far, first_gradient, same, sequence, trainer, weights_of
 from transformers import (
@@ -412,6 +413,29 @@ def test_a_copy_on_the_cpu_is_sent_layer_by_layer():
     before = says(Teacher(model), BATCH)
     shaken(model.cpu(), 0.3).cuda()
     assert torch.equal(says(strategy.source, BATCH), before)
+
+
+@pytest.mark.parametrize("dtype", ["same", "bfloat16", "int8"])
+def test_weights_go_to_the_cpu_one_by_one(dtype):
+    """A device that is imagined, by tensors without content: what is new there, and lives, at any time."""
+    new, most = weakref.WeakSet(), 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal most
+            output = function(*args, **(kwargs or {}))
+            aliases = function is torch.ops.aten.detach.default
+            if isinstance(output, torch.Tensor) and output.device.type == "xpu" and not aliases:
+                new.add(output)
+            most = max(most, len(new))
+            return output
+
+    with FakeTensorMode():
+        weights = {f"w{n}": torch.nn.Parameter(torch.zeros(4, 4, device="xpu:0")) for n in range(12)}
+        with Watch():
+            copies = copied(weights, dtype, "cpu")
+    assert {copy.device.type for copy in copies.values()} == {"cpu"}
+    assert most <= {"same": 0, "bfloat16": 1, "int8": 4}[dtype]
 
 
 def test_a_copy_kept_on_the_cpu_is_the_same_copy_where_all_is_on_the_cpu():
