@@ -50,7 +50,7 @@ class Teacher:
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         with evaluating(self.model), self.taking_the_chair():
             hidden, _ = hidden_states(self.model, batch)
-            return hidden, first_tokens(lm_head(self.model), self.vocabulary)
+            return hidden, first_tokens(lm_head(self.model).whole(), self.vocabulary)
 
     @contextmanager
     def taking_the_chair(self) -> Iterator[None]:

@@ -14,12 +14,13 @@ from tiny import tiny_llama
 from torch import Tensor
 from two import meet
 
-from hf_ftplus import EWC, logits, state
+from hf_ftplus import EWC, divergence, logits, state
 from hf_ftplus.errors import PluginError
 from hf_ftplus.fisher import fisher
 from hf_ftplus.logits import captured, lm_head, supervised
 from hf_ftplus.sketch import sketch
 from hf_ftplus.strategy import Memory, Run
+from hf_ftplus.teacher import AdapterOff
 from hf_ftplus.weights import split, trainable
 
 MODELS = {"tied": tiny_llama, "untied": lambda: tiny_llama(tie=False)}
@@ -152,6 +153,18 @@ def of_head(kind: str) -> dict[str, Tensor]:
     return found | {f"loss.{name}": whole(weight.grad) * world for name, weight in trainable(model).items()}
 
 
+def of_teacher(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What the kernels of a GPU say of a student that moved away from the adapter's start, and its gradient."""
+    if torch.distributed.is_initialized():
+        shards(model.get_base_model(), reshard_after_forward=True)
+    batch = protect(ROWS)[0]
+    states, head = AdapterOff(model)(batch)
+    hidden = (states * 1.1).requires_grad_()
+    total, kl = divergence._with_trl(hidden, lm_head(model).whole(), states, head, 2.0, None)
+    total.backward()
+    return {"teacher.kl": kl, "teacher.gradient": hidden.grad}
+
+
 def fsdp(folder: Path, rank: int) -> dict[str, Tensor]:
     from torch.distributed.tensor import DTensor
 
@@ -168,6 +181,7 @@ def fsdp(folder: Path, rank: int) -> dict[str, Tensor]:
     found |= {f"copies.{name}": tensor for name, tensor in held(copies, folder / "copies").items()}
     for kind in MODELS:
         found |= {f"{kind}.{name}": tensor for name, tensor in of_head(kind).items()}
+    found |= of_teacher(lora())
     assert all(isinstance(weight, DTensor) for weight in trainable(model).values())
     return found
 

@@ -80,6 +80,7 @@ def test_each_rank_does_its_share_of_the_fisher_and_the_sum_is_the_same(parallel
 def sharded(tmp_path_factory):
     module, model = alone(), tiny_llama()
     one = module.importances(model) | module.held(model, tmp_path_factory.mktemp("one"))
+    one |= module.of_teacher(module.lora())
     for kind in module.MODELS:
         one |= {f"{kind}.{name}": tensor for name, tensor in module.of_head(kind).items()}
     return launch("fsdp", tmp_path_factory.mktemp("two")), one
@@ -106,6 +107,15 @@ def test_the_head_may_be_sharded_again_before_the_backward_pass(sharded, kind, w
     (first, _), one = sharded
     for name, tensor in part(one, f"{kind}.{what}").items():
         assert (part(first, f"{kind}.{what}")[name] - tensor).norm() < 1e-5 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("what", ["teacher.kl", "teacher.gradient"])
+def test_a_teacher_hands_out_its_head_in_one_piece(sharded, what):
+    """Kernels take no shards, and ranks with unlike numbers of chunks would wait for one another."""
+    (first, second), one = sharded
+    for found in (first, second):
+        assert torch.allclose(found[what], one[what], rtol=1e-4, atol=1e-7)
+        assert found[what].any()
 
 
 def test_what_needs_the_head_trains_a_sharded_model_as_a_whole_one(tmp_path):
