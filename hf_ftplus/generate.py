@@ -31,6 +31,7 @@ from .disk import replace
 from .errors import DataError, UsageError
 from .formats import Row
 from .logits import causal_lm, evaluating
+from .weights import sharded
 
 FORMAT = 2
 """Part of the cache key: raise it when the same settings come to give other rows."""
@@ -209,11 +210,12 @@ class Said(LogitsProcessor):
 class Nucleus(LogitsProcessor):
     """Draw each next token from the likeliest ones that together hold `top_p` (Holtzman 2020); the rest is ruled out.
 
-    The same distribution as transformers' temperature and top_p, which sort the whole vocabulary.
+    The same distribution as transformers' temperature and top_p, which sort the whole vocabulary. `together`, all ranks
+    write what the first one draws: those of a sharded model run as many forward passes, or wait for ever.
     """
 
-    def __init__(self, temperature: float, top_p: float) -> None:
-        self.temperature, self.top_p = temperature, top_p
+    def __init__(self, temperature: float, top_p: float, together: bool = False) -> None:
+        self.temperature, self.top_p, self.together = temperature, top_p, together
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, T], [B, V] -> [B, V]: 0 at the token drawn, -inf elsewhere."""
@@ -225,6 +227,8 @@ class Nucleus(LogitsProcessor):
             drawn, flat = self._draw(likely, tokens), likely.sum(-1) < self.top_p
             if flat.any():
                 drawn[flat] = self._draw(*probs[flat].sort(-1, descending=True))
+        if self.together:
+            torch.distributed.broadcast(drawn, 0)
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
 
     def _draw(self, likely: Tensor, tokens: Tensor) -> Tensor:
@@ -238,7 +242,7 @@ def _sampler(
 ) -> Iterator[Write]:
     writer = model.get_base_model() if is_peft_model(model) else model
     stops = stop_ids(model, tokenizer)
-    settings = writer.generation_config
+    settings, together = writer.generation_config, sharded(model.parameters())
 
     def write(openings: list[str], tokens: int, stop: str) -> list[str]:
         last = stops | _first_special(tokenizer, stop)
@@ -255,7 +259,7 @@ def _sampler(
             [tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings], tokenizer
         )
         device = next(model.parameters()).device
-        draw = LogitsProcessorList([*([said] if said else []), Nucleus(how.temperature, how.top_p)])
+        draw = LogitsProcessorList([*([said] if said else []), Nucleus(how.temperature, how.top_p, together)])
         out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), logits_processor=draw)
         return [_text(row, tokenizer, last, stop) for row in out[:, ids.shape[1] :].tolist()]
 

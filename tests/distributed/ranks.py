@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -10,13 +11,15 @@ import torch
 from batches import padded, random_rows
 from lawful import Deaf, SmallLogits, Sorry
 from safetensors.torch import save_file
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor
 from two import meet
 
 from hf_ftplus import EWC, divergence, logits, state
 from hf_ftplus.errors import PluginError
+from hf_ftplus.evaluation.found import reshard
 from hf_ftplus.fisher import fisher
+from hf_ftplus.generate import self_generate
 from hf_ftplus.logits import captured, lm_head, supervised
 from hf_ftplus.sketch import sketch
 from hf_ftplus.strategy import Memory, Run
@@ -165,6 +168,12 @@ def of_teacher(model: torch.nn.Module) -> dict[str, Tensor]:
     return {"teacher.kl": kl, "teacher.gradient": hidden.grad}
 
 
+def written(model: torch.nn.Module, seed: int) -> dict[str, Tensor]:
+    rows = self_generate(model, tiny_tokenizer(), 3, seed=seed, batch_size=2, max_new_tokens=6, request_tokens=6)
+    reshard(model)
+    return {"written": torch.tensor(list(json.dumps(rows.to_list()).encode()))}
+
+
 def fsdp(folder: Path, rank: int) -> dict[str, Tensor]:
     from torch.distributed.tensor import DTensor
 
@@ -181,7 +190,7 @@ def fsdp(folder: Path, rank: int) -> dict[str, Tensor]:
     found |= {f"copies.{name}": tensor for name, tensor in held(copies, folder / "copies").items()}
     for kind in MODELS:
         found |= {f"{kind}.{name}": tensor for name, tensor in of_head(kind).items()}
-    found |= of_teacher(lora())
+    found |= of_teacher(lora()) | written(model, seed=rank)
     assert all(isinstance(weight, DTensor) for weight in trainable(model).values())
     return found
 

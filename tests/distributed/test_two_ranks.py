@@ -80,7 +80,7 @@ def test_each_rank_does_its_share_of_the_fisher_and_the_sum_is_the_same(parallel
 def sharded(tmp_path_factory):
     module, model = alone(), tiny_llama()
     one = module.importances(model) | module.held(model, tmp_path_factory.mktemp("one"))
-    one |= module.of_teacher(module.lora())
+    one |= module.of_teacher(module.lora()) | module.written(model, seed=0)
     for kind in module.MODELS:
         one |= {f"{kind}.{name}": tensor for name, tensor in module.of_head(kind).items()}
     return launch("fsdp", tmp_path_factory.mktemp("two")), one
@@ -116,6 +116,13 @@ def test_a_teacher_hands_out_its_head_in_one_piece(sharded, what):
     for found in (first, second):
         assert torch.allclose(found[what], one[what], rtol=1e-4, atol=1e-7)
         assert found[what].any()
+
+
+def test_ranks_of_a_sharded_model_write_what_the_first_one_draws(sharded):
+    """With unlike draws they would end at unlike lengths, and wait for one another."""
+    (first, second), one = sharded
+    assert torch.equal(first["written"], one["written"])
+    assert torch.equal(second["written"], one["written"])
 
 
 def test_what_needs_the_head_trains_a_sharded_model_as_a_whole_one(tmp_path):
