@@ -6,6 +6,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .errors import IncompatibleError
+from .logits import causal_lm
 from .strategy import Strategy, acts_on_gradients, refuse_deepspeed
 
 
@@ -41,12 +42,34 @@ def refuse_parts(strategies: list[Strategy], model: nn.Module, args: TrainingArg
             f"a part (DataParallel). Start a process for each: accelerate launch --num_processes {args.n_gpu} "
             "SCRIPT.py; or choose one device: CUDA_VISIBLE_DEVICES=0."
         )
-    looking = [it.name for it in strategies if it.overrides("token_loss") or acts_on_gradients(it)]
+    looking = looking_inside(strategies)
+    if looking and len(devices := devices_of(model)) > 1:
+        raise IncompatibleError(
+            f"{', '.join(looking)} compares tensors that device_map spreads over {len(devices)} devices of one process "
+            f"({', '.join(devices)}). Choose one device: CUDA_VISIBLE_DEVICES=0, or device_map={{'': 0}} to load the "
+            "model with (in model_init_kwargs where the trainer loads it); or start a process for each: accelerate "
+            "launch SCRIPT.py, with --use_fsdp --fsdp_version 2 where one device is too small."
+        )
     if looking and (getattr(model, "tp_size", None) or 1) > 1:
         raise IncompatibleError(
             f"{', '.join(looking)} cannot tell the parts of a weight that tensor parallelism (tp_plan) splits over "
             f"{model.tp_size} processes. Load the model without tp_plan, and type --accelerate_config fsdp2."
         )
+
+
+def looking_inside(strategies: list[Strategy]) -> list[str]:
+    """Names of those that look at weights, gradients or hidden states; the others only choose rows."""
+    return [it.name for it in strategies if it.overrides("token_loss") or acts_on_gradients(it)]
+
+
+def devices_of(model: nn.Module) -> list[str]:
+    """Where a device_map put parts of the model, as each was first spelled: 0, "cuda" and "cuda:0" are one device."""
+    found: dict[str, str] = {}
+    for device in (getattr(causal_lm(model), "hf_device_map", None) or {}).values():
+        kind, _, index = str(device).partition(":")
+        number = kind if kind.isdigit() else index or "0"
+        found.setdefault(kind if kind in ("cpu", "disk") else number, str(device))
+    return list(found.values())
 
 
 def zero_stage(args: TrainingArguments) -> int:

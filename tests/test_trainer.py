@@ -23,7 +23,8 @@ from hf_ftplus import EWC, Distill, Replay, SFTTrainer, Strategy, StrategyCallba
 from hf_ftplus.batches import examples_of
 from hf_ftplus.data import TaskSpec
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
-from hf_ftplus.refusals import refuse
+from hf_ftplus.logits import causal_lm
+from hf_ftplus.refusals import devices_of, refuse
 
 
 def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
@@ -297,6 +298,39 @@ def test_a_model_in_parts_is_refused_where_parts_would_be_taken_for_the_whole(tm
     with pytest.raises(IncompatibleError, match=r"distill reads .* 2 devices .*--num_processes 2"):
         attach(it, "distill", protect=PROTECT)
     refuse([Distill()], it.args)  # as `ftplus compare` asks, which gives each of its cells one device
+
+
+@pytest.mark.parametrize(
+    ("places", "devices"),
+    [
+        ([0, 1], ["0", "1"]),
+        (["cuda:0", torch.device("cuda", 1), 1], ["cuda:0", "cuda:1"]),
+        (["xpu:1", "cpu", "disk"], ["xpu:1", "cpu", "disk"]),
+        ([0, "cuda:0", "cuda", torch.device("cuda")], ["0"]),
+        (["cpu", torch.device("cpu")], ["cpu"]),
+        ([], []),
+    ],
+)
+def test_a_device_named_twice_is_one(places, devices):
+    model = tiny_llama()
+    model.hf_device_map = {f"model.layers.{n}": place for n, place in enumerate(places)}
+    assert devices_of(model) == devices
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_on_several_devices_of_one_process_is_refused_by_what_compares_tensors(lora, tmp_path):
+    """TRL loads a model by its name with device_map="auto", on all devices that it finds."""
+    it = trainer(tmp_path, peft_config=LoraConfig(task_type="CAUSAL_LM") if lora else None)
+    causal_lm(it.model).hf_device_map = {"model": 0, "lm_head": "cuda:1"}
+    says = r" compares .* 2 devices of one process \(0, cuda:1\).*device_map=\{'': 0\}.*accelerate launch.*--fsdp_version 2"
+    for strategy in ("ewc", "si", "distill"):
+        with pytest.raises(IncompatibleError, match=strategy + says):
+            attach(it, strategy, protect=PROTECT)
+        it.ftplus = None
+    attach(it, Replay(share=0.2), protect=PROTECT)
+    it.ftplus = None
+    causal_lm(it.model).hf_device_map = {"": "cpu"}
+    attach(it, "ewc", protect=PROTECT)
 
 
 def test_what_cannot_be_attached_to_is_said(tmp_path):
