@@ -171,6 +171,10 @@ def sharding_and_laws(accelerator: Accelerator, found: Found) -> None:
             "FSDP version 1 flattens weights into one; set fsdp_version: 2, or --accelerate_config fsdp2"
         )
         return
+    if any(local(weight).device.type != accelerator.device.type for weight in model.parameters()):
+        found.facts["sharding"] = {"weights in CPU memory": "strategies are refused; set fsdp_offload_params: false"}
+        found.faults.append("FSDP keeps weights in CPU memory; set fsdp_offload_params: false in the accelerate config")
+        return
     found.facts["sharding"] = held(accelerator, model, found)
     together = trained(model, optimizer, accelerator.process_index, accelerator)
     single = trained(alone, torch.optim.SGD(alone.parameters(), lr=RATE), None, accelerator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainingArguments
 
@@ -23,6 +24,13 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
         raise IncompatibleError(
             "enable_jit_checkpoint saves within a step, from which no run goes on as it would have. Leave it out: "
             "ftplus sft saves after the step when it is told to stop."
+        )
+    looking = looking_inside(strategies)
+    if looking and offloads(args):
+        raise IncompatibleError(
+            f"{', '.join(looking)} would bring together weights in CPU memory, where FSDP keeps them "
+            "(fsdp_offload_params), and hidden states on the device. Set fsdp_offload_params: false in the accelerate "
+            "config, or fsdp_config={'cpu_offload': False} in the arguments."
         )
     for strategy in strategies if not args.resume_from_checkpoint else ():
         strategy.refuse(None)
@@ -70,6 +78,15 @@ def devices_of(model: nn.Module) -> list[str]:
         number = kind if kind.isdigit() else index or "0"
         found.setdefault(kind if kind in ("cpu", "disk") else number, str(device))
     return list(found.values())
+
+
+def offloads(args: TrainingArguments) -> bool:
+    """Whether FSDP is told to keep weights in CPU memory, by launcher or `args`; on CPUs accelerate leaves it out."""
+    given = getattr(args, "fsdp_plugin_args", None)
+    launched = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if (given is None and not launched) or args.distributed_state.distributed_type in ("NO", "MULTI_CPU"):
+        return False
+    return bool((given or {}).get("cpu_offload", parse_flag_from_env("FSDP_OFFLOAD_PARAMS")))
 
 
 def zero_stage(args: TrainingArguments) -> int:

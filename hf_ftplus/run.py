@@ -29,7 +29,7 @@ from .measured import keep_apart, tasks
 from .model import resolve, to_train
 from .output import alone, claim, no_empty_folder, on_the_disk, refuse_full_disk, resume_point, settle
 from .page import leave_card, leave_page, warned
-from .refusals import refuse, zero_stage
+from .refusals import offloads, refuse, zero_stage
 from .report import Report
 from .report.tracked import hold_open, track
 from .row_checks import check_supervised
@@ -102,6 +102,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     refuse_several_devices(config.training)
     refuse(config.strategies, config.training)
     refuse_zero3(config)
+    refuse_offload(config)
     to_train(config.model.model_name_or_path)
     refuse_foreseen(config, config.strategies)
     if config.memory is not None:
@@ -230,6 +231,16 @@ def refuse_zero3(config: RunConfig) -> None:
         raise IncompatibleError(
             "Under DeepSpeed ZeRO-3 no process holds a whole model, so it can write nothing. Give protect data that "
             "exists instead of self:N, or launch with --accelerate_config fsdp2."
+        )
+
+
+def refuse_offload(config: RunConfig) -> None:
+    """Raise before a model loads for what cannot be asked of one whose weights FSDP keeps in CPU memory."""
+    if offloads(config.training) and (config.measure_rows or any(spec.generate for spec in config.protect)):
+        raise IncompatibleError(
+            "FSDP is told to keep weights in CPU memory (fsdp_offload_params); such a model can neither be measured "
+            "nor write rows. Set fsdp_offload_params: false in the accelerate config; or type --measure-rows 0 (and "
+            "`ftplus eval` afterwards), and give protect data that exists instead of self:N."
         )
 
 

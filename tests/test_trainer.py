@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -24,7 +25,9 @@ from hf_ftplus.batches import examples_of
 from hf_ftplus.data import TaskSpec
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 from hf_ftplus.logits import causal_lm
-from hf_ftplus.refusals import devices_of, refuse
+from hf_ftplus.refusals import devices_of, offloads, refuse
+from hf_ftplus.run import refuse_offload
+from hf_ftplus.strategies.si import SI
 
 
 def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
@@ -331,6 +334,33 @@ def test_a_model_on_several_devices_of_one_process_is_refused_by_what_compares_t
     it.ftplus = None
     causal_lm(it.model).hf_device_map = {"": "cpu"}
     attach(it, "ewc", protect=PROTECT)
+
+
+def test_weights_that_fsdp_keeps_in_cpu_memory_are_refused_before_a_model_loads(tmp_path, monkeypatch):
+    def told(**given):
+        args = arguments(tmp_path)
+        args.fsdp_plugin_args, args.distributed_state = given or None, SimpleNamespace(distributed_type="MULTI_GPU")
+        return args
+
+    for use, offload in ((None, "true"), ("true", "false"), ("true", "true")):
+        monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", offload)
+        if use:
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", use)
+        assert offloads(told()) == (use == offload == "true")
+    assert not offloads(told(cpu_offload=False))
+    assert not offloads(arguments(tmp_path))  # on CPUs
+    monkeypatch.delenv("ACCELERATE_USE_FSDP"), monkeypatch.delenv("FSDP_OFFLOAD_PARAMS")
+    assert not offloads(told(fsdp_version=2))
+    for strategy in (EWC(), SI(), Distill()):
+        with pytest.raises(IncompatibleError, match=f"{strategy.name} would .*Set fsdp_offload_params: false"):
+            refuse([strategy], told(cpu_offload=True))
+    refuse([Replay(share=0.2)], told(cpu_offload=True))
+    existing, written = TaskSpec.parse("protect.jsonl"), TaskSpec.parse("self:8")
+    for rows, spec in ((4, existing), (0, written)):
+        config = SimpleNamespace(training=told(cpu_offload=True), measure_rows=rows, protect=[spec])
+        with pytest.raises(IncompatibleError, match=r"neither be measured nor write.*--measure-rows 0.*self:N"):
+            refuse_offload(config)
+    refuse_offload(SimpleNamespace(training=told(cpu_offload=True), measure_rows=0, protect=[existing]))
 
 
 def test_what_cannot_be_attached_to_is_said(tmp_path):

@@ -108,3 +108,11 @@ def test_one_process_is_no_cluster(monkeypatch, capsys):
 def test_words_that_mean_nothing_are_refused(words, says, capsys):
     assert main(["doctor", *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_weights_in_cpu_memory_are_a_fault_before_anything_is_trained():
+    accelerator = SimpleNamespace(device=torch.device("meta"), prepare=lambda *both: both)
+    found = cluster.Found()
+    cluster.sharding_and_laws(accelerator, found)
+    assert found.faults == ["FSDP keeps weights in CPU memory; set fsdp_offload_params: false in the accelerate config"]
+    assert "laws" not in found.facts
