@@ -199,11 +199,17 @@ class StrategyMixin(MixingMixin):
         return (result[0] + total, *result[1:]) if isinstance(result, tuple) else result + total
 
     def _token_scale(self, num_items: Tensor | int | None, tokens: int) -> Any:
-        """What turns a sum over this micro-batch into its part of the step's mean, as the task loss does it."""
+        """What turns a sum over this micro-batch into its part of the step's mean, as the task loss does it.
+
+        The Trainer then divides by the accumulation steps what is not a part yet: the task loss decides for both.
+        """
+        steps = self.current_gradient_accumulation_steps
+        a_part = getattr(self, "loss_is_scaled_for_ga", None)  # where a subclass says it: transformers 5.19
         if num_items is None:
-            return 1 / max(tokens, 1)  # the Trainer divides by the accumulation steps
+            return 1 / max(tokens, 1) / (steps if a_part else 1)
         world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return world / num_items
+        # a step without a token to learn has a loss of zero, as TRL's
+        return world / torch.as_tensor(num_items).clamp(min=1) * (steps if a_part is False else 1)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

@@ -408,6 +408,52 @@ def test_batch_8x1_and_2x4_give_the_same_update(tmp_path):
     assert far(*found) < 1e-6
 
 
+class MeanOfBatches(Trainer):
+    """Says of its loss that it is of a batch alone, though it is told the tokens of all."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss
+
+
+class PartOfStep(MeanOfBatches):
+    """Divides its loss itself, and is told no number of tokens."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) / self.current_gradient_accumulation_steps
+
+
+@pytest.mark.skipif(not hasattr(Trainer, "loss_is_scaled_for_ga"), reason="transformers 5.19 reads it")
+@pytest.mark.parametrize("kind", [MeanOfBatches, PartOfStep])
+def test_batch_8x1_and_2x4_give_the_same_update_in_a_trainer_that_scales_its_loss_itself(tmp_path, kind):
+    rows = [{"input_ids": row, "labels": row} for row in ([i + 5, 6, 7 * i + 9, 8] for i in range(8))]
+    found = []
+    for size, accumulation in [(8, 1), (2, 4)]:
+        given = TrainingArguments(
+            str(tmp_path), optim="sgd", learning_rate=0.1, max_steps=2, per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation, use_cpu=True, report_to="none", save_strategy="no",
+        )  # fmt: skip
+        it = attach(kind(tiny_llama(), given, train_dataset=Dataset.from_list(rows)), LogitPull(1.0))
+        it.train()
+        found.append(weights_of(it))
+    assert far(*found) < 1e-6
+
+
+def test_a_step_without_a_token_to_learn_trains_as_in_trl(tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 8
+    it = trainer(tmp_path, LogitPull(), learn=rows, dataset_kwargs={"skip_prepare_dataset": True}, max_steps=1)
+    before = weights_of(it)
+    it.train()
+    assert same(before, weights_of(it))
+
+
 def test_a_token_loss_has_the_gradient_of_its_definition(tmp_path):
     """One SGD step of the trainer against autograd on the loss written out from full logits."""
     start = tiny_llama()
