@@ -21,6 +21,7 @@ from . import data
 from .errors import StorageError, UsageError
 from .generate import pad_id, self_generate, store
 from .model import cache
+from .refusals import refuse_answers
 from .strategy import Run
 
 logger = logging.getLogger("hf_ftplus")
@@ -83,6 +84,7 @@ def protect_batches(
             found[name] = task
             continue
         if isinstance(task, data.TaskSpec) and task.generate:
+            refuse_answers(args, "Give protect data that exists instead of self:N.")
             write = partial(
                 self_generate,
                 run.model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainingArguments
@@ -9,6 +11,9 @@ from transformers import TrainingArguments
 from .errors import IncompatibleError
 from .logits import causal_lm
 from .strategy import Strategy, acts_on_gradients, refuse_deepspeed
+
+ROWS_BY = {"cp": "context", "sp": "sequence"}
+"""Parallelism that splits rows, by the name of its size in an accelerate config."""
 
 
 def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
@@ -32,8 +37,27 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
             "(fsdp_offload_params), and hidden states on the device. Set fsdp_offload_params: false in the accelerate "
             "config, or fsdp_config={'cpu_offload': False} in the arguments."
         )
+    parts = parallelism(args)
+    refuse_tensor_parallel(strategies, parts["tp"])
+    reading = [it.name for it in strategies if it.overrides("token_loss")]
+    for kind, names in (("cp", reading), ("sp", looking)):
+        if names and parts[kind] > 1:
+            raise IncompatibleError(
+                f"{', '.join(names)} needs whole rows, which {ROWS_BY[kind]} parallelism splits over {parts[kind]} "
+                f"processes. Set {kind}_size: 1 in the accelerate config, or type --accelerate_config fsdp2."
+            )
     for strategy in strategies if not args.resume_from_checkpoint else ():
         strategy.refuse(None)
+
+
+def refuse_answers(args: TrainingArguments, instead: str) -> None:
+    """Raise where a model that trains on parts of rows would be asked for words: accelerate drops its padding mask."""
+    for kind, size in parallelism(args).items():
+        if kind in ROWS_BY and size > 1:
+            raise IncompatibleError(
+                f"Under {ROWS_BY[kind]} parallelism ({kind}_size: {size}) attention is made for parts of training "
+                f"rows, and what a model answers comes out wrong. {instead}"
+            )
 
 
 def refuse_parts(strategies: list[Strategy], model: nn.Module, args: TrainingArguments) -> None:
@@ -58,11 +82,26 @@ def refuse_parts(strategies: list[Strategy], model: nn.Module, args: TrainingArg
             "model with (in model_init_kwargs where the trainer loads it); or start a process for each: accelerate "
             "launch SCRIPT.py, with --use_fsdp --fsdp_version 2 where one device is too small."
         )
-    if looking and (getattr(model, "tp_size", None) or 1) > 1:
+    refuse_tensor_parallel(strategies, getattr(model, "tp_size", None) or 1)
+
+
+def refuse_tensor_parallel(strategies: list[Strategy], size: int) -> None:
+    """Raise for what would take a part of a weight, one of `size`, for all of it."""
+    if size > 1 and (looking := looking_inside(strategies)):
         raise IncompatibleError(
-            f"{', '.join(looking)} cannot tell the parts of a weight that tensor parallelism (tp_plan) splits over "
-            f"{model.tp_size} processes. Load the model without tp_plan, and type --accelerate_config fsdp2."
+            f"{', '.join(looking)} cannot tell the parts of a weight that tensor parallelism (tp_plan, tp_size) splits "
+            f"over {size} processes. Load the model without tp_plan, and type --accelerate_config fsdp2."
         )
+
+
+def parallelism(args: TrainingArguments) -> dict[str, int]:
+    """Into how many parts accelerate or DeepSpeed is told to split weights (tp) and rows (cp, sp); 1 for not at all."""
+    config = getattr(args, "parallelism_config", None)
+    found = {kind: getattr(config, f"{kind}_size", None) or 1 for kind in ("tp", "cp", "sp")}
+    if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+        found = {kind: int(os.environ.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", 1)) for kind in found}
+    deepspeed = getattr(getattr(args, "deepspeed_plugin", None), "deepspeed_config", None) or {}
+    return {**found, "tp": max(found["tp"], deepspeed.get("tensor_parallel", {}).get("autotp_size", 1))}
 
 
 def looking_inside(strategies: list[Strategy]) -> list[str]:

@@ -29,7 +29,7 @@ from .measured import keep_apart, tasks
 from .model import resolve, to_train
 from .output import alone, claim, no_empty_folder, on_the_disk, refuse_full_disk, resume_point, settle
 from .page import leave_card, leave_page, warned
-from .refusals import offloads, refuse, zero_stage
+from .refusals import offloads, refuse, refuse_answers, zero_stage
 from .report import Report
 from .report.tracked import hold_open, track
 from .row_checks import check_supervised
@@ -103,6 +103,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     refuse(config.strategies, config.training)
     refuse_zero3(config)
     refuse_offload(config)
+    refuse_parted(config)
     to_train(config.model.model_name_or_path)
     refuse_foreseen(config, config.strategies)
     if config.memory is not None:
@@ -242,6 +243,14 @@ def refuse_offload(config: RunConfig) -> None:
             "nor write rows. Set fsdp_offload_params: false in the accelerate config; or type --measure-rows 0 (and "
             "`ftplus eval` afterwards), and give protect data that exists instead of self:N."
         )
+
+
+def refuse_parted(config: RunConfig) -> None:
+    """Raise before a model loads for words that would be asked of one that reads rows in parts."""
+    if config.measure_rows:
+        refuse_answers(config.training, "Type --measure-rows 0 (and `ftplus eval` afterwards).")
+    if any(spec.generate for spec in config.protect):
+        refuse_answers(config.training, "Give protect data that exists instead of self:N.")
 
 
 def warn_of_idle(config: RunConfig) -> None:

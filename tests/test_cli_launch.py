@@ -90,6 +90,22 @@ def test_zero_3_cannot_be_measured_and_writes_nothing(rows, protect, says):
     refuse_zero3(config)
 
 
+@pytest.mark.parametrize(
+    ("rows", "protect", "says"),
+    [("4", "protect.jsonl", "Type --measure-rows 0"), ("0", "self:8", "exists instead of self:N")],
+)
+def test_nothing_is_asked_of_a_model_that_reads_rows_in_parts(
+    place, tmp_path, capsys, monkeypatch, rows, protect, says
+):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    assert main(words(place, tmp_path / "out", "--measure_rows", rows, protect=protect)) == 4
+    error = capsys.readouterr().err
+    assert "Under context parallelism (cp_size: 2)" in error
+    assert says in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_flags_of_accelerate_are_one_line(place, tmp_path, capsys):
     for flags, says in (
         (["--accelerate_config", "zero9"], "zero9"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import trl
+from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from lawful import Sorry
 from peft import LoraConfig, PeftModel
@@ -20,14 +21,13 @@ from tiny import tiny_llama, tiny_mixtral, tiny_tokenizer
 from training import LEARN, PROTECT, Diary, arguments, far, moved, same, trainer, weights_of
 from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_ftplus import EWC, Distill, Replay, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
+from hf_ftplus import EWC, SI, Distill, Replay, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
 from hf_ftplus.batches import examples_of
 from hf_ftplus.data import TaskSpec
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 from hf_ftplus.logits import causal_lm
 from hf_ftplus.refusals import devices_of, offloads, refuse
 from hf_ftplus.run import refuse_offload
-from hf_ftplus.strategies.si import SI
 
 
 def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
@@ -301,6 +301,32 @@ def test_a_model_in_parts_is_refused_where_parts_would_be_taken_for_the_whole(tm
     with pytest.raises(IncompatibleError, match=r"distill reads .* 2 devices .*--num_processes 2"):
         attach(it, "distill", protect=PROTECT)
     refuse([Distill()], it.args)  # as `ftplus compare` asks, which gives each of its cells one device
+
+
+def test_parallelism_is_refused_where_whole_rows_or_weights_are_needed(tmp_path, monkeypatch):
+    args, it = arguments(tmp_path), trainer(tmp_path)
+
+    def refused(*strategies):
+        with pytest.raises(IncompatibleError) as found:
+            refuse(list(strategies), args)
+        return str(found.value)
+
+    args.parallelism_config = ParallelismConfig(cp_size=2)
+    assert "distill needs whole rows, which context parallelism splits over 2 processes" in refused(EWC(), Distill())
+    refuse([EWC(), SI(), Replay(share=0.2)], args)  # they see whole protect rows, and gradients that are whole again
+    args.parallelism_config = ParallelismConfig(tp_size=4)
+    assert "ewc cannot tell the parts of a weight that tensor parallelism" in refused(EWC())
+    args.parallelism_config = None
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"tensor_parallel": {"autotp_size": 2}})
+    assert "si cannot tell" in refused(SI())
+    args.deepspeed_plugin = None
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    refuse([EWC()], args)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    assert "ewc, distill needs whole rows, which sequence parallelism" in refused(EWC(), Distill())
+    refuse([Replay(share=0.2)], args)
+    with pytest.raises(IncompatibleError, match=r"sequence parallelism \(sp_size: 2\) .* exists instead of self:N"):
+        attach(it, Replay(share=0.2), protect="self:4")
 
 
 @pytest.mark.parametrize(
