@@ -23,6 +23,7 @@ from .generate import pad_id, self_generate, store
 from .model import cache
 from .refusals import refuse_answers
 from .strategy import Run
+from .weights import sharded
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -92,7 +93,7 @@ def protect_batches(
                 **task.sampling(),
                 seed=seed_of("" if name == first else f"protect {name}", args.seed),
                 autocast=run.autocast,
-                cache=cache() / "self",
+                cache=None if sharded(run.model.parameters()) else cache() / "self",  # all ranks write, or none
             )
             task = written.rows(name, write, args) if written else write()
         elif isinstance(task, data.TaskSpec):

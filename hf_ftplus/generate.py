@@ -30,7 +30,7 @@ from .data import load
 from .disk import replace
 from .errors import DataError, UsageError
 from .formats import Row
-from .logits import causal_lm, evaluating
+from .logits import causal_lm, evaluating, reshard
 from .weights import sharded
 
 FORMAT = 2
@@ -268,6 +268,7 @@ def _sampler(
             yield write
     finally:
         writer.generation_config = settings
+        reshard(model)
 
 
 @contextmanager

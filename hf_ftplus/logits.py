@@ -115,6 +115,16 @@ def stay_whole(model: nn.Module) -> None:
             module.unshard()
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of what FSDP2 gathered for a forward pass. The last layers stay whole after it, waiting for a backward.
+
+    Until then their weights are other tensors than those that train, in the precision of the forward pass.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Last hidden states that predict a supervised token, and those tokens: ([N, d], [N]).
 

@@ -19,7 +19,6 @@ from .batches import SelfText, seed_of
 from .callback import autocast
 from .config import RunConfig
 from .errors import DataError, FTPlusError, UsageError
-from .evaluation import reshard
 from .formats import Row
 from .generate import self_generate
 from .model import cache
@@ -287,19 +286,12 @@ def write(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> None:
 def written(spec: data.TaskSpec, use: str, config: RunConfig, trainer: SFTTrainer) -> Dataset:
     """The first process writes, the others read its cache. Each `use` has rows of its own; "" those of the seed."""
     how = {**spec.sampling(), "seed": seed_of(use, config.training.seed), "autocast": autocast(trainer.args)}
-    if trainer.is_fsdp_enabled:
-        return _written_together(use or spec.name, config, trainer, how)
+    if trainer.is_fsdp_enabled:  # every rank runs every forward pass, from one seed; what the first has written counts
+        kept = SelfText(Path(config.training.output_dir), again=trainer.state.global_step > 0)
+        write = partial(self_generate, trainer.model, tokenizer_of(trainer), **how)
+        return kept.rows(use or spec.name, write, trainer.args)
     with trainer.args.main_process_first(local=False):
         return self_generate(trainer.model, tokenizer_of(trainer), cache=cache() / "self", **how)
-
-
-def _written_together(name: str, config: RunConfig, trainer: SFTTrainer, how: dict[str, Any]) -> Dataset:
-    """Every rank runs every forward pass of a sharded model, from one seed; what the first has written counts."""
-    kept = SelfText(Path(config.training.output_dir), again=trainer.state.global_step > 0)
-    write = partial(self_generate, trainer.model, tokenizer_of(trainer), **how)
-    found = kept.rows(name, write, trainer.args)
-    reshard(trainer.model)
-    return found
 
 
 def tokenizer_of(trainer: SFTTrainer) -> Any:

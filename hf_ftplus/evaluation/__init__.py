@@ -12,7 +12,6 @@ runner      Evaluation: before, after
 """
 
 from ..metric import METRICS
-from .found import reshard
 from .greedy import with_answers
 from .results import Completion, Kept, Level, TaskResult, retention_gate
 from .runner import Evaluation
@@ -29,7 +28,6 @@ __all__ = [
     "Kept",
     "Level",
     "TaskResult",
-    "reshard",
     "retention_gate",
     "with_answers",
 ]

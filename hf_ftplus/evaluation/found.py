@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..generate import private_rng
-from ..logits import causal_lm, evaluating
+from ..logits import causal_lm, evaluating, reshard
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -36,16 +36,6 @@ def device_of(model: nn.Module) -> torch.device:
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has spread the weights over the ranks: each forward pass is then one of all of them together."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def reshard(model: nn.Module) -> None:
-    """Let go of what FSDP2 gathered for a forward pass. The last layers stay whole after it, waiting for a backward.
-
-    Until then their weights are other tensors than those that train, in the precision of the forward pass.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from ..errors import IncompatibleError
 from ..examples import Example, collate
-from ..logits import Head, captured, causal_lm, lm_head, supervised
+from ..logits import Head, captured, causal_lm, lm_head, reshard, supervised
 from .drift import kl, placed, same_vocabulary
-from .found import device_of, reshard
+from .found import device_of
 
 Autocast = Callable[[], AbstractContextManager]
 

@@ -17,7 +17,6 @@ from two import meet
 
 from hf_ftplus import EWC, divergence, logits, state
 from hf_ftplus.errors import PluginError
-from hf_ftplus.evaluation.found import reshard
 from hf_ftplus.fisher import fisher
 from hf_ftplus.generate import self_generate
 from hf_ftplus.logits import captured, lm_head, supervised
@@ -170,7 +169,6 @@ def of_teacher(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def written(model: torch.nn.Module, seed: int) -> dict[str, Tensor]:
     rows = self_generate(model, tiny_tokenizer(), 3, seed=seed, batch_size=2, max_new_tokens=6, request_tokens=6)
-    reshard(model)
     return {"written": torch.tensor(list(json.dumps(rows.to_list()).encode()))}
 
 
