@@ -411,6 +411,7 @@ class Part:
     """What it is made of, where that is known without asking the device."""
 
     def read(self) -> list[Example]:
+        """Its examples; those of learn rows are taken apart anew."""
         from ..answers import examples_in
 
         return examples_in(self.inputs) if self.examples is None else self.examples
