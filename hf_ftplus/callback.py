@@ -412,8 +412,11 @@ def unscale(optimizer: Any) -> None:
     """Take fp16's loss scale off the gradients, if the Trainer has not done so to clip or to measure them."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is not None:
-        with suppress(RuntimeError):  # done already
+        try:
             scaler.unscale_(optimizer.optimizer)
+        except RuntimeError as error:
+            if "already been called" not in str(error):
+                raise
 
 
 def give_back_memory() -> None:

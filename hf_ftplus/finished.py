@@ -26,7 +26,8 @@ ARGUMENTS = (
     *("lr_scheduler_kwargs", "packing_strategy", "eos_token", "load_best_model_at_end", "metric_for_best_model"),
 )
 """What of a configuration decides which weights a run ends with. How it is measured, logged and saved does not."""
-MEASURING = ("measure", "metrics", "measure_rows")
+MEASURING = {"measure": "--measure NAME=DATA", "metrics": "--metric NAME=METRIC", "measure_rows": "--measure_rows N"}
+"""What says how to measure, and the flag of it."""
 
 
 def finished(config: RunConfig) -> Report | None:

@@ -305,5 +305,6 @@ def _normalise(result: Fisher) -> None:
         if not torch.isfinite(local(tensor).sum()):  # nothing in it is negative, so one sum tells
             raise IncompatibleError(
                 f"The Fisher information of {name} is not finite. The starting model, or its precision, is broken: "
-                "load it in float32 or bfloat16 and check that its loss on the protect data is finite."
+                "load it in float32 or bfloat16, train in bf16 or fp32 instead of fp16, and check that its loss on the "
+                "protect data is finite."
             )

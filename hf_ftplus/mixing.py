@@ -22,7 +22,7 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from .data import reason
+from .data import TaskSpec, as_tasks, reason
 from .errors import DataError, FTPlusError, IncompatibleError, PluginError
 from .formats import escape
 from .mixture import MixtureSampler, table
@@ -44,6 +44,12 @@ class MixingMixin:
         Args:
             given: shares of tasks that strategies start from.
         """
+        tasks = as_tasks(self.ftplus.protect).values() if self.is_fsdp_enabled else ()
+        if any(isinstance(task, TaskSpec) and task.generate for task in tasks):
+            raise IncompatibleError(
+                "Rows are mixed before training starts, and under FSDP the model can write none until then. Give "
+                "protect data that exists instead of self:N."
+            )
         run = self.ftplus.setup(self.model, self.args, self.processing_class, None)
         pack = partial(packed, args=self.args) if getattr(self.args, "packing", False) else None
         pools = Pools(self._streams or self.train_dataset, run.protect, pack)

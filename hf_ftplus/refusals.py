@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 from torch import nn
@@ -12,8 +13,8 @@ from .errors import IncompatibleError
 from .logits import causal_lm
 from .strategy import Strategy, acts_on_gradients, refuse_deepspeed
 
-ROWS_BY = {"cp": "context", "sp": "sequence"}
-"""Parallelism that splits rows, by the name of its size in an accelerate config."""
+KINDS = {"tp": "tensor", "cp": "context", "sp": "sequence"}
+"""Parallelism that splits weights, or (the last two) rows, by the name of its size in an accelerate config."""
 
 
 def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
@@ -33,9 +34,9 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
     looking = looking_inside(strategies)
     if looking and offloads(args):
         raise IncompatibleError(
-            f"{', '.join(looking)} would bring together weights in CPU memory, where FSDP keeps them "
-            "(fsdp_offload_params), and hidden states on the device. Set fsdp_offload_params: false in the accelerate "
-            "config, or fsdp_config={'cpu_offload': False} in the arguments."
+            f"{', '.join(looking)} works on the device, and FSDP is told to keep weights in CPU memory "
+            "(fsdp_offload_params). Set fsdp_offload_params: false in the accelerate config, or "
+            "fsdp_config={'cpu_offload': False} in the arguments."
         )
     parts = parallelism(args)
     refuse_tensor_parallel(strategies, parts["tp"])
@@ -43,7 +44,7 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
     for kind, names in (("cp", reading), ("sp", looking)):
         if names and parts[kind] > 1:
             raise IncompatibleError(
-                f"{', '.join(names)} needs whole rows, which {ROWS_BY[kind]} parallelism splits over {parts[kind]} "
+                f"{', '.join(names)} needs whole rows, which {KINDS[kind]} parallelism splits over {parts[kind]} "
                 f"processes. Set {kind}_size: 1 in the accelerate config, or type --accelerate_config fsdp2."
             )
     for strategy in strategies if not args.resume_from_checkpoint else ():
@@ -51,13 +52,12 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
 
 
 def refuse_answers(args: TrainingArguments, instead: str) -> None:
-    """Raise where a model that trains on parts of rows would be asked for words: accelerate drops its padding mask."""
-    for kind, size in parallelism(args).items():
-        if kind in ROWS_BY and size > 1:
-            raise IncompatibleError(
-                f"Under {ROWS_BY[kind]} parallelism ({kind}_size: {size}) attention is made for parts of training "
-                f"rows, and what a model answers comes out wrong. {instead}"
-            )
+    """Raise where words would be asked of a model in parts, or that reads rows in parts: they come out wrong (under
+    context parallelism accelerate drops the padding mask for good) or never."""
+    apart = [f"{KINDS[kind]} parallelism ({kind}_size: {size})" for kind, size in parallelism(args).items() if size > 1]
+    apart += ["FSDP with weights in CPU memory (fsdp_offload_params: true)"] if offloads(args) else []
+    if apart:
+        raise IncompatibleError(f"Under {apart[0]} the model can neither be measured nor write rows. {instead}")
 
 
 def refuse_parts(strategies: list[Strategy], model: nn.Module, args: TrainingArguments) -> None:
@@ -89,19 +89,26 @@ def refuse_tensor_parallel(strategies: list[Strategy], size: int) -> None:
     """Raise for what would take a part of a weight, one of `size`, for all of it."""
     if size > 1 and (looking := looking_inside(strategies)):
         raise IncompatibleError(
-            f"{', '.join(looking)} cannot tell the parts of a weight that tensor parallelism (tp_plan, tp_size) splits "
-            f"over {size} processes. Load the model without tp_plan, and type --accelerate_config fsdp2."
+            f"{', '.join(looking)} cannot tell the parts of a weight that tensor parallelism splits over {size} "
+            "processes (tp_plan, tp_size, autotp_size). Load the model without it, and type --accelerate_config fsdp2."
         )
 
 
 def parallelism(args: TrainingArguments) -> dict[str, int]:
     """Into how many parts accelerate or DeepSpeed is told to split weights (tp) and rows (cp, sp); 1 for not at all."""
-    config = getattr(args, "parallelism_config", None)
-    found = {kind: getattr(config, f"{kind}_size", None) or 1 for kind in ("tp", "cp", "sp")}
-    if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
-        found = {kind: int(os.environ.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", 1)) for kind in found}
+    config, told = getattr(args, "parallelism_config", None), dict.fromkeys(KINDS)
+    if config is not None:
+        told = {kind: getattr(config, f"{kind}_size", None) for kind in KINDS}
+    elif parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        told = {kind: os.environ.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE") for kind in KINDS}
     deepspeed = getattr(getattr(args, "deepspeed_plugin", None), "deepspeed_config", None) or {}
-    return {**found, "tp": max(found["tp"], deepspeed.get("tensor_parallel", {}).get("autotp_size", 1))}
+    split = (deepspeed.get("tensor_parallel") or {}).get("autotp_size")
+    return {kind: max(_size(size), _size(split) if kind == "tp" else 1) for kind, size in told.items()}
+
+
+def _size(told: Any) -> int:
+    """1 where it is left out, or "auto"; who splits will complain of anything else."""
+    return int(told) if str(told).isdigit() else 1
 
 
 def looking_inside(strategies: list[Strategy]) -> list[str]:

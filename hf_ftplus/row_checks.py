@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from datasets.features.features import require_decoding
 
 from . import conditions
 from .batches import say_learnt
@@ -153,10 +154,16 @@ def check_metric(name: str, rows: Any, metric: str | None) -> None:
     EvalTask(name, "measure", found, found, metric or ("choice" if all(row["choices"] for row in found) else None))
 
 
-def sayings(learn: Any) -> set[int]:
-    """What the learn rows say, each as a number; a stream's are not known."""
+def sayings(learn: Any, read: Callable[[Row], Row]) -> set[int]:
+    """What the learn rows say, `read` as they are trained on, each as a number; a stream's are not known."""
     parts = learn.values() if isinstance(learn, dict) else [learn]
-    return {said(row) for part in parts if isinstance(part, Dataset) for row in part}
+    parts = [_undecoded(part) for part in parts if isinstance(part, Dataset)]
+    return {said(read(row)) for part in parts for row in part} - {NOTHING}
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    """Without what takes time to decode: images, say."""
+    return rows.select_columns([name for name, kind in rows.features.items() if not require_decoding(kind)])
 
 
 def warn_of_learnt(learnt: set[int], protect: dict[str, Dataset]) -> None:
@@ -165,18 +172,21 @@ def warn_of_learnt(learnt: set[int], protect: dict[str, Dataset]) -> None:
         say_learnt(name, sum(said(row) in learnt for row in task), len(task))
 
 
-def measured_and_learnt(measured: dict[str, Any], learnt: set[int], most: int) -> dict[str, str]:
+def measured_and_learnt(
+    measured: dict[str, Any], learnt: set[int], most: int, read: Callable[[Row], Row]
+) -> dict[str, str]:
     """What a report must say of tasks whose measured rows are trained on: learnt by heart is not learnt.
 
     Args:
         measured: rows to measure, by task.
         learnt: what the learn rows say.
         most: rows of a task that are measured.
+        read: makes of a row what is trained on.
     """
     notes = {}
     for name, task in measured.items():
         rows = spread(task, most) if isinstance(task, Dataset) else []
-        if same := sum(said(row) in learnt for row in rows):
+        if same := sum(said(read(row)) in learnt for row in rows):
             notes[name] = f"{same} of its {len(rows)} measured rows are trained on, word for word."
     return notes
 
@@ -238,6 +248,9 @@ def said(row: Row) -> int:
     parts = [row.get("text") or row.get("input_ids")] if parts == [None, None] else parts
     parts = [turn for part in parts for turn in (part if isinstance(part, list) else [part])]
     return hash(tuple(str(turn["content"] if isinstance(turn, dict) else turn).strip() for turn in parts))
+
+
+NOTHING = said({})
 
 
 def share_supervised(dataset: Any) -> float:

@@ -111,9 +111,10 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
             refuse_unevaluated(config)
     split = {} if declared or rows.test is None else {"learn": rows.test}
     measured = {**split, **rows.measured} if config.measure_rows else {}
-    learnt = sayings(rows.learn) if rows.protect or any(measured.values()) else set()
+    read = (lambda row: row) if declared else of_training(config)(0)
+    learnt = sayings(rows.learn, read) if rows.protect or measured else set()
     warn_of_learnt(learnt, rows.protect)
-    rows.notes |= measured_and_learnt(measured, learnt, config.measure_rows)
+    rows.notes |= measured_and_learnt(measured, learnt, config.measure_rows, read)
     warn_of_protected(rows.measured, rows.protect, config.measure_rows)
     return rows, faults
 

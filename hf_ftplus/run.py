@@ -23,13 +23,13 @@ from .config import RunConfig
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
 from .facts import facts
-from .finished import finished, measured_otherwise
+from .finished import MEASURING, finished, measured_otherwise
 from .foreseen import refuse_foreseen
 from .measured import keep_apart, tasks
 from .model import resolve, to_train
 from .output import alone, claim, no_empty_folder, on_the_disk, refuse_full_disk, resume_point, settle
 from .page import leave_card, leave_page, warned
-from .refusals import offloads, refuse, refuse_answers, zero_stage
+from .refusals import refuse, refuse_answers, zero_stage
 from .report import Report
 from .report.tracked import hold_open, track
 from .row_checks import check_supervised
@@ -102,7 +102,6 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     refuse_several_devices(config.training)
     refuse(config.strategies, config.training)
     refuse_zero3(config)
-    refuse_offload(config)
     refuse_parted(config)
     to_train(config.model.model_name_or_path)
     refuse_foreseen(config, config.strategies)
@@ -235,18 +234,8 @@ def refuse_zero3(config: RunConfig) -> None:
         )
 
 
-def refuse_offload(config: RunConfig) -> None:
-    """Raise before a model loads for what cannot be asked of one whose weights FSDP keeps in CPU memory."""
-    if offloads(config.training) and (config.measure_rows or any(spec.generate for spec in config.protect)):
-        raise IncompatibleError(
-            "FSDP is told to keep weights in CPU memory (fsdp_offload_params); such a model can neither be measured "
-            "nor write rows. Set fsdp_offload_params: false in the accelerate config; or type --measure-rows 0 (and "
-            "`ftplus eval` afterwards), and give protect data that exists instead of self:N."
-        )
-
-
 def refuse_parted(config: RunConfig) -> None:
-    """Raise before a model loads for words that would be asked of one that reads rows in parts."""
+    """Raise before a model loads for words that would be asked of one in parts."""
     if config.measure_rows:
         refuse_answers(config.training, "Type --measure-rows 0 (and `ftplus eval` afterwards).")
     if any(spec.generate for spec in config.protect):
@@ -352,7 +341,7 @@ def already_done(config: RunConfig) -> Report | None:
         file = Path(config.training.output_dir) / STATE_FOLDER / "report.json"
         click.echo(f"Already complete: {report.facts.get('steps')} steps, {file}. More: --max_steps N.", err=True)
         if other := measured_otherwise(config, report):
-            command = f"ftplus eval BASE {config.training.output_dir} --measure NAME=DATA"
+            command = f"ftplus eval BASE {config.training.output_dir} {' '.join(MEASURING[key] for key in other)}"
             click.echo(f"It is not measured again with another {' and '.join(other)}: type {command}", err=True)
         if config.training.push_to_hub:
             click.echo(f"Nothing was pushed. To push it: hf upload REPO {config.training.output_dir}", err=True)

@@ -563,7 +563,9 @@ def test_how_a_finished_run_is_measured_logged_and_shared_out_makes_no_other_run
     assert "Already complete: 4 steps" in said
     assert "measured again" not in said
     assert main([*again, "--measure_rows", "5", "--measure", f"other={place / 'learn.jsonl'}"]) == 0
-    assert "not measured again with another measure and measure_rows: type ftplus eval" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not measured again with another measure and measure_rows: type ftplus eval" in said
+    assert said.rstrip().endswith("--measure NAME=DATA --measure_rows N")
 
 
 @pytest.mark.fault("A8")

@@ -91,6 +91,17 @@ def test_measured_rows_that_are_trained_on_are_counted_in_the_report(place, tmp_
     assert "trained on" not in notes["other"]
 
 
+def test_rows_are_compared_by_the_column_that_is_trained_on(place, tmp_path):
+    rows = [{"story": row["completion"] + str(n), "text": "The same."} for n, row in enumerate(LEARN[:8])]
+    half = ["--dataset_text_field", "story", "--dataset_train_split", "train[:5]", "--dataset_test_split", "train[5:]"]
+    line = learning(place, tmp_path, rows, *half, "--measure", f"all={tmp_path}/stories.jsonl")
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": row["story"]}) + "\n" for row in rows))
+    assert main(line) == 0
+    notes = {task["name"]: " ".join(task["notes"]) for task in report(tmp_path)["tasks"]}
+    assert "trained on" not in notes["learn"]
+    assert "5 of its 8 measured rows are trained on, word for word." in notes["all"]
+
+
 def test_a_template_that_hides_earlier_turns_trains_and_is_not_measured(place, tmp_path, caplog):
     hides = CHATML.replace("message['content'] +", "(message['content'] if loop.last else 'hidden') +")
     tiny_tokenizer(hides).save_pretrained(place / "hides")

@@ -27,7 +27,7 @@ from hf_ftplus.data import TaskSpec
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 from hf_ftplus.logits import causal_lm
 from hf_ftplus.refusals import devices_of, offloads, refuse
-from hf_ftplus.run import refuse_offload
+from hf_ftplus.run import refuse_parted
 
 
 def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
@@ -292,7 +292,7 @@ def test_a_model_in_parts_is_refused_where_parts_would_be_taken_for_the_whole(tm
     it = trainer(tmp_path / "a")
     it.model._tp_size = 2
     for strategy in ("ewc", "si", "distill"):
-        with pytest.raises(IncompatibleError, match=f"{strategy} cannot tell .* over 2 processes.*without tp_plan"):
+        with pytest.raises(IncompatibleError, match=f"{strategy} cannot tell .* over 2 processes.*without it"):
             attach(it, strategy, protect=PROTECT)
         it.ftplus = None
     attach(it, Replay(share=0.2), protect=PROTECT)
@@ -317,9 +317,13 @@ def test_parallelism_is_refused_where_whole_rows_or_weights_are_needed(tmp_path,
     args.parallelism_config = ParallelismConfig(tp_size=4)
     assert "ewc cannot tell the parts of a weight that tensor parallelism" in refused(EWC())
     args.parallelism_config = None
+    for absent in (None, {}, {"autotp_size": None}, {"autotp_size": "auto"}, {"autotp_size": 1}):
+        args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"tensor_parallel": absent})
+        refuse([SI()], args)
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"tensor_parallel": {"autotp_size": 2}})
     assert "si cannot tell" in refused(SI())
     args.deepspeed_plugin = None
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "")
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
     refuse([EWC()], args)
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
@@ -368,6 +372,7 @@ def test_weights_that_fsdp_keeps_in_cpu_memory_are_refused_before_a_model_loads(
         args.fsdp_plugin_args, args.distributed_state = given or None, SimpleNamespace(distributed_type="MULTI_GPU")
         return args
 
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     for use, offload in ((None, "true"), ("true", "false"), ("true", "true")):
         monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", offload)
         if use:
@@ -375,18 +380,21 @@ def test_weights_that_fsdp_keeps_in_cpu_memory_are_refused_before_a_model_loads(
         assert offloads(told()) == (use == offload == "true")
     assert not offloads(told(cpu_offload=False))
     assert not offloads(arguments(tmp_path))  # on CPUs
-    monkeypatch.delenv("ACCELERATE_USE_FSDP"), monkeypatch.delenv("FSDP_OFFLOAD_PARAMS")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.delenv("FSDP_OFFLOAD_PARAMS")
     assert not offloads(told(fsdp_version=2))
     for strategy in (EWC(), SI(), Distill()):
-        with pytest.raises(IncompatibleError, match=f"{strategy.name} would .*Set fsdp_offload_params: false"):
+        with pytest.raises(
+            IncompatibleError, match=f"{strategy.name} works on the device.*Set fsdp_offload_params: false"
+        ):
             refuse([strategy], told(cpu_offload=True))
     refuse([Replay(share=0.2)], told(cpu_offload=True))
     existing, written = TaskSpec.parse("protect.jsonl"), TaskSpec.parse("self:8")
-    for rows, spec in ((4, existing), (0, written)):
+    for rows, spec, says in ((4, existing, "--measure-rows 0"), (0, written, "instead of self:N")):
         config = SimpleNamespace(training=told(cpu_offload=True), measure_rows=rows, protect=[spec])
-        with pytest.raises(IncompatibleError, match=r"neither be measured nor write.*--measure-rows 0.*self:N"):
-            refuse_offload(config)
-    refuse_offload(SimpleNamespace(training=told(cpu_offload=True), measure_rows=0, protect=[existing]))
+        with pytest.raises(IncompatibleError, match=f"Under FSDP with weights in CPU memory.*nor write rows.*{says}"):
+            refuse_parted(config)
+    refuse_parted(SimpleNamespace(training=told(cpu_offload=True), measure_rows=0, protect=[existing]))
 
 
 def test_what_cannot_be_attached_to_is_said(tmp_path):
