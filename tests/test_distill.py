@@ -41,7 +41,6 @@ from hf_ftplus.batches import learn_batches
 from hf_ftplus.beside import Examples, beside
 from hf_ftplus.divergence import bucketed_kl, forward_kl, likeliest
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
-from hf_ftplus.examples import sent
 from hf_ftplus.logits import Head, captured, hidden_states, lm_head, supervised
 from hf_ftplus.strategies.distill import Distill, refuse_zero3
 from hf_ftplus.strategy import Batch, Memory, Run
@@ -443,11 +442,6 @@ def test_a_copy_kept_on_the_cpu_is_the_same_copy_where_all_is_on_the_cpu():
     model = tiny_llama()
     one.prepare(run_of(model)), other.prepare(run_of(model))
     assert same(one.state_dict(), other.state_dict())
-
-
-def test_a_tensor_that_lives_no_longer_than_its_copy_is_waited_for_but_on_cuda():
-    tensor = SimpleNamespace(to=lambda device, non_blocking: non_blocking)
-    assert [sent(tensor, torch.device(kind)) for kind in ("cuda", "mps", "cpu")] == [True, False, False]
 
 
 def test_asking_leaves_the_student_as_it_was_even_when_it_fails():
