@@ -359,13 +359,13 @@ def test_rows_are_kept_that_are_not_measured_where_enough_remain_and_else_the_ma
     every = [json.loads(line) for line in (place / "colours.jsonl").read_text().splitlines()]
     kept = [json.loads(line) for line in (tmp_path / "few" / "pools" / "colours.jsonl").read_text().splitlines()]
     assert kept == every[::2]
-    assert "word for word" not in caplog.text
+    assert "protect, too, word for word" not in caplog.text
     assert not any("measured, too" in note for note in matrix.notes)
     given |= {"keep": 13, "output_dir": str(tmp_path / "many")}
     note = r"\d of 13 rows kept of colours are measured, too, .* its BWT looks better than it is"
     for _ in range(2):  # also of what was finished before
         assert len([it for it in hf_ftplus.sequence(given).notes if re.match(note, it)]) == 1
-    assert "word for word" in caplog.text
+    assert "protect, too, word for word" in caplog.text
     assert re.search(note, (tmp_path / "many" / "sequence.json").read_text())
 
 
