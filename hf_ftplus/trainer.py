@@ -203,8 +203,8 @@ class StrategyMixin(MixingMixin):
 
         The Trainer then divides by the accumulation steps what is not a part yet: the task loss decides for both.
         """
-        steps = self.current_gradient_accumulation_steps
         a_part = getattr(self, "loss_is_scaled_for_ga", None)  # where a subclass says it: transformers 5.19
+        steps = 1 if a_part is None else self.current_gradient_accumulation_steps
         if num_items is None:
             return 1 / max(tokens, 1) / (steps if a_part else 1)
         world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
