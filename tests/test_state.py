@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 
 from hf_ftplus import Strategy, state
+from hf_ftplus.disk import sha256
 from hf_ftplus.errors import IncompatibleError, StorageError
 from hf_ftplus.strategy import Memory, Run
 from hf_ftplus.weights import trainable
@@ -128,6 +130,79 @@ def test_another_step_other_strategies_and_another_model_are_refused(saved):
         state.load_checkpoint(saved, ["box"], adapted)
 
 
+@pytest.mark.fault("B3")
+def test_other_settings_are_named_and_those_of_one_version_alone_do_not_count(saved):
+    assert state.load_checkpoint(saved, ["box"], tiny_llama(), settings={"box": "Box()"})
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["settings"] = {"box": "Box(size=3, shape='round', older=1)"}
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    same = {"box": "Box(size=3, shape='round', newer=2)", "other": "Other(size=1)"}
+    assert state.load_checkpoint(saved, ["box"], tiny_llama(), settings=same)
+    with pytest.raises(
+        IncompatibleError, match=r"box\.size 3 there, 4 here; box\.shape 'round' there, 'flat' here\. Put"
+    ):
+        state.load_checkpoint(saved, ["box"], tiny_llama(), settings={"box": "Box(size=4, shape='flat')"})
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("EWC(strength=3.0, on='a b')", {"strength": "3.0", "on": "'a b'"}),
+        ("EWC()", {}),
+        ("EWC(3.0, **more)", {}),
+        ("EWC", {}),
+        ("<EWC object>", {}),
+        ("\0", {}),
+        ("(" * 100_000, {}),
+    ],
+)
+def test_settings_are_read_of_a_call_and_of_nothing_else(text, settings):
+    assert state.settings_in(text) == settings
+
+
+@pytest.mark.fault("B11")
+def test_a_strategy_that_is_not_installed_is_named_with_what_to_install(tmp_path):
+    for step, version in ((3, "1.2"), (4, "1.3")):
+        folder = tmp_path / f"checkpoint-{step}" / "ftplus"
+        published = {"plugins": {"box": ["ftplus-box", version]}}
+        state.save_checkpoint(folder, [Box()], tiny_llama(), step=step, **published)
+        os.utime(folder, (step, step))
+    says = "checkpoint-4 was written with it. box came from ftplus-box: pip install ftplus-box==1.3"
+    assert state.missing_plugin(tmp_path, "box").endswith(says)
+    assert state.missing_plugin(tmp_path, "ewc") == ""
+    with pytest.raises(
+        IncompatibleError, match=r"strategies \['box'\]; this run has none.*box came from ftplus-box: pip"
+    ):
+        state.load_checkpoint(tmp_path / "checkpoint-4" / "ftplus", [], tiny_llama())
+    (tmp_path / "checkpoint-4" / "ftplus" / "manifest.json").write_text("{")  # the one before still tells
+    assert state.missing_plugin(tmp_path, "box").endswith("ftplus-box==1.2")
+
+
+def test_facts_are_read_back_and_one_that_is_not_there_is_none(saved, tmp_path):
+    assert state.checkpoint_fact(saved, "step") == 3
+    assert state.checkpoint_fact(saved, "mixture") is None
+    assert state.checkpoint_fact(tmp_path / "nowhere", "step") is None
+
+
+@pytest.mark.fault("B4")
+def test_another_adapter_of_the_same_shapes_is_refused_and_what_an_earlier_version_did_not_know_is_not(tmp_path):
+    def adapted(**kwargs):
+        return get_peft_model(tiny_llama(), LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **kwargs}))
+
+    folder = tmp_path / "ftplus"
+    state.save_checkpoint(folder, [Box()], adapted(lora_alpha=16), step=1)
+    assert state.load_checkpoint(folder, ["box"], adapted(lora_alpha=16))
+    with pytest.raises(
+        IncompatibleError, match=r"another adapter: lora_alpha 16 there, 8 here; use_rslora False there, True"
+    ):
+        state.load_checkpoint(folder, ["box"], adapted(lora_alpha=8, use_rslora=True))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["model"]["adapters"]["default"]["target_modules"] == ["q_proj"]
+    del manifest["model"]["adapters"]["default"]["use_rslora"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert state.load_checkpoint(folder, ["box"], adapted(lora_alpha=16, use_rslora=True))
+
+
 def test_a_wrapped_model_is_the_same_model(saved):
     assert state.load_checkpoint(saved, ["box"], torch.compile(tiny_llama()))
 
@@ -136,6 +211,22 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "ftplus").write_text("a file")
     with pytest.raises(StorageError, match=r"Could not write strategy state.*--output_dir"):
         state.save_checkpoint(tmp_path / "ftplus", [Box()], tiny_llama(), step=1)
+
+
+def test_a_manifest_that_cannot_be_written_is_a_storage_error_too(tmp_path):
+    (tmp_path / "ftplus" / "manifest.json").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"Could not write strategy state.*manifest\.json"):
+        state.save_checkpoint(tmp_path / "ftplus", [Box()], tiny_llama(), step=1)
+
+
+@pytest.mark.fault("B1")
+def test_a_file_that_somebody_wrote_anew_with_its_sum_is_refused_as_no_tensors(saved):
+    (saved / "box.safetensors").write_bytes(b"no tensors")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["files"]["box"]["sha256"] = sha256(saved / "box.safetensors")
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StorageError, match=r"box\.safetensors is no safetensors file.*Use an earlier checkpoint"):
+        state.load_checkpoint(saved, ["box"], tiny_llama())
 
 
 @pytest.mark.fault("D1", "D2")
