@@ -95,7 +95,7 @@ def load_checkpoint(
     saved = sorted(manifest["files"])
     if saved != sorted(names):
         raise IncompatibleError(
-            f"{folder} was written with the strategies {saved or 'none'}; this run has {sorted(names)}. "
+            f"{folder} was written with the strategies {saved or 'none'}; this run has {sorted(names) or 'none'}. "
             "Resume with the same --plugin names, or start a new run."
             + "".join(_to_install(name, manifest) for name in saved if name not in names)
         )
