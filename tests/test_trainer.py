@@ -26,7 +26,7 @@ from hf_ftplus.batches import examples_of
 from hf_ftplus.data import TaskSpec
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 from hf_ftplus.logits import causal_lm
-from hf_ftplus.refusals import devices_of, offloads, refuse
+from hf_ftplus.refusals import devices_of, offloads, refuse, refuse_answers
 from hf_ftplus.run import refuse_parted
 
 
@@ -316,6 +316,8 @@ def test_parallelism_is_refused_where_whole_rows_or_weights_are_needed(tmp_path,
     refuse([EWC(), SI(), Replay(share=0.2)], args)  # they see whole protect rows, and gradients that are whole again
     args.parallelism_config = ParallelismConfig(tp_size=4)
     assert "ewc cannot tell the parts of a weight that tensor parallelism" in refused(EWC())
+    with pytest.raises(IncompatibleError, match=r"tensor parallelism \(tp_size: 4\) the model can neither be measured"):
+        refuse_answers(args, "")
     args.parallelism_config = None
     for absent in (None, {}, {"autotp_size": None}, {"autotp_size": "auto"}, {"autotp_size": 1}):
         args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"tensor_parallel": absent})
@@ -395,6 +397,13 @@ def test_weights_that_fsdp_keeps_in_cpu_memory_are_refused_before_a_model_loads(
         with pytest.raises(IncompatibleError, match=f"Under FSDP with weights in CPU memory.*nor write rows.*{says}"):
             refuse_parted(config)
     refuse_parted(SimpleNamespace(training=told(cpu_offload=True), measure_rows=0, protect=[existing]))
+
+
+def test_under_fsdp_no_row_is_written_that_is_mixed_before_training(tmp_path):
+    it = trainer(tmp_path)
+    it.is_fsdp_enabled = True
+    with pytest.raises(IncompatibleError, match=r"under FSDP the model can write none.*instead of self:N"):
+        attach(it, Replay(share=0.2), protect="self:4")
 
 
 def test_what_cannot_be_attached_to_is_said(tmp_path):
