@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 OUT = Path(os.environ.get("OUT", HERE / "picture.svg"))
 KINDS = {"plain": ("#b5302a", "X"), "replay": ("#4d7a2f", "s"), "distill": ("#2b6cb0", "o"), "EWC": ("#8a5a00", "D")}
-STACKED = ("distill + EWC", "#5b3a9b", "*")
+STACKED = {"distill": ("distill + EWC", "#5b3a9b", "*"), "replay": ("replay + EWC", "#1f7a7a", "P")}
 OTHER = ("other", "#777777", ".")
 
 rows = json.loads((HERE / "benchmarks" / "strategies.json").read_text(encoding="utf-8"))
@@ -22,8 +22,9 @@ points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
 for name, seeds in rows.items():
     if name.startswith("sentiment"):
         continue
-    stacked = name.startswith("distill") and "EWC" in name
-    kind = STACKED if stacked else next(((k, *KINDS[k]) for k in KINDS if name.startswith(k)), OTHER)
+    first = next((kind for kind in KINDS if name.startswith(kind)), "")
+    kind = STACKED.get(first) if "EWC" in name else None
+    kind = kind or ((first, *KINDS[first]) if first else OTHER)
     learnt = mean(run["learnt"] for run in seeds.values())
     rise = mean((run["chat"] + run["python"]) / 2 for run in seeds.values())
     points.setdefault(kind, []).append((100 * learnt, rise))
@@ -32,7 +33,7 @@ with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ftplus", "font.family"
     figure = Figure(figsize=(7, 3.6))
     axes = figure.subplots()
     for (label, colour, marker), found in points.items():
-        size = 160 if label == STACKED[0] else 60
+        size = 160 if marker == "*" else 60
         axes.scatter(*zip(*found, strict=True), s=size, c=colour, marker=marker, label=label, zorder=3)
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.set_xlabel("facts learnt, %")
