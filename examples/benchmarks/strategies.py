@@ -108,6 +108,12 @@ ROWS = {
     "replay 1/16 + EWC 10,000, self, 1.5e-4, 86 steps": (
         f"{REPLAY} --set replay.share=0.0625 {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1.5e-4 {EIGHTY_SIX}"
     ),
+    "replay 1/32 + EWC 3,000, self, 1.2e-4, 90 steps": (
+        f"{REPLAY} --set replay.share=0.03125 {EWC}=3000 --set ewc.rows=32 {SELF} --learning_rate 1.2e-4 {NINETY}"
+    ),
+    "replay 1/32 + EWC 10,000, self, 1.2e-4, 90 steps": (
+        f"{REPLAY} --set replay.share=0.03125 {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1.2e-4 {NINETY}"
+    ),
     "replay + EWC 10,000, self": f"{REPLAY} {EWC}=10000 {SELF} --learning_rate 1e-4 --max_steps 69",
     "distill 1/8 + EWC 30,000, self, 2e-4": f"{DISTILL} {EIGHTH} {EWC}=30000 {SELF} --learning_rate 2e-4",
     "distill 1/8 + EWC 10,000, self, 90 steps": f"{DISTILL} {EIGHTH} {EWC}=10000 {SELF} --learning_rate 1e-4 {NINETY}",
