@@ -5,8 +5,8 @@
 
 Every row is one `ftplus sft` command on the demo's data (examples/demo): facts, learnt by heart; sentiment, measured
 on other reviews than it was learnt from. What was measured stands in strategies.json and is not measured again, so the
-benchmark may be stopped at any time. Seconds are those of a machine that may be busy: what a step costs is measured by
-costs.py and overhead.py, both sides in one run.
+benchmark may be stopped at any time. Rows of plugins need them installed (`pip install plugins/ftplus-*/`). Seconds are
+those of a machine that may be busy: what a step costs is measured by costs.py and overhead.py, both sides in one run.
 """
 
 from __future__ import annotations
@@ -117,14 +117,20 @@ ROWS = {
     "replay + EWC 10,000, self": f"{REPLAY} {EWC}=10000 {SELF} --learning_rate 1e-4 --max_steps 69",
     "distill 1/8 + EWC 30,000, self, 2e-4": f"{DISTILL} {EIGHTH} {EWC}=30000 {SELF} --learning_rate 2e-4",
     "distill 1/8 + EWC 10,000, self, 90 steps": f"{DISTILL} {EIGHTH} {EWC}=10000 {SELF} --learning_rate 1e-4 {NINETY}",
+    "L2-SP 0.1, 90 steps": f"--plugin l2sp --set l2sp.strength=0.1 --learning_rate 1e-4 {NINETY}",
+    "OSF, 90 steps": f"--plugin osf --learning_rate 1e-4 {NINETY}",
+    "EAFT, 90 steps": f"--plugin tokenweight --learning_rate 1e-4 {NINETY}",
+    "WiSE, self, 90 steps": f"--plugin wise {SELF} --learning_rate 1e-4 {NINETY}",
+    "kfac 1,000, 2e-4": "--plugin kfac --set kfac.strength=1000 --set kfac.rows=64 --learning_rate 2e-4",
     "plain LoRA": LORA,
     "EWC 1,000, LoRA": f"{EWC}=1000 {LORA}",
     "EWC 1,000, LoRA, 90 steps": f"{EWC}=1000 {LORA} {NINETY}",
     "replay 1/8, self, LoRA": f"{REPLAY} {SELF} {LORA} --max_steps 69",
     "distill, self, LoRA": f"{DISTILL} {SELF} {LORA}",
 }
-"""Full fine-tuning if nothing else is said. Low rates get up to twice the demo's 60 steps, to learn as much; replay
-gets its share of steps more, so that every fact is seen as often as without."""
+"""Full fine-tuning if nothing else is said; L2-SP, OSF, EAFT, WiSE and kfac are those of plugins/. Low rates get up to
+twice the demo's 60 steps, to learn as much; replay gets its share of steps more, so that every fact is seen as often as
+without."""
 
 
 SENTIMENT = "sentiment: "
