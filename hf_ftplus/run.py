@@ -36,6 +36,7 @@ from .row_checks import check_supervised
 from .rows import Rows, find, tokenizer_of, write
 from .shared import base
 from .shared.hub import said_of
+from .trained import pinned
 from .trainer import SaveOnInterrupt, SFTTrainer, refuse_not_finite, sft_trainer
 from .zero import unseen
 
@@ -106,7 +107,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     to_train(config.model.model_name_or_path)
     refuse_foreseen(config, config.strategies)
     if config.memory is not None:
-        base.check(config.memory, config.model.model_name_or_path)
+        base.check(config.memory, pinned(config.model.model_name_or_path, config.model.model_revision))
     warn_of_idle(config)
     rows = find(config)
     trainer = stopping.trainer_of(config, rows, sft_trainer)
@@ -127,6 +128,9 @@ def push(trainer: SFTTrainer, config: RunConfig) -> None:
         StorageError: the Hub refused them, or is not to be reached; all is saved, and says how to try again.
     """
     out, repo = config.training.output_dir, trainer.hub_model_id or config.training.hub_model_id
+    memory = Path(out, STATE_FOLDER, "memory")
+    if memory.is_dir() and trainer.is_world_process_zero():
+        base.write(memory, base.look(repo, out))
     with said_of(repo, f" All is saved in {out}; push it later: hf upload {repo} {out}"):
         trainer.push_to_hub(dataset_name=config.script.dataset_name)
 

@@ -20,20 +20,32 @@ which it may act. All methods are optional; override those you need:
     metrics()                        figures for the training log, asked for once per logging window
     preview(run)                     what prepare() will cost, shown by --dry-run
 
-The smallest useful one, L2-SP (Li 2018): pull the weights back to where they started.
+The smallest useful one, L2-SP (Li 2018), keeps every law (`ftplus plugin test ./idea.py`):
+
+    from dataclasses import dataclass
+    from typing import ClassVar
+    from hf_ftplus import Strategy, setting
 
     @dataclass
     class L2SP(Strategy):
+        '''Pull the weights back to where they started.'''
+
         name: ClassVar[str] = "l2sp"
-        strength: float = setting(0.01, "pull towards the starting weights", unit="loss per squared distance", low=0)
+        strength: float = setting(0.01, "how hard they are pulled back", unit="nats per squared distance", low=0)
 
         def prepare(self, run):
             self.start = {name: weight.detach().clone() for name, weight in run.weights.items()}
 
         def before_step(self, run):
             for name, weight in run.weights.items():
-                if weight.grad is not None:
+                if self.strength and weight.grad is not None:
                     weight.grad.add_(weight.detach() - self.start[name], alpha=self.strength)
+
+        def state_dict(self):
+            return self.start
+
+        def load_state_dict(self, state, run):
+            self.start = {name: state[name].to(weight) for name, weight in run.weights.items()}
 """
 
 from __future__ import annotations
@@ -143,7 +155,7 @@ class Strategy:
         """Figures of the logging window that just ended; logged as `NAME/key`."""
         return {}
 
-    def usual_strength(self, lora: bool, protects: bool) -> float | None:
+    def _usual_strength(self, lora: bool, protects: bool) -> float | None:
         """What `strength` is in a run, also where nothing was said: what `ftplus compare --strengths auto` multiplies.
         None for a strategy that has none.
 

@@ -13,14 +13,14 @@ from hf_ftplus.cli import main
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(folder.parent.name.removeprefix("ftplus-") for folder in Path(__file__).parent.glob("*/pyproject.toml"))
-DECLARED = ("silent at zero", "acts", "leaves no trace", "travels light")
-"""Laws that a declaration can change; the others are tried by the tests of each plugin."""
+DECLARED = ("silent at zero", "acts", "leaves no trace", "travels light", "same anywhere")
+"""Laws that a declaration can change, and the one of two processes; the tests of each plugin try the others."""
 
 
 @pytest.mark.laws
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_passes_every_plugin_without_a_flag(capsys, name):
-    code = main(["plugin", "test", name, *(word for law in DECLARED for word in ("--law", law))])
+    code = main(["plugin", "test", name, "--distributed", *(word for law in DECLARED for word in ("--law", law))])
     out, err = capsys.readouterr()
     assert code == 0, out + err
     if "excused" in out:
@@ -34,7 +34,7 @@ def test_every_setting_is_on_its_page(name):
     assert table in page.read_text(encoding="utf-8"), f"Put this table into {page}:\n\n{table}\n"
 
 
-ONE_SIDED = {"mix", "read_gradients", "usual_strength"}
+ONE_SIDED = {"mix", "read_gradients"}
 """Moments that no built-in strategy uses, or no plugin: they were there before the rule, and none may join them."""
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
+
+from hf_ftplus import strategy
 from hf_ftplus.cli.plugins import describe
 from hf_ftplus.plugins import load
 
@@ -16,3 +19,9 @@ def settings_table(*names: str) -> str:
             default = str(default).lower() if isinstance(default, bool) else default
             lines.append(f"| `{name}.{item['name']}` | {default} | {limits} | {item['help']} |")
     return "\n".join(lines)
+
+
+def example() -> str:
+    """The strategy that `strategy.py` shows to authors, as a file of its own."""
+    page = strategy.__doc__
+    return textwrap.dedent(page[page.index("    from dataclasses") :]).replace("'''", '"""')

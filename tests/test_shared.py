@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_ftplus import state
 from hf_ftplus.cli import main
-from hf_ftplus.errors import StorageError
+from hf_ftplus.errors import IncompatibleError, StorageError
 from hf_ftplus.shared import base
 from hf_ftplus.shared.base import Base, content_hash
 from hf_ftplus.shared.hub import card, verify
@@ -91,6 +92,34 @@ def test_the_hash_is_of_the_content_however_it_is_stored(place, tmp_path):
     assert content_hash(str(tmp_path / "parts")) == content_hash(str(place / "model"))
     model.bfloat16().save_pretrained(tmp_path / "half")
     assert content_hash(str(tmp_path / "half"))[1] == ("BF16",)
+
+
+def test_the_hash_of_a_name_is_that_of_its_revision(place, made, tmp_path, monkeypatch):
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    with hub(monkeypatch, tmp_path / "cache") as there:
+        there.put("you/model", tmp_path / "other")
+        there.put("you/model@v2", place / "model")
+        assert content_hash("you/model@v2") == content_hash(str(place / "model"))
+        base.check(made, "you/model@v2")
+        with pytest.raises(IncompatibleError, match=r"you/model has other weights"):
+            base.check(made, "you/model")
+    line = words(place, tmp_path / "out", "--memory", str(made), "--model_revision", "v2", protect=None)
+    asked = []
+    monkeypatch.setattr(base, "check", lambda folder, model: asked.append(model) or sys.exit(0))
+    line[line.index("--model_name_or_path") + 1] = "you/model"
+    with pytest.raises(SystemExit):
+        main(line)
+    assert asked == ["you/model@v2"]
+
+
+def test_a_pushed_run_says_which_weights_its_memory_is_of(place, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with hub(monkeypatch, tmp_path / "cache") as there:
+        assert main(words(place, out, "--push_to_hub", "--hub_model_id", "me/model")) == 0
+        assert "ftplus/memory/base.json" in there.repos["me/model"]
+        assert main(["memory", "pull", "me/model", "--out", str(tmp_path / "back")]) == 0
+    about = base.read(tmp_path / "back")
+    assert (about.name, about.sha256) == ("me/model", content_hash(str(out))[0])
 
 
 def test_the_same_model_in_another_precision_is_taken(place, made, tmp_path):

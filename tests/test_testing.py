@@ -8,8 +8,9 @@ from typing import ClassVar
 import pytest
 import torch
 from lawful import L2SP, Lopsided, Path, Quarter, SmallLogits
+from pages import example
 
-from hf_ftplus import EWC, Strategy, setting, testing
+from hf_ftplus import EWC, Strategy, plugins, setting, testing
 from hf_ftplus.errors import PluginError
 from hf_ftplus.testing import check_strategy
 
@@ -25,8 +26,9 @@ def test_ewc_keeps_the_laws_with_another_estimator():
     )
 
 
-def test_a_pull_on_weights_keeps_the_laws():
-    check_strategy(L2SP(), processes=False)
+def test_the_example_that_authors_read_keeps_the_laws(tmp_path):
+    (tmp_path / "idea.py").write_text(example())
+    check_strategy(plugins.load(str(tmp_path / "idea.py"))(), processes=False)
 
 
 def test_a_loss_on_outputs_keeps_the_laws():

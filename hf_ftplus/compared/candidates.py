@@ -195,7 +195,7 @@ def usual(strategy: Strategy, config: RunConfig) -> float:
     Raises:
         UsageError: it has no number of its own.
     """
-    if found := strategy.usual_strength(bool(config.model.use_peft), bool(config.protect)):
+    if found := strategy._usual_strength(bool(config.model.use_peft), bool(config.protect)):
         return found
     raise UsageError(
         f"--strengths auto: {strategy.name} has no strength above 0 to multiply. Type the numbers: --strengths 0.1,1,10"

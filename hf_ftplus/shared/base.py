@@ -12,6 +12,7 @@ from typing import Any
 from .. import disk
 from ..errors import IncompatibleError, StorageError
 from ..model import resolve
+from ..trained import at
 
 FILE = "base.json"
 INDEX = "model.safetensors.index.json"
@@ -150,13 +151,13 @@ def _files(name: str) -> list[Path]:
 
 
 def _folder(name: str) -> Path | None:
-    path = Path(resolve(name))
-    if path.is_dir():
-        return path
+    there, revision = at(resolve(name))
+    if Path(there).is_dir():
+        return Path(there)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", INDEX]))
+        return Path(snapshot_download(there, revision=revision, allow_patterns=["model*.safetensors", INDEX]))
     except (OSError, HfHubHTTPError, ValueError):  # the run itself will say what is wrong with the model
         return None

@@ -228,7 +228,7 @@ class Distill(Strategy):
 
     # ---- what it stands on -------------------------------------------------------------------------------------------
 
-    def usual_strength(self, lora: bool, protects: bool) -> float:
+    def _usual_strength(self, lora: bool, protects: bool) -> float:
         """On protect tokens, where it acts on both."""
         return (
             self.strength

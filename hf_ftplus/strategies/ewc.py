@@ -73,7 +73,7 @@ class EWC(Strategy):
                 "ewc.first=true to only remember what it learns."
             )
 
-    def usual_strength(self, lora: bool, protects: bool) -> float:
+    def _usual_strength(self, lora: bool, protects: bool) -> float:
         return self.strength if self.strength is not None else LORA if lora else FULL
 
     def preview(self, run: Run) -> dict[str, float]:
@@ -203,7 +203,7 @@ class EWC(Strategy):
         from ..weights import sharded, split
 
         self.plain, self.adapters = split(run.model)
-        self.force = self.usual_strength(bool(self.adapters), bool(run.protect))
+        self.force = self._usual_strength(bool(self.adapters), bool(run.protect))
         self._measured, self._zeros = None, 0
         if sharded(adapter.A for adapter in self.adapters.values()):
             raise IncompatibleError(
