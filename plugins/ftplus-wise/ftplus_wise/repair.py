@@ -179,14 +179,17 @@ def _adapted(it: Trained) -> Damaged:
 
 
 def _without_intruders(model: Any, key: str, layers: list[nn.Module], mitigation: float) -> list[tuple[Tensor, Tensor]]:
-    """A and B of every target after PEFT's reduction, whose adapter is taken away again."""
+    """A and B of every target after PEFT's reduction, whose adapter is taken away again.
+
+    PEFT's lambda is the share that is left (seen in 0.20 and 0.21; its docstring says that it is taken away).
+    """
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 
-    other = "ftplus_without_intruders"
+    other, left = "ftplus_without_intruders", 1 - mitigation
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT: that a second adapter is added, which is what is wanted
-            reduce_intruder_dimension(model, key, other, mitigation_lambda=mitigation, logging_sink=None)
+            reduce_intruder_dimension(model, key, other, mitigation_lambda=left, logging_sink=None)
         return [(layer.lora_A[other].weight.clone(), layer.lora_B[other].weight.clone()) for layer in layers]
     finally:
         model.set_adapter(key)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from ftplus_wise import Wise
+from ftplus_wise import Wise, repair
 from ftplus_wise.curve import Point, choose, learnt, table
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, PROTECT, Diary, far, sequence, trainer
@@ -215,6 +215,32 @@ def test_a_repaired_adapter_is_the_scaled_one(capsys, place, tmp_path):
     assert then.keys() == now.keys()
     for key in then:
         torch.testing.assert_close(now[key], then[key] * (alpha if "lora_B" in key else 1))
+
+
+@torch.no_grad()
+def test_without_its_intruders_an_adapter_is_what_is_left_of_the_sum(capsys, monkeypatch, place, tmp_path):
+    base = LlamaForCausalLM.from_pretrained(place / "base")
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_B["default"].weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
+    start, change = layer.base_layer.weight.clone(), layer.get_delta_weight("default")
+    tuned.save_pretrained(tmp_path / "odd")
+    tiny_tokenizer().save_pretrained(tmp_path / "odd")
+    monkeypatch.setattr(repair, "choose", lambda points, keep: points[-1])
+    more = ["--points", "1", "--mitigation", "0.75", "--out", str(tmp_path / "mended"), "--json"]
+    code, out, err = mend(capsys, place, str(tmp_path / "odd"), *more)
+    assert (code, json.loads(out)[-1]["point"]) == (0, "intruders 0.75"), err
+
+    known, _, _ = torch.linalg.svd(start)
+    left, sizes, right = torch.linalg.svd(start + change)
+    strange = [i for i in range(10) if (left[:, i] @ known).abs().max() < 0.5]
+    assert strange
+    less = change - sum(0.75 * sizes[i] * torch.outer(left[:, i], right[i]) for i in strange)
+    one, scale, other = torch.linalg.svd(less)
+    wanted = one[:, :2] @ torch.diag(scale[:2]) @ other[:2]  # as far as rank 2 can hold it
+    mended = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(place / "base"), tmp_path / "mended")
+    found = mended.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
