@@ -26,6 +26,7 @@ The smallest useful one, L2-SP (Li 2018), keeps every law (`ftplus plugin test .
     from typing import ClassVar
     from hf_ftplus import Strategy, setting
 
+
     @dataclass
     class L2SP(Strategy):
         '''Pull the weights back to where they started.'''

@@ -7,6 +7,7 @@ import inspect
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -21,9 +22,9 @@ import hf_ftplus
 from hf_ftplus import Strategy
 from hf_ftplus.cli import ALIASES, COMMANDS, ELSEWHERE, cli
 from hf_ftplus.cli.sft import configured
-from hf_ftplus.config import OPTIONS
 from hf_ftplus.errors import FTPlusError
 from hf_ftplus.stages.plan import read
+from hf_ftplus.task_keys import KEYS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,10 +111,32 @@ def test_every_command_is_in_the_readme(name):
     assert re.search(rf"ftplus {name}\b", README), f"`ftplus {name}` has no sentence in the README"
 
 
-@pytest.mark.parametrize("name", [option.name.replace("_", "-") for option in OPTIONS])
+LEFT_TO_HELP = {
+    *("--help-all", "--json", "--no-plugin", "--dtype", "--device", "--bf16", "--batch_size", "--max_length"),
+    *("--rows", "--max_new_tokens", "--top_p", "--hardware", "--author", "--law", "--seed", "--debug", "--version"),
+}
+"""Flags of whose meaning their help says all."""
+
+
+def flags(command, context=None) -> Iterator[str]:
+    """The longest spelling of each flag of a command, and of the commands below it."""
+    if isinstance(command, click.Group):
+        context = context or click.Context(command)
+        for name in command.list_commands(context):
+            yield from flags(command.get_command(context, name), context)
+    yield from (max(item.opts, key=len) for item in command.params if isinstance(item, click.Option))
+
+
+@pytest.mark.parametrize("name", sorted(set(flags(cli))))
 def test_every_flag_of_ours_is_in_the_readme_or_the_decision_to_leave_it_to_help_stands_here(name):
-    left_to_help = {"no-plugin"}
-    assert (f"--{name}" in README) != (name in left_to_help)
+    pages = README + (ROOT / "plugins" / "README.md").read_text(encoding="utf-8")
+    assert bool(re.search(rf"{re.escape(name)}\b", pages)) != (name in LEFT_TO_HELP)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_of_a_task_is_in_the_readme(key):
+    section = README[README.index("## Several tasks in one run") : README.index("## Runs that follow one another")]
+    assert re.search(rf"\b{key}\b", section)
 
 
 def test_every_variable_of_the_environment_is_in_the_readme():
