@@ -218,6 +218,15 @@ def test_the_picture_of_the_readme_is_what_was_measured(run, tmp_path):
     assert torch.allclose(kept, drawn, atol=1), again
 
 
+def test_the_tables_of_the_readmes_are_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    import strategies
+
+    pages = {"README.md": strategies.brief(), "examples/benchmarks/README.md": strategies.whole()}
+    for page, table in pages.items():
+        assert table in (EXAMPLES.parent / page).read_text(encoding="utf-8"), f"Put this into {page}:\n\n{table}\n"
+
+
 def test_every_example_is_run_by_a_test():
     """Or by `make demo` and the benchmarks, which take minutes."""
     tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("*.py"))

@@ -17,7 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -154,6 +154,18 @@ ROWS |= {
 }
 
 
+BRIEF = (
+    "plain 5e-5",
+    "plain LoRA",
+    "EWC 30,000, 2e-4",
+    "replay 1/16 + EWC 3,000, self, 90 steps",
+    "distill, self, LoRA",
+    "distill 1/12 + EWC 10,000, self, 80 steps",
+    "distill 1/8 + EWC 10,000, self, 90 steps",
+)
+"""Rows that the README shows."""
+
+
 @dataclass
 class Cell:
     """One run: shares learnt, rise of loss on what is to be kept and drift (nats per token), training time, and bytes
@@ -204,16 +216,34 @@ def main(seeds: int, only: tuple[str, ...], out: Path, show: bool) -> None:
     unknown = [name for name in only if name not in ROWS]
     if unknown:
         raise click.UsageError(f"No row {unknown[0]!r}; expected one of: {', '.join(ROWS)}.")
-    measured = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    cells = {name: {seed: Cell(**cell) for seed, cell in found.items()} for name, found in measured.items()}
+    cells = known()
     for name, seed in missing(cells, [] if show else only or ROWS, seeds):
         cells.setdefault(name, {})[str(seed)] = measure(name, seed, out)
         kept = {row: {seed: asdict(cell) for seed, cell in found.items()} for row, found in cells.items()}
         KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    click.echo(whole())
+
+
+def known() -> dict[str, dict[str, Cell]]:
+    """What was measured, by row and seed."""
+    measured = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    return {name: {seed: Cell(**cell) for seed, cell in found.items()} for name, found in measured.items()}
+
+
+def whole() -> str:
+    """A table of the facts, and one of sentiment if it was measured."""
+    cells, tables = known(), []
     for sentiment in (False, True):
         mine = [name for name in ROWS if name in cells and name.startswith(SENTIMENT) == sentiment]
         if mine:
-            click.echo(table({name.removeprefix(SENTIMENT): list(cells[name].values()) for name in mine}) + "\n")
+            tables.append(table({name.removeprefix(SENTIMENT): list(cells[name].values()) for name in mine}))
+    return "\n\n".join(tables)
+
+
+def brief() -> str:
+    """What the README shows of the facts."""
+    cells = {name: list(found.values()) for name, found in known().items() if not name.startswith(SENTIMENT)}
+    return table(cells, ("learnt", "rise on chat", "rise on Python"), BRIEF)
 
 
 def missing(cells: dict[str, dict[str, Cell]], rows: Iterator[str], seeds: int) -> Iterator[tuple[str, int]]:
@@ -237,8 +267,25 @@ def measure(name: str, seed: int, out: Path) -> Cell:
     return Cell.read(folder / "ftplus" / "report.json")
 
 
-def table(cells: dict[str, list[Cell]]) -> str:
-    """Markdown: mean over seeds (lowest - highest); what is kept is compared with the best plain row that learnt."""
+COLUMNS = {
+    "learnt": ("learnt", 2),
+    "asked otherwise": ("otherwise", 2),
+    "rise on chat": ("chat", 3),
+    "rise on Python": ("python", 3),
+    "drift": ("drift", 2),
+    "state, MB": ("megabytes", 0),
+}
+"""What the table says of a Cell, and with how many digits."""
+
+
+def table(cells: dict[str, list[Cell]], shown: Sequence[str] = tuple(COLUMNS), rows: Sequence[str] = ()) -> str:
+    """Markdown: mean over seeds (lowest - highest); what is kept is compared with the best plain row that learnt.
+
+    Args:
+        cells: all that was measured, of every row.
+        shown: of COLUMNS.
+        rows: only these.
+    """
 
     def mean(name: str, key: Callable[[Cell], float]) -> float:
         return statistics.mean(map(key, cells[name]))
@@ -249,17 +296,14 @@ def table(cells: dict[str, list[Cell]]) -> str:
         key=lambda name: mean(name, lambda cell: cell.rise),
         default=None,
     )
-    lines = [
-        "| row | seeds | steps | learnt | asked otherwise | rise on chat | rise on Python | drift | state, MB | kept |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    columns = (("learnt", 2), ("otherwise", 2), ("chat", 3), ("python", 3), ("drift", 2), ("megabytes", 0))
-    for name, found in cells.items():
-        kept = "learnt too little"
+    heads = ["row", "seeds", "steps", *shown, "kept"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name in rows or cells:
+        found, kept = cells[name], "learnt too little"
         if name in learnt and best:
             lost = mean(best, lambda cell: cell.rise)
             kept = "reference" if name == best else f"{1 - mean(name, lambda cell: cell.rise) / lost:.0%}"
-        figures = (in_words([getattr(cell, key) for cell in found], digits) for key, digits in columns)
+        figures = (in_words([getattr(cell, key) for cell in found], digits) for key, digits in map(COLUMNS.get, shown))
         lines.append(f"| {name} | {len(found)} | {found[0].steps} | {' | '.join(figures)} | {kept} |")
     return "\n".join(lines)
 
