@@ -208,20 +208,23 @@ def test_interrupted_it_goes_on_and_finds_the_same(place, tmp_path, capsys, monk
         assert one == two
 
 
-def test_tasks_are_exported_without_a_model_and_what_cannot_be_is_named(place, tmp_path, capsys):
+def test_tasks_are_exported_without_a_model_and_what_cannot_be_is_named(place, tmp_path, capsys, caplog):
     out = tmp_path / "tasks"
     line = ["eval", "--export", str(out), "--measure", f"a quiz={place / 'quiz.jsonl'}"]
     assert main(line) == 0
     assert f"lm-eval run --include_path {out} --tasks ftplus_a_quiz" in capsys.readouterr().err
     assert {file.name for file in out.iterdir()} == {"ftplus_a_quiz.yaml", "ftplus_a_quiz.jsonl", "ftplus_scores.py"}
-    assert main([*line, "--measure", "own=self:4"]) == 3
-    assert "own cannot be exported: its answers are written by the model" in capsys.readouterr().err
+    own = ["--measure", "own=self:4"]
+    assert main([*line, *own]) == 0
+    assert "own cannot be exported: its answers are written by the model" in caplog.text
+    assert capsys.readouterr().err.rstrip().endswith("--tasks ftplus_a_quiz")
+    assert main(["eval", "--export", str(out), *own]) == 3
     assert main([*line, "--measure", f"a.quiz={place / 'quiz.jsonl'}"]) == 2
     assert "Of a quiz, a.quiz two have the same name" in capsys.readouterr().err
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     (tmp_path / "turns.jsonl").write_text(json.dumps({"messages": turns}))
     assert main(["eval", "--export", str(out), "--measure", f"t={tmp_path / 'turns.jsonl'}"]) == 3
-    assert "t, row 1 has 3 messages before its answer" in capsys.readouterr().err
+    assert "t cannot be exported: row 1 has 3 messages before its answer" in capsys.readouterr().err
 
 
 def test_without_a_folder_it_says_how_to_keep_the_answers_and_then_measures_nothing(place, tmp_path, capsys):

@@ -12,6 +12,7 @@ message: ask them with --apply_chat_template.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,10 @@ from ..errors import DataError, StorageError, UsageError
 from ..evaluation.metrics import graded
 from ..evaluation.tasks import expected, opening
 from ..metric import parse
+from ..rows import noting, together
 from .plan import Found, Plan, find
+
+logger = logging.getLogger("hf_ftplus")
 
 SCORES = '''"""How `ftplus eval` scores a written answer. Needs hf-ftplus where lm-evaluation-harness runs."""
 
@@ -48,8 +52,10 @@ _Dumper.add_representer(Function, lambda dumper, name: dumper.represent_scalar("
 def export(plan: Plan, folder: Path) -> list[str]:
     """Write every task of a plan; returns their names there.
 
+    What the harness cannot ask is left out, and said: rows that the first model would write, or of several messages.
+
     Raises:
-        DataError: rows that the first model would write, or that hold several messages.
+        DataError: nothing but such rows.
         UsageError: two tasks would have one name.
         StorageError: the folder cannot be written.
     """
@@ -57,18 +63,23 @@ def export(plan: Plan, folder: Path) -> list[str]:
     places = {name: "ftplus_" + re.sub(r"\W+", "_", name).strip("_") for name in named}
     if len(set(places.values())) < len(places):
         raise UsageError(f"Of {', '.join(places)} two have the same name for the harness. Rename one.")
-    texts = {"ftplus_scores.py": SCORES}
+    texts, faults = {"ftplus_scores.py": SCORES}, []
     for name, found in named.items():
-        rows = _rows(found)
-        texts[f"{places[name]}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
-        settings = _settings(places[name], folder, found.asked.metric, rows)
-        texts[f"{places[name]}.yaml"] = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        with noting(faults):
+            rows = _rows(found)
+            texts[f"{places[name]}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+            settings = _settings(places[name], folder, found.asked.metric, rows)
+            texts[f"{places[name]}.yaml"] = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if len(faults) == len(named):
+        raise together(faults)
+    for fault in faults:
+        logger.warning("%s", fault)
     try:
         for name, text in texts.items():
             disk.replace(folder / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise StorageError(f"--export {folder} cannot be written: {error.strerror}. Choose another folder.") from error
-    return list(places.values())
+    return [name for name in places.values() if f"{name}.yaml" in texts]
 
 
 def _rows(found: Found) -> list[dict[str, Any]]:
@@ -76,15 +87,15 @@ def _rows(found: Found) -> list[dict[str, Any]]:
     if found.rows is None or found.unanswered:
         raise DataError(
             f"{name} cannot be exported: its answers are written by the model that is scored first. Give rows with "
-            "completions, or leave it out."
+            f"completions: --measure {name}=DATA"
         )
     rows = []
     for number, row in enumerate(found.rows, 1):
         asked = opening(row)
         if not isinstance(asked, str) and len(asked) != 1:
             raise DataError(
-                f"{name}, row {number} has {len(asked)} messages before its answer; the harness's tasks ask one. Leave "
-                "the task out."
+                f"{name} cannot be exported: row {number} has {len(asked)} messages before its answer; the harness's "
+                "tasks ask one."
             )
         prompt = asked if isinstance(asked, str) else asked[0]["content"]
         kept = {"prompt": prompt, "completion": expected(row), "metric": found.asked.metric or ""}
