@@ -121,13 +121,13 @@ def writing(checkpoint: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError, StorageError) as error:
         if not of_the_disk(error):
             raise
-        left = None
+        left, whole = None, begun and (checkpoint / COMMIT).is_file()
         if _rank() == 0:
-            if begun:  # else what stands there is an earlier one
+            if begun and not whole:  # else what stands there is an earlier one
                 shutil.rmtree(checkpoint, ignore_errors=True)
             left = newest(checkpoint.parent)
         raise StorageError(
-            f"{checkpoint.name} could not be written: {error}. "
+            f"{checkpoint.name} {'is whole, but what followed failed' if whole else 'could not be written'}: {error}. "
             + (f"{left} is the last whole one. " if left else "There is no earlier one. ")
             + "Free some space, then go on with --resume_from_checkpoint "
             + ("true." if left else "auto.")

@@ -23,7 +23,7 @@ PARTS = ("protect", "tasks", "memory", "stop_when", "model", "data", "mixture")
 ARGUMENTS = (
     *(*REFUSED, *OVERRULED, *APPLIED),
     *("seed", "data_seed", "max_length", "packing", "truncation_mode", "chat_template_path", "dataset_text_field"),
-    *("lr_scheduler_kwargs", "packing_strategy", "eos_token", "load_best_model_at_end", "metric_for_best_model"),
+    *("packing_strategy", "eos_token", "load_best_model_at_end", "metric_for_best_model"),
 )
 """What of a configuration decides which weights a run ends with. How it is measured, logged and saved does not."""
 MEASURING = {"measure": "--measure NAME=DATA", "metrics": "--metric NAME=METRIC", "measure_rows": "--measure_rows N"}

@@ -10,11 +10,13 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
@@ -27,8 +29,8 @@ from .weights import canonical, trainable
 
 logger = logging.getLogger("hf_ftplus")
 
-ROWS = 64
-"""Training rows that are compared, spread over all of them."""
+BATCH = 1000
+"""Rows that are read at a time."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 SAID = {
     "tokenizer": "another tokenizer or chat template",
@@ -47,11 +49,17 @@ REFUSED = (
     "assistant_only_loss",
     "label_smoothing_factor",
     "neftune_noise_alpha",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
 )
-"""Arguments with which a run does not go on as another one: state of another optimizer, another loss."""
+"""Arguments with which a run does not go on as another one: state of another optimizer, another loss, other rows in a
+step."""
 OVERRULED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 """Arguments whose values a checkpoint brings back, in its optimizer and schedule, whatever is given now."""
-APPLIED = ("max_grad_norm", "warmup_steps", "bf16", "fp16")
+APPLIED = (
+    *("max_grad_norm", "warmup_steps", "bf16", "fp16", "ignore_data_skip"),
+    *("max_steps", "num_train_epochs", "lr_scheduler_kwargs"),
+)
 """Arguments that hold from here on as they are given now."""
 
 
@@ -102,23 +110,38 @@ def rows(dataset: Any, first: int | None = None) -> dict[str, Any] | None:
     """Number and digest of the (first) rows of a dataset; None for a stream, or for what is not of `datasets`."""
     if not isinstance(dataset, Dataset):
         return None
-    table = dataset.with_format("arrow")
-    return _digest(min(len(dataset), first or len(dataset)), lambda place: table[place : place + 1].to_pylist())
+    count = min(len(dataset), first or len(dataset))
+    found = hashlib.sha256()
+    for table in dataset.with_format("arrow").select(range(count)).iter(BATCH):
+        for name in table.column_names:
+            found.update(name.encode())
+            for part in _bytes(table[name].combine_chunks()):
+                found.update(part)
+    return {"count": count, "sha256": found.hexdigest()}
+
+
+def _bytes(column: pa.Array) -> Iterator[bytes]:
+    """What a column holds, whatever memory it is spread over: tokens as they are, all else as JSON."""
+    if not column.null_count and (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        yield pc.list_value_length(column).to_numpy().tobytes()
+        yield from _bytes(column.flatten())
+    elif not column.null_count and pa.types.is_integer(column.type):
+        yield column.to_numpy().tobytes()
+    else:
+        yield json.dumps(column.to_pylist(), default=_plain, sort_keys=True).encode()
 
 
 def protected(protect: Any) -> dict[str, Any]:
     """The same of each protect task; None for rows that are yet to be read or written."""
     tasks = as_tasks(protect)
-    listed = {name: task for name, task in tasks.items() if isinstance(task, list)}
-    found = {name: _digest(len(task), task.__getitem__) for name, task in listed.items()}
-    return {name: found.get(name) or rows(task) for name, task in tasks.items()}
+    return {name: _listed(task) if isinstance(task, list) else rows(task) for name, task in tasks.items()}
 
 
-def _digest(count: int, row: Callable[[int], Any]) -> dict[str, Any]:
+def _listed(task: list[Any]) -> dict[str, Any]:
     found = hashlib.sha256()
-    for place in sorted({i * (count - 1) // max(ROWS - 1, 1) for i in range(ROWS)}) if count else ():
-        found.update(json.dumps(row(place), default=_plain, sort_keys=True).encode())
-    return {"count": count, "digest": found.hexdigest()}
+    for row in task:
+        found.update(json.dumps(row, default=_plain, sort_keys=True).encode())
+    return {"count": len(task), "sha256": found.hexdigest()}
 
 
 def _plain(value: Any) -> Any:
@@ -139,7 +162,7 @@ def refuse_other(then: dict[str, Any], now: dict[str, Any], checkpoint: Path) ->
         return
     if "model" in then:
         same_identity(then["model"], now["model"], checkpoint)
-    keys = [key for key in SAID if then.get(key) is not None and now[key] is not None and then[key] != now[key]]
+    keys = [key for key in SAID if _otherwise(then.get(key), now[key])]
     differ = [_said(key, then[key], now[key]) for key in keys]
     differ += [f"other rows to protect ({said})" for said in _protected_otherwise(then.get("protect"), now["protect"])]
     asked = _asked_otherwise(then.get("arguments", {}), now["arguments"])
@@ -170,11 +193,21 @@ def _protected_otherwise(then: dict[str, Any] | None, now: dict[str, Any]) -> It
     if sorted(then) != sorted(now):
         yield f"{', '.join(sorted(then))} there, {', '.join(sorted(now))} here"
         return
-    yield from (name for name, rows in now.items() if rows and then[name] and rows != then[name])
+    yield from (name for name, rows in now.items() if _otherwise(then[name], rows))
+
+
+def _otherwise(then: Any, now: Any) -> bool:
+    """Whether they differ in what both know."""
+    if isinstance(then, dict) and isinstance(now, dict) and "count" in now:  # rows: once it was the digest of some
+        return any(then.get(key, value) != value for key, value in now.items())
+    return then is not None and now is not None and then != now
 
 
 def _warn_of_arguments(asked: dict[str, str], checkpoint: Path) -> None:
-    for names, what in ((OVERRULED, "the checkpoint's go on, what is given now has no effect"), (APPLIED, "now holds")):
+    for names, what in (
+        (OVERRULED, "the checkpoint's go on, what is given now has no effect"),
+        (APPLIED, "what is given now holds"),
+    ):
         said = [f"{name} ({asked[name]})" for name in names if name in asked]
         if said:
             logger.warning("%s was written with another %s: %s.", checkpoint, "; ".join(said), what)

@@ -9,12 +9,14 @@ import shutil
 import pytest
 import torch
 import trl
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 from tiny import tiny_llama
 from training import LEARN, PROTECT, same, trainer, weights_of
 
 from hf_ftplus import EWC, commit, disk
 from hf_ftplus.errors import IncompatibleError, StorageError
+from hf_ftplus.origin import rows
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -168,6 +170,21 @@ def test_however_often_it_is_written_again_another_programs_checkpoint_stays(tmp
 
 
 @pytest.mark.fault("A4")
+def test_what_fails_after_the_commit_does_not_cost_the_checkpoint(run):
+    checkpoint = run / "checkpoint-8"
+
+    def copied_to_the_hub():
+        with commit.writing(checkpoint):
+            (checkpoint / "model.safetensors").write_bytes(b"weights")
+            commit.commit(checkpoint, 8, True, {})
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match=r"checkpoint-8 is whole, but what followed failed: .*No space left"):
+        copied_to_the_hub()
+    assert commit.newest(run) == checkpoint
+
+
+@pytest.mark.fault("A4")
 def test_one_that_cannot_even_be_begun_costs_nothing_that_was_there(run, monkeypatch):
     before = commit.read_commit(run / "checkpoint-6")
 
@@ -250,6 +267,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(ended, tmp_path,
     [
         ({"optim": "sgd"}, r"another optim \(adamw_torch there, sgd here\)"),
         ({"lr_scheduler_type": "cosine"}, r"another lr_scheduler_type \(linear there, cosine here\)"),
+        ({"train_sampling_strategy": "sequential"}, r"another train_sampling_strategy \(random there, sequential here\)"),
         ({"protect": PROTECT[1:]}, r"other rows to protect \(protect\)"),
         ({"protect": {"other": PROTECT}}, r"other rows to protect \(protect there, other here\)"),
         ({"strategies": [EWC(strength=1e-9)]}, r"other settings: ewc.strength None there, 1e-09 here. Put them back"),
@@ -265,15 +283,35 @@ def test_what_the_trainer_would_take_in_silence_is_refused_by_name(ended, tmp_pa
 
 @pytest.mark.fault("B9")
 def test_a_learning_rate_that_the_checkpoint_overrules_is_said_and_changes_nothing(ended, tmp_path, caplog):
-    other = {"learning_rate": 1.0, "weight_decay": 0.5, "max_grad_norm": 1e9}
+    other = {"learning_rate": 1.0, "weight_decay": 0.5, "max_grad_norm": 1e9, "max_steps": 7, "ignore_data_skip": True}
     it = trainer(tmp_path, "ewc", **{**SAVING, **other})
     it.train(resume_from_checkpoint=str(ended[0] / "checkpoint-4"))
     assert (
         "another learning_rate (0.003 there, 1.0 here); weight_decay (0.0 there, 0.5 here): the checkpoint's go on"
         in caplog.text
     )
-    assert "another max_grad_norm (1.0 there, 1000000000.0 here): now holds" in caplog.text
+    assert (
+        "another max_grad_norm (1.0 there, 1000000000.0 here); ignore_data_skip (False there, True here); "
+        in caplog.text
+    )
+    assert "max_steps (6 there, 7 here): what is given now holds" in caplog.text
     assert it.state.log_history[-2]["learning_rate"] < 3e-3
+
+
+@pytest.mark.fault("B9")
+def test_one_row_of_many_or_its_place_is_seen_and_nothing_else_is():
+    listed = [{"input_ids": [i, i + 1], "text": f"row {i}", "labels": [-100, None]} for i in range(2500)]
+    known = rows(Dataset.from_list(listed))
+    edited, swapped = list(listed), list(listed)
+    edited[1234] = {**listed[1234], "input_ids": [1234, 1236]}
+    swapped[1233:1235] = listed[1234:1232:-1]
+    parted = [*listed[:7], {**listed[7], "input_ids": [7, 8, 8]}, {**listed[8], "input_ids": [9]}, *listed[9:]]
+    for other in (edited, swapped, parted):
+        assert rows(Dataset.from_list(other)) != known
+    pieces = [Dataset.from_list(part) for part in (listed[:100], listed[100:1001], listed[1001:])]
+    assert rows(concatenate_datasets(pieces)) == known
+    assert rows(Dataset.from_list(listed[::-1]).select(range(2499, -1, -1))) == known
+    assert rows(Dataset.from_list([*listed, listed[0]]), 2500) == known
 
 
 @pytest.mark.fault("B12")
@@ -283,6 +321,8 @@ def test_a_checkpoint_that_knew_less_of_its_run_still_goes_on(run, ended):
         for facts in (found, found.get("run", {})):
             for key in ("settings", "arguments", "protect", "dtype"):
                 facts.pop(key, None)
+            if "rows" in facts:
+                facts["rows"] = {"count": 24, "digest": "of some of them, as it once was"}
         file.write_text(json.dumps(found))
         commit_again(run / "checkpoint-4")
     it = trainer(run, "ewc", **SAVING)
