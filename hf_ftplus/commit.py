@@ -17,6 +17,7 @@ order.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -78,7 +79,8 @@ def commit(checkpoint: Path, step: int, resumable: bool, facts: dict[str, Any]) 
         file.relative_to(checkpoint).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, sums, strict=True)
     }
-    text = json.dumps({"format": FORMAT, "step": step, "resumable": resumable, "run": facts, "files": found}, indent=1)
+    said = json.loads(json.dumps({"step": step, "resumable": resumable, "run": facts, "files": found}))
+    text = json.dumps({"format": FORMAT, **said, "sha256": _sum(said)}, indent=1)
     replace(checkpoint / COMMIT, lambda file: (file.write_text(text, encoding="utf-8"), flush(file)))
     flush((checkpoint / COMMIT).parent)
     flush(checkpoint.parent)
@@ -95,6 +97,11 @@ def rotate(checkpoint: Path, limit: int | None, best: str | None = None) -> None
             os.replace(old, old.with_name(f"{DELETED}{old.name}"))  # at once: killed halfway, none is left in part
     for old in checkpoint.parent.glob(f"{DELETED}checkpoint-*"):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _sum(said: dict[str, Any]) -> str:
+    """Of what a commit says, itself apart: a disk spoils this file as easily as those that it lists."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _looks_whole(checkpoint: Path) -> bool:
@@ -252,9 +259,10 @@ def read_commit(checkpoint: Path) -> dict[str, Any]:
         found = read_format(path, FORMAT, MIGRATIONS)
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} is damaged: {error}. Use an earlier checkpoint.") from None
-    files = found.get("files")
+    files, expected = found.get("files"), found.pop("sha256", None)  # which an earlier version did not write
     sound = (
-        type(found.get("step")) is int
+        expected in (None, _sum({key: value for key, value in found.items() if key != "format"}))
+        and type(found.get("step")) is int
         and isinstance(found.get("run"), dict)
         and isinstance(files, dict)
         and all(isinstance(entry, dict) and _inside(name) for name, entry in files.items())

@@ -40,6 +40,7 @@ def commit_again(checkpoint):
     """The sums of its files as they are now, by somebody who means it."""
     file = checkpoint / commit.COMMIT
     found = json.loads(file.read_text())
+    found.pop("sha256", None)  # of itself, which is not missed
     for name, entry in found["files"].items():
         entry |= {"bytes": (checkpoint / name).stat().st_size, "sha256": disk.sha256(checkpoint / name)}
     file.write_text(json.dumps(found))
@@ -72,6 +73,17 @@ def test_a_commit_lists_every_file_and_what_run_it_is_of(run):
     assert found["step"] == 2
     assert found["resumable"] is True
     assert found["run"]["batch"] == 4
+
+
+@pytest.mark.fault("B1")
+def test_a_commit_that_says_another_thing_than_was_written_is_damaged(run):
+    file = run / "checkpoint-6" / commit.COMMIT
+    written = file.read_text()
+    for said, other in (('"batch": 4', '"batch": 5'), ('"rows": {', '"rows": [], "rose": {'), ('"run"', '"ran"')):
+        assert said in written
+        file.write_text(written.replace(said, other, 1))
+        assert "not what a commit holds" in commit.fault(run / "checkpoint-6")
+        assert commit.newest(run, aside=False) == run / "checkpoint-4"
 
 
 @pytest.mark.fault("B1", "B10")

@@ -107,6 +107,9 @@ def check(report: Report) -> None:
     """
     if not isinstance(report.facts, dict):
         raise TypeError(f"facts are {type(report.facts).__name__}; expected an object")
+    config = report.facts.get("config", {})
+    if not isinstance(config, dict) or not isinstance(config.get("training", {}), dict):
+        raise TypeError("its configuration is no object")
     for task in report.tasks:
         figures = [task.rows, task.tokens, *(vars(task.flips).values() if task.flips else ())]
         levels = (getattr(moment, name) for moment in (task.before, task.after, task.change) for name in vars(moment))
