@@ -341,7 +341,13 @@ def sliced(splits: Mapping[str, Dataset], split: str, where: str) -> Dataset:
 
 def reason(error: Exception) -> str:
     """What an exception of another library says, on one line; its name if it says nothing."""
+    error = _cause(error)
     return escape(str(error).strip().partition("\n")[0], 300) or type(error).__name__
+
+
+def _cause(error: Exception) -> Exception:
+    """What went wrong where `datasets` says only that something did."""
+    return error.__cause__ or error if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
 
 
 def _through_datasets(where: str, path: str, **options: Any) -> Dataset:
@@ -350,8 +356,7 @@ def _through_datasets(where: str, path: str, **options: Any) -> Dataset:
         with _bars_only_on_terminals():
             return datasets.load_dataset(path, **options)
     except Exception as error:  # load_dataset raises whatever its reader, fsspec or the network raised
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        cause = cause or error  # the other says only that there is a cause
+        cause = _cause(error)
         raise DataError(
             f"{where} cannot be read: {type(cause).__name__}: {escape(' '.join(str(cause).split()), 300).rstrip('.')}. "
             f"Expected a local file "

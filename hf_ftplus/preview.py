@@ -26,7 +26,7 @@ from .measured import hold_out, tasks
 from .mixing import as_trained
 from .model import resolve
 from .output import claim, no_empty_folder
-from .row_checks import share_supervised
+from .row_checks import refuse_foreign, share_supervised
 from .rows import Rows, tokenizer_of
 from .run import costs, in_words, len_of, prepare, speak
 from .trainer import SFTTrainer
@@ -139,6 +139,8 @@ def tasks_of(rows: Rows, config: RunConfig, tokenizer: Any, most: int = 0) -> It
 def _learnt(name: str, rows: Any, config: RunConfig, tokenizer: Any, most: int) -> Seen:
     args, role = config.training, _role("learn", config.shares.get(name))
     whole = isinstance(rows, Dataset)
+    if whole:
+        refuse_foreign(rows, len(tokenizer), "the tokenizer")
     examples = as_trained(rows if whole else Dataset.from_list(first(rows, max(1, most))), name, tokenizer, args)
     part = slice(None) if args.packing else window(args.max_length, args.truncation_mode)
     about = counted(examples, name, part) if whole else "streamed, not counted"

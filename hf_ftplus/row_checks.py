@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.features.features import require_decoding
 
@@ -17,7 +19,7 @@ from .config import RunConfig
 from .data import normalise
 from .errors import DataError, FTPlusError, UsageError, nearest
 from .evaluation import EvalTask
-from .examples import tokenize
+from .examples import IGNORED, tokenize
 from .formats import Row, escape
 from .pools import EVALUATED
 
@@ -28,9 +30,16 @@ logger = logging.getLogger("hf_ftplus")
 
 
 def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
-    """Something must be left to learn from, of each task; what carries loss is said, and what truncation dropped."""
+    """Something must be left to learn from, of each task; what carries loss is said, and what truncation dropped.
+
+    Raises:
+        DataError: nothing is left, or tokens that the model does not have.
+    """
     kept, parts = trainer.train_dataset, learn if isinstance(learn, dict) else {"learn": learn}
-    if not isinstance(kept, Dataset) or not all(isinstance(part, Dataset) for part in parts.values()):
+    if not isinstance(kept, Dataset):
+        return
+    refuse_foreign(kept, trainer.model.get_input_embeddings().num_embeddings, "the model")
+    if not all(isinstance(part, Dataset) for part in parts.values()):
         return
     of_task = kept["task"] if isinstance(learn, dict) and len(kept) else []
     for name, part in parts.items():
@@ -46,6 +55,43 @@ def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
             logger.info("%s: %s, %.0f %% of the tokens carry loss", escape(name), rows, 100 * share)
         if len(own) < len(part) and not trainer.args.packing:
             logger.warning(dropped(name, part, len(part) - len(own), trainer))
+
+
+def refuse_foreign(rows: Dataset, size: int, whose: str) -> None:
+    """Raise for tokens that are not among so many: a GPU would stop at them without a word of why."""
+    for name, low in (("input_ids", 0), ("labels", IGNORED)):
+        if name not in rows.column_names:
+            continue
+        for place, table in enumerate(rows.select_columns(name).with_format("arrow").iter(TOGETHER)):
+            for row, ids in enumerate(table[name].to_numpy(), place * TOGETHER + 1):
+                bad = ids[(ids >= size) | (ids < 0) & (ids != low)] if len(ids) else ids
+                if len(bad):
+                    raise DataError(f"learn, row {row}: {name!r} holds {bad[0]}; {whose} has {size} tokens.")
+
+
+TOGETHER = 1000
+"""Rows that are looked at at a time."""
+TEXTS = ("text", "completion", "messages", "prompt")
+
+
+def refuse_empty(rows: Dataset) -> None:
+    """Raise for rows that nobody looked through when they were read, and that no template or tokenizer can take. Empty
+    text is one that both can, and that TRL trains on.
+    """
+    for name in TEXTS:
+        if name not in rows.column_names:
+            continue
+        column = rows.select_columns(name).with_format("arrow")[:][name]
+        missing = column.is_null()
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            missing = pc.or_(missing, pc.fill_null(pc.equal(pc.list_value_length(column), 0), True))
+        places = pc.indices_nonzero(missing).to_pylist()
+        if places:
+            numbers = ", ".join(str(place + 1) for place in places[:20]) + ", ..." * (len(places) > 20)
+            raise DataError(
+                f"learn: {name!r} is missing in {len(places)} of {len(rows)} rows (rows {numbers}). Fill them in, or "
+                "leave those rows out."
+            )
 
 
 LOOKED_THROUGH = 20_000

@@ -27,6 +27,7 @@ from .row_checks import (
     check_metric,
     evaluated,
     measured_and_learnt,
+    refuse_empty,
     refuse_endless,
     refuse_idle,
     refuse_one_task,
@@ -245,6 +246,8 @@ def as_trl_reads(rows: Any, config: RunConfig) -> Any:
     stray = "prompt" in columns and not columns & {"completion", "input_ids", "images", "image"}
     columns -= {"prompt"} if stray else set()  # TRL would look for its completion in vain
     known = any(native <= columns for native in NATIVE) or config.training.dataset_text_field in columns
+    if known and isinstance(rows, Dataset):
+        refuse_empty(rows)
     if not isinstance(rows, Dataset) or known:
         return rows.remove_columns("prompt") if stray and known else rows
     found = data.normalise(rows, "learn", named=True)

@@ -70,6 +70,32 @@ def test_an_empty_text_is_trained_on_as_trl_does_and_is_an_error_only_to_who_ask
     assert "learn, row 8: 'text' is empty" in capsys.readouterr().err
 
 
+@pytest.mark.fault("E2", "E6", "E10")
+@pytest.mark.parametrize("command", ["sft", "data check"])
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([*LEARN[:2], {"prompt": "a", "completion": None}], "learn: 'completion' is missing in 1 of 3 rows (rows 3)"),
+        ([{"messages": []}, {"messages": [{"role": "user", "content": "a"}]}], "'messages' is missing in 1 of 2 rows"),
+        ([{"input_ids": [5, 6]}, {"input_ids": [5, 7777]}], "learn, row 2: 'input_ids' holds 7777; the "),
+        ([{"input_ids": [5, 6], "labels": [-100, 9999]}], "learn, row 1: 'labels' holds 9999; the "),
+        ([{"input_ids": [5, 6], "labels": [-1, 6]}], "learn, row 1: 'labels' holds -1; the "),
+    ],
+)
+def test_what_the_hub_brings_is_looked_through_too(place, tmp_path, capsys, command, rows, said):
+    line = learning(place, tmp_path, rows)
+    assert main([*command.split(), *line[1:]]) == 3
+    assert said in capsys.readouterr().err
+
+
+def test_a_line_that_datasets_cannot_read_is_said_with_its_reason(place, tmp_path, capsys):
+    line = learning(place, tmp_path, LEARN)
+    with (tmp_path / "rows" / "train.jsonl").open("a") as file:
+        file.write('{"prompt": "a", "compl\n')
+    assert main(line) == 3
+    assert "JSON parse error" in capsys.readouterr().err
+
+
 def test_text_that_trl_trains_on_is_what_is_measured(place, tmp_path):
     rows = [{"text": row["completion"], "instruction": "Say.", "output": "Words " * 30} for row in LEARN]
     assert main(learning(place, tmp_path, rows, "--measure", f"learn={tmp_path}/rows/train.jsonl")) == 0
