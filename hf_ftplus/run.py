@@ -131,6 +131,14 @@ def push(trainer: SFTTrainer, config: RunConfig) -> None:
     memory = Path(out, STATE_FOLDER, "memory")
     if memory.is_dir() and trainer.is_world_process_zero():
         base.write(memory, base.look(repo, out))
+    if config.completions:
+        logger.warning(
+            "%s goes to %s, too: a report with %d rows of each task and the answers to them. --completions 0 leaves "
+            "them out.",
+            Path(out, STATE_FOLDER),
+            repo,
+            config.completions,
+        )
     with said_of(repo, f" All is saved in {out}; push it later: hf upload {repo} {out}"):
         trainer.push_to_hub(dataset_name=config.script.dataset_name)
 

@@ -107,6 +107,8 @@ def test_a_cell_that_fails_is_said_and_the_others_go_on(first):
     assert "killed by signal 9" in states["nap"]["error"]
     assert "nothing holds" in states["broken"]["error"]
     assert facts["rows"][2]["learning"]["value"] is None
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in (RATE, "nap", "broken"))
     assert (out / "probe" / "ftplus" / "report.json").is_file()
     assert not list((out / "probe").glob("*.safetensors"))
     assert not list((out / "cells").glob("*/*/checkpoint-6"))

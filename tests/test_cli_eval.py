@@ -29,7 +29,7 @@ from hf_ftplus.evaluation.found import as_found
 from hf_ftplus.evaluation.scoring import Start
 from hf_ftplus.examples import tokenize
 from hf_ftplus.measured import hold_out
-from hf_ftplus.scored import measuring
+from hf_ftplus.scored import content, measuring
 from hf_ftplus.scored.shown import short
 
 
@@ -174,15 +174,26 @@ def test_nothing_is_measured_twice_and_a_model_that_changed_is(place, tmp_path, 
     assert "1 of 3 cells" in capsys.readouterr().err
     scored(place, tmp_path / "out", *flags, "--dtype", "bfloat16")
     assert "3 of 3 cells" in capsys.readouterr().err
+    scored(place, tmp_path / "out", *flags, "--metric", "quiz=exact_match")
+    assert "3 of 3 cells" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(content, "of_code", lambda: "of another version")
+        scored(place, tmp_path / "out", *flags)
+    assert "3 of 3 cells" in capsys.readouterr().err
+    lines = (place / "quiz.jsonl").read_text().splitlines()
+    (tmp_path / "quiz.jsonl").write_text("\n".join([*lines[:-1], lines[0]]))
+    scored(place, tmp_path / "out", flags[0], "--measure", f"quiz={tmp_path / 'quiz.jsonl'}")
+    assert "3 of 3 cells" in capsys.readouterr().err
 
 
 def test_interrupted_it_goes_on_and_finds_the_same(place, tmp_path, capsys, monkeypatch):
     flags = [["base", "worse", "model"], "--measure", f"asked={place / 'asked.jsonl'}", "--metric", "asked=exact_match"]
     whole = scored(place, tmp_path / "whole", *flags, "--cache", tmp_path / "other")
-    loaded, measure, seen = measuring.load, Evaluation.measure, []
+    loaded, measure, seen, together = measuring.load, Evaluation.measure, [], []
 
     def counting(self, model, task, start, hidden, **how):
         seen.append((self.batch_size, task.metric, hidden))
+        together.append(self.together)
         return measure(self, model, task, start, hidden, **how)
 
     def stopping(name, *how):
@@ -204,6 +215,7 @@ def test_interrupted_it_goes_on_and_finds_the_same(place, tmp_path, capsys, monk
     seen.clear()
     scored(place, out, *flags, "--cache", tmp_path / "third")
     assert [size for size, _, _ in seen] == [8, 4, 8, 8]
+    assert together[-4:] == [32, 16, 32, 32]  # answers, too, are written in other batches
     for one, two in zip(resumed["results"], whole["results"], strict=True):
         assert one == two
 

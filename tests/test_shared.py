@@ -112,11 +112,12 @@ def test_the_hash_of_a_name_is_that_of_its_revision(place, made, tmp_path, monke
     assert asked == ["you/model@v2"]
 
 
-def test_a_pushed_run_says_which_weights_its_memory_is_of(place, tmp_path, monkeypatch):
+def test_a_pushed_run_says_which_weights_its_memory_is_of_and_what_goes_along(place, tmp_path, monkeypatch, caplog):
     out = tmp_path / "out"
     with hub(monkeypatch, tmp_path / "cache") as there:
         assert main(words(place, out, "--push_to_hub", "--hub_model_id", "me/model")) == 0
         assert "ftplus/memory/base.json" in there.repos["me/model"]
+        assert "goes to me/model, too: a report with 3 rows of each task and the answers" in caplog.text
         assert main(["memory", "pull", "me/model", "--out", str(tmp_path / "back")]) == 0
     about = base.read(tmp_path / "back")
     assert (about.name, about.sha256) == ("me/model", content_hash(str(out))[0])

@@ -52,7 +52,7 @@ def compare(
     ctx: click.Context, config_file: str | None, plugins: tuple[str, ...], strengths: str | None,
     learning_rates: str | None, seeds: int, budget: str | None, out: Path | None, yes: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Train every candidate on the same data, seeds and steps, and recommend one.
+    """Train every candidate on the same data and seeds, for as many steps or epochs, and recommend one.
 
     Each cell, a candidate with a seed, is an `ftplus sft` run of its own below DIR. Typed again, it goes on where it
     stopped; finished cells are kept, also for a table with more candidates or seeds.

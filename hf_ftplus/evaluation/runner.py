@@ -61,7 +61,8 @@ class Evaluation:
     Args:
         tasks: what to measure.
         tokenizer: of the model, with its chat template if the rows are chats.
-        batch_size: rows in a micro-batch when scoring; four times as many are answered at once.
+        batch_size: rows in a micro-batch when scoring.
+        together: rows that are answered at once; left out, four times as many.
         seed: of the bootstrap and of the choice of completions.
         completions: rows of each task whose greedy answers are kept side by side.
         max_new_tokens: length of a completion; metrics allow for the longest expected answer of their task.
@@ -74,6 +75,7 @@ class Evaluation:
         tasks: Iterable[EvalTask],
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 8,
+        together: int | None = None,
         seed: int = 0,
         completions: int = 4,
         max_new_tokens: int = 48,
@@ -83,6 +85,7 @@ class Evaluation:
         self.tasks = list(tasks)
         distinct_names(task.name for task in self.tasks)
         self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
+        self.together = together or TOGETHER * batch_size
         self.completions, self.max_new_tokens, self.autocast = completions, max_new_tokens, autocast
         self.sides = sides
         self._head: Head | None = None
@@ -191,7 +194,7 @@ class Evaluation:
             model,
             self.tokenizer,
             [question(task.rows[i], self.tokenizer) for task, i in rows],
-            batch_size=TOGETHER * self.batch_size,
+            batch_size=self.together,
             max_new_tokens=tokens,
             autocast=self.autocast,
             label=f"{label}: answers",

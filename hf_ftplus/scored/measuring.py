@@ -21,7 +21,7 @@ from ..errors import DataError, IncompatibleError
 from ..evaluation import EvalTask, Evaluation, with_answers
 from ..evaluation.drift import keep_head
 from ..evaluation.found import as_found
-from ..evaluation.runner import Moment
+from ..evaluation.runner import TOGETHER, Moment
 from ..evaluation.scoring import Start, score
 from ..examples import Example, tokenize
 from ..generate import self_generate
@@ -117,7 +117,8 @@ class Scored:
         if before and not hidden:
             return before
         it, size = model(), self.plan.batch_size
-        evaluation = Evaluation([task], it.tokenizer, other_size(size, len(task.examples)) if layout else size)
+        sizes = [other_size(most, len(task.examples)) if layout else most for most in (size, TOGETHER * size)]
+        evaluation = Evaluation([task], it.tokenizer, *sizes)
         if start and len(lm_head(it.model).weight) != len(start.head.weight):
             start = None  # tokens were added: drift is not defined
         asked = replace(task, metric=None) if before else task
