@@ -179,14 +179,16 @@ def layout_of(config: RunConfig, asked: AsIf, built: torch.nn.Module) -> Layout:
     kind = str(getattr(args.optim, "value", args.optim))
     each = next(iter(built.parameters())).element_size()
     wide = 4 if asked.sharding == "fsdp2" else each  # accelerate casts what FSDP2 trains in mixed precision to fp32
+    stored = 0.5 if config.model.load_in_4bit else 1 if config.model.load_in_8bit else each
     return Layout(
         world=asked.world,
         sharding=asked.sharding,
         rows=args.per_device_train_batch_size,
         length=args.max_length or 1024,
         accumulation=args.gradient_accumulation_steps,
+        bf16=bool(args.bf16 or args.fp16),
         weight_bytes=wide,
-        frozen_bytes=each,
+        frozen_bytes=stored,
         optimizer_bytes=optimizer_bytes(kind, wide),
         checkpointing=args.gradient_checkpointing,
     )
@@ -264,10 +266,11 @@ def about(asked: AsIf, config: RunConfig, model: Model, layout: Layout) -> list[
     name = asked.model or config.model.model_name_or_path
     rows = f"{layout.rows} rows of {layout.length} tokens"
     rows += f", {layout.accumulation} times a step" if layout.accumulation > 1 else ""
+    passes = "fp16" if config.training.fp16 else "bf16" if layout.bf16 else "fp32"
     return [
         f"as if     {name}: {model.weights / 1e9:,.2f} B weights, {model.trained / 1e9:,.2f} B trained, "
         f"{model.active / 1e9:,.2f} B for each token",
-        f"ranks     {layout.world}, {layout.sharding}; on each {rows}; passes in bf16",
+        f"ranks     {layout.world}, {layout.sharding}; on each {rows}; passes in {passes}",
         f"memory    {size(sum(held.values()))} on each rank ({parts(held)})",
         f"wire      {size(sum(sent.values()))} sent by each rank and step ({parts(sent)})",
         f"step      about {max(computing, sending):.2g} s: computing {computing:.2g} s, wire {sending:.2g} s",

@@ -101,7 +101,7 @@ def test_what_a_machine_can_do_is_asked_of_the_device_that_was_meant(monkeypatch
     from hf_ftplus.cli import sft
 
     asked = []
-    monkeypatch.setattr(sft, "_that_work_here", lambda given, use_cpu: asked.append(use_cpu) or {"bf16": False})
+    monkeypatch.setattr(sft, "_that_work_here", lambda given, use_cpu, trains: asked.append(use_cpu) or {"bf16": False})
     sft.parse_trl([*FEWEST, *more], yaml)
     assert asked == [cpu]
 

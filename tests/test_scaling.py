@@ -194,6 +194,21 @@ def test_a_plan_needs_a_config_alone(config, capsys):
     assert "cache=true" in said
 
 
+def test_a_plan_knows_its_precision(config, capsys):
+    line = ["sft", "--dry-run", "--as-if", f"model={config},world=8"]
+    lora = ["--use_peft", "--lora_target_modules", "all-linear"]
+
+    def said(*more):
+        assert main([*line, *more]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    usual, full, half = said(), said("--bf16", "false"), said("--fp16", "true")
+    assert [found[1].rpartition(" ")[2] for found in (usual, full, half)] == ["bf16", "fp32", "fp16"]
+    assert usual[2] == half[2] != full[2]
+    assert usual[3] == half[3] != full[3]  # what is gathered and scattered
+    assert said(*lora)[2] != said(*lora, "--load_in_4bit", "true")[2]
+
+
 def test_a_plan_knows_adapters_and_ddp(config, capsys):
     line = [
         "sft",

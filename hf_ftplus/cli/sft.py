@@ -144,7 +144,7 @@ def parse_trl(
         words: of the command line.
         yaml: what TRL and accelerate may find in it.
         tasks: whether what is learnt is declared under `tasks:`.
-        no_data: nothing will be trained, so there may be nothing to learn.
+        no_data: nothing will be trained here, so there may be nothing to learn.
 
     Raises:
         UsageError: a flag or key that neither knows, with the nearest one that they do; or a bad value.
@@ -154,7 +154,7 @@ def parse_trl(
     _check_yaml(yaml, parser)
     for_launch = parser.set_defaults_with_config(**yaml)
     use_cpu = parser.parse_known_args(list(words))[0].use_cpu
-    parser.set_defaults(**_that_work_here([*words, *(f"--{key}" for key in yaml)], use_cpu))
+    parser.set_defaults(**_that_work_here([*words, *(f"--{key}" for key in yaml)], use_cpu, trains=not no_data))
     try:
         script, training, model, mixture, left = parser.parse_args_into_dataclasses(
             list(words), return_remaining_strings=True
@@ -211,7 +211,7 @@ def _usage_error(message: str) -> None:
     raise UsageError(f"{message}. See `ftplus sft --help-all`.")
 
 
-def _that_work_here(given: Sequence[str], use_cpu: bool) -> dict[str, Any]:
+def _that_work_here(given: Sequence[str], use_cpu: bool, trains: bool) -> dict[str, Any]:
     """Defaults that this machine can run, where the user said nothing: no GPU means CPU, no bf16 means fp32."""
     import torch
 
@@ -222,7 +222,7 @@ def _that_work_here(given: Sequence[str], use_cpu: bool) -> dict[str, Any]:
     cpu = not torch.accelerator.is_available()
     if cpu and not said("use_cpu"):
         defaults["use_cpu"] = True
-    if not has_bf16(on_cpu=cpu or use_cpu) and not said("bf16", "fp16"):
+    if trains and not has_bf16(on_cpu=cpu or use_cpu) and not said("bf16", "fp16"):
         defaults["bf16"] = False
         click.echo("This machine has no bf16; training in fp32 (say --bf16 true or --fp16 true to choose).", err=True)
     return defaults

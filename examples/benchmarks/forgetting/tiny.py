@@ -6,8 +6,8 @@
 Addition, reversal, sorting and addition modulo ten, each told by its first symbol, 600 steps of 64 rows each, with a
 fresh optimizer (after Marek 2026, scaled down to a CPU). Every row of the table is trained through
 `hf_ftplus.SFTTrainer`, at the same three learning rates on one seed; the one with the highest ACC on problems kept for
-this choice is then run on five other seeds and scored on other problems. Strengths are given, not tuned. What was run so
-far is in tiny.json.
+this choice is then run on five other seeds and scored on other problems. Strengths are given, not tuned. What was run
+so far is in tiny.json.
 
 No table of it is published yet. First runs, one seed: plain learns every task and keeps nothing of the first three
 (ACC .25); diagonal EWC, at strengths from 10 to 10,000, clipped or not, with 4 or 64 random draws, keeps little and
