@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .strategies.replay import Replay
     from .strategies.si import SI
     from .strategy import Batch, Memory, Run, Strategy, setting
-    from .trainer import SFTTrainer, StrategyMixin, attach
+    from .trainer import SaveOnInterrupt, SFTTrainer, StrategyMixin, attach
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "Replay",
     "Run",
     "SFTTrainer",
+    "SaveOnInterrupt",
     "Strategy",
     "StrategyCallback",
     "StrategyMixin",
@@ -53,7 +54,7 @@ _LAZY = {
     **dict.fromkeys(("Batch", "Memory", "Run", "Strategy", "setting"), ".strategy"),
     "StrategyCallback": ".callback",
     "sequence": ".stages",
-    **dict.fromkeys(("SFTTrainer", "StrategyMixin", "attach"), ".trainer"),
+    **dict.fromkeys(("SFTTrainer", "SaveOnInterrupt", "StrategyMixin", "attach"), ".trainer"),
 }
 
 
