@@ -15,8 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
@@ -120,12 +118,12 @@ def rows(dataset: Any, first: int | None = None) -> dict[str, Any] | None:
     return {"count": count, "sha256": found.hexdigest()}
 
 
-def _bytes(column: pa.Array) -> Iterator[bytes]:
-    """What a column holds, whatever memory it is spread over: tokens as they are, all else as JSON."""
-    if not column.null_count and (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        yield pc.list_value_length(column).to_numpy().tobytes()
+def _bytes(column: Any) -> Iterator[bytes]:
+    """What an Arrow array holds, whatever memory it is spread over: tokens as they are, all else as JSON."""
+    if not column.null_count and hasattr(column, "value_lengths"):  # a list in each row
+        yield column.value_lengths().to_numpy().tobytes()
         yield from _bytes(column.flatten())
-    elif not column.null_count and pa.types.is_integer(column.type):
+    elif not column.null_count and str(column.type).startswith(("int", "uint")):
         yield column.to_numpy().tobytes()
     else:
         yield json.dumps(column.to_pylist(), default=_plain, sort_keys=True).encode()

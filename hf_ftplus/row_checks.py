@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
 from datasets import Dataset
 from datasets.features.features import require_decoding
 
@@ -62,8 +61,8 @@ def refuse_foreign(rows: Dataset, size: int, whose: str) -> None:
     for name, low in (("input_ids", 0), ("labels", IGNORED)):
         if name not in rows.column_names:
             continue
-        for place, table in enumerate(rows.select_columns(name).with_format("arrow").iter(TOGETHER)):
-            for row, ids in enumerate(table[name].to_numpy(), place * TOGETHER + 1):
+        for part, table in enumerate(rows.select_columns(name).with_format("arrow").iter(TOGETHER)):
+            for row, ids in enumerate(table[name].to_numpy(), part * TOGETHER + 1):
                 bad = ids[(ids >= size) | (ids < 0) & (ids != low)] if len(ids) else ids
                 if len(bad):
                     raise DataError(f"learn, row {row}: {name!r} holds {bad[0]}; {whose} has {size} tokens.")
@@ -81,11 +80,13 @@ def refuse_empty(rows: Dataset) -> None:
     for name in TEXTS:
         if name not in rows.column_names:
             continue
-        column = rows.select_columns(name).with_format("arrow")[:][name]
-        missing = column.is_null()
-        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-            missing = pc.or_(missing, pc.fill_null(pc.equal(pc.list_value_length(column), 0), True))
-        places = pc.indices_nonzero(missing).to_pylist()
+        places: list[int] = []
+        for part, table in enumerate(rows.select_columns(name).with_format("arrow").iter(TOGETHER)):
+            column = table[name].combine_chunks()
+            missing = column.is_null().to_numpy(zero_copy_only=False)
+            if hasattr(column, "value_lengths"):  # a list of messages in each row
+                missing = missing | (column.value_lengths().to_numpy(zero_copy_only=False) == 0)
+            places += (np.flatnonzero(missing) + part * TOGETHER).tolist()
         if places:
             numbers = ", ".join(str(place + 1) for place in places[:20]) + ", ..." * (len(places) > 20)
             raise DataError(
