@@ -62,7 +62,7 @@ def refuse_foreign(rows: Dataset, size: int, whose: str) -> None:
         if name not in rows.column_names:
             continue
         for part, table in enumerate(rows.select_columns(name).with_format("arrow").iter(TOGETHER)):
-            for row, ids in enumerate(table[name].to_numpy(), part * TOGETHER + 1):
+            for row, ids in enumerate(table[name].to_numpy(zero_copy_only=False), part * TOGETHER + 1):
                 bad = ids[(ids >= size) | (ids < 0) & (ids != low)] if len(ids) else ids
                 if len(bad):
                     raise DataError(f"learn, row {row}: {name!r} holds {bad[0]}; {whose} has {size} tokens.")

@@ -154,6 +154,15 @@ def without_command(found):
     return {key: value for key, value in found.items() if key != "command"}
 
 
+def test_a_choice_is_kept_beside_its_score(place, tmp_path):
+    rows = [{"prompt": f"{i}? ", "completion": "yes" if i % 2 else "no", "choices": ["yes", "no"]} for i in range(8)]
+    (tmp_path / "picks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = scored(place, tmp_path / "out", ["base"], "--measure", f"picks={tmp_path / 'picks.jsonl'}")
+    kept = rows_of(tmp_path / "out", found["results"][0][0])
+    assert {row["answer"] for row in kept} <= {"yes", "no"}
+    assert [row["score"] for row in kept] == [float(row["answer"] == row["expected"].strip()) for row in kept]
+
+
 def test_nothing_is_measured_twice_and_a_model_that_changed_is(place, tmp_path, capsys, monkeypatch, cache):
     shutil.copytree(place / "worse", tmp_path / "worse")
     flags = [["base", tmp_path / "worse"], "--measure", f"quiz={place / 'quiz.jsonl'}"]

@@ -27,14 +27,14 @@ SECONDS = 1.0
 """A pattern that takes longer over one answer, as `(a+)+b` may take for ever, has found nothing in it."""
 
 
-def choice(
+def picked(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: EvalTask,
     batch_size: int,
     autocast: Autocast = nullcontext,
-) -> NDArray:
-    """1 where the right choice has the highest log-likelihood as the answer to the row's question.
+) -> list[str | None]:
+    """The choice with the highest log-likelihood as the answer to each row's question; None where one is not finite.
 
     The log-probabilities of a choice's tokens, its end of turn among them, are summed and not divided by their number:
     that is the probability that the model gives this very answer, and since the end counts, a choice that begins
@@ -49,14 +49,18 @@ def choice(
     likelihoods: list[list[float]] = [[] for _ in task.rows]
     for (i, _), nll in zip(rows, found.nll.tolist(), strict=True):
         likelihoods[i].append(-nll)
-    return np.array([_right(row, found) for row, found in zip(task.rows, likelihoods, strict=True)], float)
+    return [_likeliest(row["choices"], found) for row, found in zip(task.rows, likelihoods, strict=True)]
 
 
-def _right(row: dict, likelihoods: list[float]) -> bool:
+def _likeliest(choices: list[str], likelihoods: list[float]) -> str | None:
     if not all(map(math.isfinite, likelihoods)):
-        return False
-    best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-    return row["choices"][best] == expected(row)
+        return None
+    return choices[max(range(len(likelihoods)), key=likelihoods.__getitem__)]
+
+
+def right(picks: list[str | None], task: EvalTask) -> NDArray:
+    """1 where what was picked is the right choice."""
+    return np.array([pick == expected(row) for pick, row in zip(picks, task.rows, strict=True)], float)
 
 
 def written(answers: list[str], task: EvalTask) -> tuple[NDArray, int]:

@@ -41,8 +41,8 @@ class Moment:
     unread: int = 0
     """Answers in which the metric's pattern found nothing."""
     answers: dict[int, str] = field(default_factory=dict)
-    said: list[str] | None = None
-    """The answer to every row, where the metric reads them."""
+    said: list[str | None] | None = None
+    """The answer to every row, where the metric reads them, or its choice."""
     seconds: float = 0.0
     """Of scoring loss, accuracy and drift."""
 
@@ -134,7 +134,7 @@ class Evaluation:
     def _kept(self, model: nn.Module, task: EvalTask) -> Kept:
         before = self._before[task.name]
         if task.scored_by and not task.scored_by.written and before.metric.sum():
-            now = metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast)
+            now = metrics.right(self._picked(model, task), task)
             return Kept(task.scored_by.name, before.metric.mean(), now.mean())
         how = {"start": self._start(task), "autocast": self.autocast, "label": f"{task.name}: score"}
         now = score(model, task.examples, self.batch_size, **how)
@@ -178,8 +178,8 @@ class Evaluation:
         if task.scored_by is None:
             return Moment(scores, seconds=seconds)
         if not task.scored_by.written:
-            right = metrics.choice(model, self.tokenizer, task, self.batch_size, self.autocast)
-            return Moment(scores, right, seconds=seconds)
+            picks = self._picked(model, task)
+            return Moment(scores, metrics.right(picks, task), said=picks, seconds=seconds)
         said = self._ask(model, [(task, i) for i in range(len(task.rows))], self._room(task), task.name)
         return Moment(scores, *metrics.written(said, task), said=said, seconds=seconds)
 
@@ -188,6 +188,9 @@ class Evaluation:
         shown = [(task, i) for task in self.tasks for i in self.shown(task)]
         for (task, i), said in zip(shown, self._ask(model, shown, self.max_new_tokens, "completions"), strict=True):
             moments[task.name].answers[i] = said
+
+    def _picked(self, model: nn.Module, task: EvalTask) -> list[str | None]:
+        return metrics.picked(model, self.tokenizer, task, self.batch_size, self.autocast)
 
     def _ask(self, model: nn.Module, rows: list[tuple[EvalTask, int]], tokens: int, label: str) -> list[str]:
         return answers(

@@ -42,6 +42,11 @@ def choice_rows(chat: bool) -> list[dict]:
     ]
 
 
+def choice(model, tokenizer, task, batch_size):
+    """1 where it picks the right one."""
+    return metrics.right(metrics.picked(model, tokenizer, task, batch_size), task)
+
+
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_chosen_answer_is_the_one_with_the_highest_likelihood(tokenizer, chat, batch_size):
@@ -50,9 +55,9 @@ def test_the_chosen_answer_is_the_one_with_the_highest_likelihood(tokenizer, cha
     task = EvalTask.of("quiz", "protect", rows, tokenizer)
     assert task.metric == "choice"  # declared by the column
     with as_found(model):
-        found = metrics.choice(model, tokenizer, task, batch_size)
+        picks = metrics.picked(model, tokenizer, task, batch_size)
 
-    truth = []
+    truth, likeliest = [], []
     for row in rows:
         likelihoods = []
         for option in row["choices"]:
@@ -61,8 +66,10 @@ def test_the_chosen_answer_is_the_one_with_the_highest_likelihood(tokenizer, cha
             logits, labels = row_logits(model, tokenize([answered], tokenizer, None, "row").examples[0])
             likelihoods.append(logits.log_softmax(-1).gather(1, labels[:, None]).sum().item())
         right = row["completion"][0]["content"] if chat else row["completion"]
-        truth.append(float(row["choices"][likelihoods.index(max(likelihoods))] == right))
-    assert found.tolist() == truth
+        likeliest.append(row["choices"][likelihoods.index(max(likelihoods))])
+        truth.append(float(likeliest[-1] == right))
+    assert picks == likeliest
+    assert metrics.right(picks, task).tolist() == truth
 
 
 def test_moving_the_gold_answer_to_the_chosen_one_makes_every_row_right(tokenizer):
@@ -73,7 +80,7 @@ def test_moving_the_gold_answer_to_the_chosen_one_makes_every_row_right(tokenize
         picked = [{**row, "completion": [{"role": "assistant", "content": row["choices"][pick]}]} for row in rows]
         task = EvalTask.of("quiz", "protect", [{**row, "choices": row["choices"][:2]} for row in picked], tokenizer)
         with as_found(model):
-            scores.append(metrics.choice(model, tokenizer, task, 4))
+            scores.append(choice(model, tokenizer, task, 4))
     assert (scores[0] + scores[1]).tolist() == [1.0] * len(rows)
 
 
@@ -83,7 +90,9 @@ def test_a_model_that_no_longer_computes_is_never_right(tokenizer):
         model.model.norm.weight.fill_(torch.nan)
     task = EvalTask.of("quiz", "protect", choice_rows(chat=True), tokenizer)
     with as_found(model):
-        assert metrics.choice(model, tokenizer, task, 4).sum() == 0
+        picks = metrics.picked(model, tokenizer, task, 4)
+    assert picks == [None] * 4
+    assert metrics.right(picks, task).sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -318,5 +327,5 @@ def test_questions_longer_than_the_model_has_positions_for_are_read_from_their_e
         assert answers(model, tokenizer, half, max_new_tokens=900) == answers(model, tokenizer, half, max_new_tokens=24)
         assert "last 1 tokens" not in caplog.text
         task = EvalTask("quiz", "protect", tokenize(short, tokenizer, None, "quiz").examples, long, "choice")
-        assert len(metrics.choice(model, tokenizer, task, 4)) == 4
+        assert len(choice(model, tokenizer, task, 4)) == 4
     assert "quiz: choices: 11 of 11 rows are read from their last 48 tokens only" in caplog.text
