@@ -133,8 +133,13 @@ def writing(checkpoint: Path) -> Iterator[None]:
             if begun and not whole:  # else what stands there is an earlier one
                 shutil.rmtree(checkpoint, ignore_errors=True)
             left = newest(checkpoint.parent)
+        if whole:
+            raise StorageError(
+                f"{checkpoint.name} is whole, but what followed failed: {error}. "
+                "Go on with --resume_from_checkpoint true."
+            ) from error
         raise StorageError(
-            f"{checkpoint.name} {'is whole, but what followed failed' if whole else 'could not be written'}: {error}. "
+            f"{checkpoint.name} could not be written: {error}. "
             + (f"{left} is the last whole one. " if left else "There is no earlier one. ")
             + "Free some space, then go on with --resume_from_checkpoint "
             + ("true." if left else "auto.")
@@ -256,12 +261,13 @@ def read_commit(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
+        written = read_manifest(path)
         found = read_format(path, FORMAT, MIGRATIONS)
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} is damaged: {error}. Use an earlier checkpoint.") from None
-    files, expected = found.get("files"), found.pop("sha256", None)  # which an earlier version did not write
+    files, expected = found.get("files"), written.pop("sha256", None)  # which an earlier version did not write
     sound = (
-        expected in (None, _sum({key: value for key, value in found.items() if key != "format"}))
+        expected in (None, _sum({key: value for key, value in written.items() if key != "format"}))
         and type(found.get("step")) is int
         and isinstance(found.get("run"), dict)
         and isinstance(files, dict)

@@ -21,7 +21,7 @@ LONGER = ("max_steps", "num_train_epochs")
 """With another value it is to train longer."""
 PARTS = ("protect", "tasks", "memory", "stop_when", "model", "data", "mixture")
 ARGUMENTS = (
-    *(*REFUSED, *OVERRULED, *APPLIED),
+    *(*REFUSED, *OVERRULED, *(name for name in APPLIED if name != "ignore_data_skip")),
     *("seed", "data_seed", "max_length", "packing", "truncation_mode", "chat_template_path", "dataset_text_field"),
     *("packing_strategy", "eos_token", "load_best_model_at_end", "metric_for_best_model"),
 )

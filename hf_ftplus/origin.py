@@ -27,7 +27,7 @@ from .weights import canonical, trainable
 
 logger = logging.getLogger("hf_ftplus")
 
-BATCH = 1000
+BATCH = 100
 """Rows that are read at a time."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 SAID = {
@@ -111,7 +111,7 @@ def rows(dataset: Any, first: int | None = None) -> dict[str, Any] | None:
     count = min(len(dataset), first or len(dataset))
     found = hashlib.sha256()
     for table in dataset.with_format("arrow").select(range(count)).iter(BATCH):
-        for name in table.column_names:
+        for name in sorted(table.column_names):
             found.update(name.encode())
             for part in _bytes(table[name].combine_chunks()):
                 found.update(part)
@@ -121,10 +121,16 @@ def rows(dataset: Any, first: int | None = None) -> dict[str, Any] | None:
 def _bytes(column: Any) -> Iterator[bytes]:
     """What an Arrow array holds, whatever memory it is spread over: tokens as they are, all else as JSON."""
     if not column.null_count and hasattr(column, "value_lengths"):  # a list in each row
-        yield column.value_lengths().to_numpy().tobytes()
+        yield column.value_lengths().to_numpy().astype("<i8").tobytes()
         yield from _bytes(column.flatten())
     elif not column.null_count and str(column.type).startswith(("int", "uint")):
-        yield column.to_numpy().tobytes()
+        yield column.to_numpy().astype("<i8").tobytes()
+    elif str(column.type).startswith("struct<bytes: binary"):  # images and sounds
+        for part in column.flatten():
+            yield from _bytes(part)
+    elif str(column.type) in ("binary", "large_binary"):
+        for value in column:
+            yield b"-" if (content := value.as_py()) is None else f"{len(content)} ".encode() + content
     else:
         yield json.dumps(column.to_pylist(), default=_plain, sort_keys=True).encode()
 

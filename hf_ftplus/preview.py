@@ -140,12 +140,22 @@ def _learnt(name: str, rows: Any, config: RunConfig, tokenizer: Any, most: int) 
     args, role = config.training, _role("learn", config.shares.get(name))
     whole = isinstance(rows, Dataset)
     if whole:
-        refuse_foreign(rows, len(tokenizer), "the tokenizer")
+        refuse_foreign(name, rows, vocabulary(config, tokenizer))
     examples = as_trained(rows if whole else Dataset.from_list(first(rows, max(1, most))), name, tokenizer, args)
     part = slice(None) if args.packing else window(args.max_length, args.truncation_mode)
     about = counted(examples, name, part) if whole else "streamed, not counted"
     about += f"; packed to {args.max_length} ({args.packing_strategy})" if args.packing else ""
     return Seen(name, role, about, cut(examples, most, part))
+
+
+def vocabulary(config: RunConfig, tokenizer: Any) -> int:
+    """Tokens that the model has, which may be more than its tokenizer knows."""
+    from transformers import AutoConfig
+
+    args = config.model
+    trust = {"trust_remote_code": config.training.trust_remote_code}
+    made = AutoConfig.from_pretrained(resolve(args.model_name_or_path), revision=args.model_revision, **trust)
+    return max(len(tokenizer), getattr(made.get_text_config(), "vocab_size", None) or 0)
 
 
 def _protecting(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,13 @@ def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
         DataError: nothing is left, or tokens that the model does not have.
     """
     kept, parts = trainer.train_dataset, learn if isinstance(learn, dict) else {"learn": learn}
-    if not isinstance(kept, Dataset):
+    if not isinstance(kept, Dataset) or not all(isinstance(part, Dataset) for part in parts.values()):
         return
-    refuse_foreign(kept, trainer.model.get_input_embeddings().num_embeddings, "the model")
-    if not all(isinstance(part, Dataset) for part in parts.values()):
-        return
+    embedding = trainer.model.get_input_embeddings()
+    for wrapped in ("base_layer", "original_module"):  # by PEFT: a LoRA on it, or tokens of it that train
+        embedding = getattr(embedding, wrapped, embedding)
+    for name, part in parts.items():
+        refuse_foreign(name, part, getattr(embedding, "num_embeddings", math.inf))
     of_task = kept["task"] if isinstance(learn, dict) and len(kept) else []
     for name, part in parts.items():
         own = kept.select([place for place, task in enumerate(of_task) if task == name]) if of_task else kept
@@ -56,35 +58,38 @@ def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
             logger.warning(dropped(name, part, len(part) - len(own), trainer))
 
 
-def refuse_foreign(rows: Dataset, size: int, whose: str) -> None:
+def refuse_foreign(name: str, rows: Dataset, size: float) -> None:
     """Raise for tokens that are not among so many: a GPU would stop at them without a word of why."""
-    for name, low in (("input_ids", 0), ("labels", IGNORED)):
-        if name not in rows.column_names:
+    for column, low in (("input_ids", 0), ("labels", IGNORED)):
+        if column not in rows.column_names or not _of_tokens(rows.features[column]):
             continue
-        for part, table in enumerate(rows.select_columns(name).with_format("arrow").iter(TOGETHER)):
-            for row, ids in enumerate(table[name].to_numpy(zero_copy_only=False), part * TOGETHER + 1):
-                bad = ids[(ids >= size) | (ids < 0) & (ids != low)] if len(ids) else ids
+        for part, table in enumerate(rows.select_columns(column).with_format("arrow").iter(TOGETHER)):
+            for row, ids in enumerate(table[column].to_numpy(zero_copy_only=False), part * TOGETHER + 1):
+                bad = () if ids is None else ids[(ids >= size) | (ids < 0) & (ids != low)]
                 if len(bad):
-                    raise DataError(f"learn, row {row}: {name!r} holds {bad[0]}; {whose} has {size} tokens.")
+                    raise DataError(
+                        f"{escape(name)}, row {row}: {column!r} holds {bad[0]}; the model has {size} tokens."
+                    )
+
+
+def _of_tokens(feature: Any) -> bool:
+    return "int" in str(getattr(getattr(feature, "feature", None), "dtype", ""))
 
 
 TOGETHER = 1000
 """Rows that are looked at at a time."""
-TEXTS = ("text", "completion", "messages", "prompt")
 
 
-def refuse_empty(rows: Dataset) -> None:
-    """Raise for rows that nobody looked through when they were read, and that no template or tokenizer can take. Empty
-    text is one that both can, and that TRL trains on.
+def refuse_missing(rows: Dataset, columns: Iterable[str]) -> None:
+    """Raise where nothing stands in a column that is trained on, of rows that nobody looked through as they were read.
+    Empty text is something: TRL trains on it.
     """
-    for name in TEXTS:
-        if name not in rows.column_names:
-            continue
+    for name in sorted(columns):
         places: list[int] = []
         for part, table in enumerate(rows.select_columns(name).with_format("arrow").iter(TOGETHER)):
             column = table[name].combine_chunks()
             missing = column.is_null().to_numpy(zero_copy_only=False)
-            if hasattr(column, "value_lengths"):  # a list of messages in each row
+            if name == "messages" and hasattr(column, "value_lengths"):
                 missing = missing | (column.value_lengths().to_numpy(zero_copy_only=False) == 0)
             places += (np.flatnonzero(missing) + part * TOGETHER).tolist()
         if places:

@@ -27,9 +27,9 @@ from .row_checks import (
     check_metric,
     evaluated,
     measured_and_learnt,
-    refuse_empty,
     refuse_endless,
     refuse_idle,
+    refuse_missing,
     refuse_one_task,
     refuse_questions,
     refuse_unevaluated,
@@ -245,9 +245,10 @@ def as_trl_reads(rows: Any, config: RunConfig) -> Any:
     columns = set(rows.column_names or ())
     stray = "prompt" in columns and not columns & {"completion", "input_ids", "images", "image"}
     columns -= {"prompt"} if stray else set()  # TRL would look for its completion in vain
-    known = any(native <= columns for native in NATIVE) or config.training.dataset_text_field in columns
+    formats = (*NATIVE, {config.training.dataset_text_field})
+    known = next((native for native in formats if native <= columns), None)
     if known and isinstance(rows, Dataset):
-        refuse_empty(rows)
+        refuse_missing(rows, known)
     if not isinstance(rows, Dataset) or known:
         return rows.remove_columns("prompt") if stray and known else rows
     found = data.normalise(rows, "learn", named=True)

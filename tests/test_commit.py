@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import trl
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 from peft import LoraConfig
 from tiny import tiny_llama
 from training import LEARN, PROTECT, same, trainer, weights_of
@@ -73,6 +73,14 @@ def test_a_commit_lists_every_file_and_what_run_it_is_of(run):
     assert found["step"] == 2
     assert found["resumable"] is True
     assert found["run"]["batch"] == 4
+
+
+@pytest.mark.fault("B12")
+def test_a_sum_is_of_what_was_written_and_not_of_what_a_migration_makes_of_it(run, monkeypatch):
+    monkeypatch.setattr(commit, "FORMAT", 2)
+    monkeypatch.setattr(commit, "MIGRATIONS", {1: lambda found: {**found, "more": True}})
+    assert commit.fault(run / "checkpoint-6") == ""
+    assert commit.read_commit(run / "checkpoint-6")["more"]
 
 
 @pytest.mark.fault("B1")
@@ -324,6 +332,12 @@ def test_one_row_of_many_or_its_place_is_seen_and_nothing_else_is():
     assert rows(concatenate_datasets(pieces)) == known
     assert rows(Dataset.from_list(listed[::-1]).select(range(2499, -1, -1))) == known
     assert rows(Dataset.from_list([*listed, listed[0]]), 2500) == known
+    narrow = Features({"input_ids": LargeList(Value("int32")), "labels": List(Value("int16")), "text": Value("string")})
+    assert rows(Dataset.from_list(listed, features=narrow).select_columns(["labels", "text", "input_ids"])) == known
+    pictures = [{"image": {"bytes": bytes([i] * 9), "path": None}} for i in range(120)]
+    seen = rows(Dataset.from_list(pictures))
+    pictures[70]["image"]["bytes"] = b"another"
+    assert rows(Dataset.from_list(pictures)) != seen
 
 
 @pytest.mark.fault("B12")

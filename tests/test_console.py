@@ -71,12 +71,9 @@ def test_several_tasks_are_checked_shown_and_trained_then_asked_merged_and_score
     write_yaml("Several tasks in one run", use_peft=True, lora_r=2, save_steps=2, output_dir="OUTPUT")
     for line in lines("Several tasks in one run"):
         works(line)
-    after = lines("After training")
-    assert len(after) == 8
-    for line in after:
-        if (
-            line[0] != "compare" and "--lm-eval" not in line
-        ):  # minutes, and another package: they have tests of their own
+    elsewhere = ("compare", "--lm-eval")  # minutes, and another package: they have tests of their own
+    for line in lines("After training"):
+        if not any(word in line for word in elsewhere):
             works(line)
     assert Path("answers.jsonl").read_text().count("\n") == 2
     assert Path("MERGED", "model.safetensors").is_file()

@@ -79,13 +79,27 @@ def test_an_empty_text_is_trained_on_as_trl_does_and_is_an_error_only_to_who_ask
         ([{"messages": []}, {"messages": [{"role": "user", "content": "a"}]}], "'messages' is missing in 1 of 2 rows"),
         ([{"input_ids": [5, 6]}, {"input_ids": [5, 7777]}], "learn, row 2: 'input_ids' holds 7777; the "),
         ([{"input_ids": [5, 6], "labels": [-100, 9999]}], "learn, row 1: 'labels' holds 9999; the "),
-        ([{"input_ids": [5, 6], "labels": [-1, 6]}], "learn, row 1: 'labels' holds -1; the "),
+        ([{"input_ids": [5, 6], "labels": [-1, 6]}], "learn, row 1: 'labels' holds -1; the model has 384 tokens"),
     ],
 )
 def test_what_the_hub_brings_is_looked_through_too(place, tmp_path, capsys, command, rows, said):
     line = learning(place, tmp_path, rows)
     assert main([*command.split(), *line[1:]]) == 3
     assert said in capsys.readouterr().err
+
+
+def test_what_is_not_trained_on_may_be_missing(place, tmp_path):
+    """A prompt or a text beside messages."""
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]} for _ in range(6)]
+    beside = [{**row, "prompt": None if i % 2 else "x", "text": "t" if i else None} for i, row in enumerate(rows)]
+    assert main(["data", "check", *learning(place, tmp_path, beside)[1:]]) == 0
+
+
+@pytest.mark.parametrize(
+    "flags", [["--lora_target_modules", "q_proj", "embed_tokens"], ["--lora_modules_to_save", "embed_tokens"]]
+)
+def test_tokens_are_counted_where_an_adapter_is_on_them(place, tmp_path, flags):
+    assert main(learning(place, tmp_path, LEARN, "--use_peft", "--lora_r", "2", *flags)) == 0
 
 
 def test_a_line_that_datasets_cannot_read_is_said_with_its_reason(place, tmp_path, capsys):

@@ -62,12 +62,12 @@ class Evaluation:
         tasks: what to measure.
         tokenizer: of the model, with its chat template if the rows are chats.
         batch_size: rows in a micro-batch when scoring.
-        together: rows that are answered at once; left out, four times as many.
         seed: of the bootstrap and of the choice of completions.
         completions: rows of each task whose greedy answers are kept side by side.
         max_new_tokens: length of a completion; metrics allow for the longest expected answer of their task.
         autocast: the context of the forward passes, such as `partial(torch.autocast, "cuda", torch.bfloat16)`.
         sides: what notes call the two sides that are compared.
+        together: rows that are answered at once; left out, four times as many as are scored.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Evaluation:
         tasks: Iterable[EvalTask],
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 8,
-        together: int | None = None,
         seed: int = 0,
         completions: int = 4,
         max_new_tokens: int = 48,
         autocast: Autocast = nullcontext,
         sides: tuple[str, str] = ("before training", "after training"),
+        together: int | None = None,
     ) -> None:
         self.tasks = list(tasks)
         distinct_names(task.name for task in self.tasks)

@@ -117,8 +117,10 @@ class Scored:
         if before and not hidden:
             return before
         it, size = model(), self.plan.batch_size
-        sizes = [other_size(most, len(task.examples)) if layout else most for most in (size, TOGETHER * size)]
-        evaluation = Evaluation([task], it.tokenizer, *sizes)
+        at_once, together = (
+            other_size(most, len(task.examples)) if layout else most for most in (size, TOGETHER * size)
+        )
+        evaluation = Evaluation([task], it.tokenizer, at_once, together=together)
         if start and len(lm_head(it.model).weight) != len(start.head.weight):
             start = None  # tokens were added: drift is not defined
         asked = replace(task, metric=None) if before else task
