@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 OUT = Path(os.environ.get("OUT", HERE / "picture.svg"))
 KINDS = {"plain": ("#b5302a", "X"), "replay": ("#4d7a2f", "s"), "distill": ("#2b6cb0", "o"), "EWC": ("#8a5a00", "D")}
 STACKED = {"distill": ("distill + EWC", "#5b3a9b", "*"), "replay": ("replay + EWC", "#1f7a7a", "P")}
-OTHER = ("other", "#777777", ".")
+OTHER = ("plugins", "#777777", "v")
 
 rows = json.loads((HERE / "benchmarks" / "strategies.json").read_text(encoding="utf-8"))
 points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
