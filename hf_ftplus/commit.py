@@ -381,7 +381,7 @@ def _set_aside(checkpoint: Path, why: str) -> None:
         now = f"It is now {aside.name}."
     except OSError as error:
         now = f"It stays, for it cannot be renamed ({error.strerror})."
-    logger.warning("%s is not whole: %s. %s", checkpoint, why, now)
+    logger.warning("%s is not whole: %s. %s", checkpoint, why.rstrip("."), now)
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
