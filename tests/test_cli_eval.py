@@ -222,9 +222,9 @@ def test_interrupted_it_goes_on_and_finds_the_same(place, tmp_path, capsys, monk
     # of the first model the hidden states alone; those of other batches were there
     assert seen == [(8, None, True), (8, "exact_match", False), (8, "exact_match", False)]
     seen.clear()
-    scored(place, out, *flags, "--cache", tmp_path / "third")
-    assert [size for size, _, _ in seen] == [8, 4, 8, 8]
-    assert together[-4:] == [32, 16, 32, 32]  # answers, too, are written in other batches
+    scored(place, out, *flags, "--cache", tmp_path / "third", "--batch_size", "32")
+    assert [size for size, _, _ in seen] == [32, 16, 32, 32]
+    assert together[-4:] == [128, 32, 128, 128]  # the 64 answers, too, are written in other batches
     for one, two in zip(resumed["results"], whole["results"], strict=True):
         assert one == two
 

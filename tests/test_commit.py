@@ -326,7 +326,10 @@ def test_one_row_of_many_or_its_place_is_seen_and_nothing_else_is():
     edited[1234] = {**listed[1234], "input_ids": [1234, 1236]}
     swapped[1233:1235] = listed[1234:1232:-1]
     parted = [*listed[:7], {**listed[7], "input_ids": [7, 8, 8]}, {**listed[8], "input_ids": [9]}, *listed[9:]]
-    for other in (edited, swapped, parted):
+    said, unseen = list(listed), list(listed)
+    said[1234] = {**listed[1234], "text": "another"}
+    unseen[1234] = {**listed[1234], "labels": [-100, 1]}
+    for other in (edited, swapped, parted, said, unseen):
         assert rows(Dataset.from_list(other)) != known
     pieces = [Dataset.from_list(part) for part in (listed[:100], listed[100:1001], listed[1001:])]
     assert rows(concatenate_datasets(pieces)) == known
