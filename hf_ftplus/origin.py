@@ -42,6 +42,7 @@ REFUSED = (
     "optim",
     "optim_args",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "loss_type",
     "completion_only_loss",
     "assistant_only_loss",
@@ -54,10 +55,7 @@ REFUSED = (
 step."""
 OVERRULED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 """Arguments whose values a checkpoint brings back, in its optimizer and schedule, whatever is given now."""
-APPLIED = (
-    *("max_grad_norm", "warmup_steps", "bf16", "fp16", "ignore_data_skip"),
-    *("max_steps", "num_train_epochs", "lr_scheduler_kwargs"),
-)
+APPLIED = ("max_grad_norm", "warmup_steps", "bf16", "fp16", "ignore_data_skip", "max_steps", "num_train_epochs")
 """Arguments that hold from here on as they are given now."""
 
 

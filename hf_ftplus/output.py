@@ -126,28 +126,36 @@ def settle(config: RunConfig) -> None:
 
 
 def refuse_full_disk(trainer: SFTTrainer, folder: Path) -> None:
-    """Raise before the first step where not even the trained weights will find room; warn where a checkpoint will not.
+    """Raise before anything is prepared where not even the trained weights will find room.
 
     Raises:
         StorageError: says how much there is and how much it takes.
     """
-    adapted = bool(getattr(trainer.model, "peft_config", None))  # then the adapter alone is saved
-    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not adapted]
-    least = sum(weight.numel() * weight.element_size() for weight in weights)
-    moments = 8 * sum(weight.numel() for weight in weights if weight.requires_grad)  # AdamW's, in fp32
-    free = shutil.disk_usage(folder).free
+    free, least = shutil.disk_usage(folder).free, bytes_saved(trainer)
     if free < least:
         raise StorageError(
             f"{folder} has room for {free / 1e6:,.0f} MB, and the trained weights alone take {least / 1e6:,.0f} MB. "
             "Free some space, or choose another --output_dir."
         )
-    if trainer.args.save_strategy != "no" and free < least + moments:
+
+
+def warn_of_little_room(trainer: SFTTrainer, folder: Path, state: float) -> None:
+    """Warn where a checkpoint, with Adam's moments and this many bytes of strategies, will not find room."""
+    weights = [weight.numel() for weight in trainer.model.parameters() if weight.requires_grad]
+    free, least = shutil.disk_usage(folder).free, bytes_saved(trainer) + 8 * sum(weights) + state
+    if trainer.args.save_strategy != "no" and free < least:
         logger.warning(
-            "%s has room for %.0f MB; a checkpoint takes about %.0f MB. Free some space, or type --save_strategy no.",
-            folder,
-            free / 1e6,
-            (least + moments) / 1e6,
+            "%s has room for %.1f MB; a checkpoint takes about %.1f MB, of which strategies %.1f MB. Free some space, "
+            "or type --save_strategy no.",
+            *(folder, free / 1e6, least / 1e6, state / 1e6),
         )
+
+
+def bytes_saved(trainer: SFTTrainer) -> int:
+    """Of the weights that a checkpoint brings: of an adapter, where there is one."""
+    adapted = bool(getattr(trainer.model, "peft_config", None))
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not adapted]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 @contextmanager

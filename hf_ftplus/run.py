@@ -27,7 +27,16 @@ from .finished import MEASURING, finished, measured_otherwise
 from .foreseen import refuse_foreseen
 from .measured import keep_apart, tasks
 from .model import resolve, to_train
-from .output import alone, claim, no_empty_folder, on_the_disk, refuse_full_disk, resume_point, settle
+from .output import (
+    alone,
+    claim,
+    no_empty_folder,
+    on_the_disk,
+    refuse_full_disk,
+    resume_point,
+    settle,
+    warn_of_little_room,
+)
 from .page import leave_card, leave_page, warned
 from .refusals import refuse, refuse_answers, zero_stage
 from .report import Report
@@ -197,8 +206,11 @@ class Start(TrainerCallback):
                 logger.warning("resumed under FSDP: the model has moved on, so its start is not measured")
         if fresh:
             track(self.trainer, self.measured, "before")
-        for name, cost in costs(self.trainer, train_dataloader) if fresh else ():
+        known = dict(costs(self.trainer, train_dataloader)) if fresh else {}
+        for name, cost in known.items():
             logger.info("%s: %s", name, in_words(cost))
+        state = sum(cost.get("bytes", 0.0) for cost in known.values())
+        warn_of_little_room(self.trainer, Path(args.output_dir), state)
 
 
 def costs(trainer: SFTTrainer, train_dataloader: Any = None) -> Iterator[tuple[str, dict[str, float]]]:

@@ -87,3 +87,17 @@ OPEN = {
     "D10": "No model here is spread by the Trainer; it refuses to resume those itself.",
 }
 """Lines without a test, and why."""
+
+NOT_BUILT = {
+    "--drop-state": "A run without one of its strategies is another run: it begins from the checkpoint's weights (C1).",
+    "--allow-tokenizer-change": "Nor does a run go on with other tokens (B4).",
+    "--allow-data-change": "Nor with other rows, whose order the checkpoint's place in them is of (B9).",
+    "--on-nan": "A step that is skipped is one that SI cannot count, and hides a run that diverges (D1).",
+    "--allow-drop": "Rows that do not train are counted, with share and reason, and TRL's own runs go on (E8).",
+    "--column-map": "`template` and `completion` of a task make its columns of any others (E5).",
+    "--required-plugins": "`plugins` of a file are required: without one of them nothing starts (C10).",
+    "--max-line-bytes": "A line of any length is read in the time that its bytes take (E15).",
+    "--i-trust-this-checkpoint": "The one who resumes is warned; a switch would be typed once and copied (F2).",
+    "--push-state": "What is pushed beside the model is said, and no rows that were kept are among it (F9).",
+}
+"""Flags that were thought of, and why there is none."""

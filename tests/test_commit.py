@@ -287,6 +287,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(ended, tmp_path,
     [
         ({"optim": "sgd"}, r"another optim \(adamw_torch there, sgd here\)"),
         ({"lr_scheduler_type": "cosine"}, r"another lr_scheduler_type \(linear there, cosine here\)"),
+        ({"lr_scheduler_kwargs": {"last_epoch": 7}}, r"another lr_scheduler_kwargs \(None there, {'last_epoch': 7} here\)"),
         ({"train_sampling_strategy": "sequential"}, r"another train_sampling_strategy \(random there, sequential here\)"),
         ({"protect": PROTECT[1:]}, r"other rows to protect \(protect\)"),
         ({"protect": {"other": PROTECT}}, r"other rows to protect \(protect there, other here\)"),

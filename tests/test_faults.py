@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -50,6 +51,14 @@ def test_every_fault_has_a_test_or_a_reason():
     assert [name for name in faults.REQUIRED if name not in tested and name not in faults.OPEN] == []
     assert [name for name in tested if name not in faults.REQUIRED] == []
     assert [name for name in faults.OPEN if name in tested or name not in faults.REQUIRED] == []
+
+
+def test_what_was_not_built_is_not_there_and_names_its_fault():
+    text = "".join(file.read_text(encoding="utf-8") for file in (HERE.parent / "hf_ftplus").rglob("*.py"))
+    assert "--resume_from_checkpoint" in text
+    for flag, why in faults.NOT_BUILT.items():
+        assert not re.search(flag.replace("-", "[-_]"), text), flag
+        assert why.rsplit("(", 1)[1].removesuffix(").") in faults.REQUIRED, why
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +146,9 @@ def test_too_little_room_is_said_before_the_first_step(place, tmp_path, capsys, 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=200_000))
     assert main(words(place, tmp_path / "out", "--measure_rows", "0")) == 0
-    assert "has room for 0 MB; a checkpoint takes about 0 MB. Free some space" in caplog.text
+    state = next((tmp_path / "out").glob("checkpoint-*/ftplus/ewc.safetensors")).stat().st_size / 1e6
+    assert "has room for 0.2 MB; a checkpoint takes about" in caplog.text
+    assert f"of which strategies {state:.1f} MB. Free some space" in caplog.text
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     assert main(words(place, tmp_path / "other", "--measure_rows", "0")) == 6
     assert "the trained weights alone take 0 MB. Free some space" in capsys.readouterr().err
