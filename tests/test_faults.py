@@ -22,9 +22,10 @@ import pytest
 import torch
 from commands import make_place, same_file, words
 from datasets import Dataset
+from peft import LoraConfig
 from tiny import tiny_llama
 from training import LEARN, PROTECT, arguments, same, trainer, weights_of
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ftplus import SFTTrainer, attach, commit, data, state
 from hf_ftplus.cli import main
@@ -214,23 +215,56 @@ def test_an_older_format_is_migrated_in_memory_and_its_file_stays(tmp_path, monk
     assert [(stored / "ftplus" / name).read_bytes() for name in ("manifest.json", "commit.json")] == before
 
 
-@pytest.mark.fault("B12")
-def test_a_run_of_the_first_release_goes_on(tmp_path, monkeypatch):
-    """`tests/stored/0.1.0-ewc` is a checkpoint of full weights under EWC, as it was written then."""
-    monkeypatch.setattr("hf_ftplus.origin.rows", lambda *args: None)  # TRL of today may make others of the same text
-    stored = shutil.copytree(HERE / "stored" / "0.1.0-ewc" / "checkpoint-2", tmp_path / "checkpoint-2")
-    it = SFTTrainer(
-        tiny_llama(seed=1, layers=1, hidden=4, heads=2),
-        args=arguments(tmp_path, max_steps=4, **SAVING),
+def as_then(tmp_path, *strategies, tokenizer=None, **kwargs):
+    """A run of what `tests/stored` holds, with rows of today: TRL may make others of the same text."""
+    return SFTTrainer(
+        kwargs.pop("model", None) or tiny_llama(seed=1, layers=1, hidden=4, heads=2),
+        args=arguments(tmp_path, max_steps=4, logging_steps=1, **kwargs.pop("args", {})),
         train_dataset=Dataset.from_list(LEARN[:8]),
-        processing_class=AutoTokenizer.from_pretrained(stored),
-        strategies=["ewc"],
-        protect=PROTECT[:4],
+        processing_class=tokenizer or AutoTokenizer.from_pretrained(HERE / "stored" / "0.1.0-ewc" / "checkpoint-2"),
+        strategies=list(strategies),
+        **kwargs,
     )
+
+
+@pytest.mark.fault("B12")
+@pytest.mark.parametrize(
+    ("name", "strategies", "more"),
+    [
+        ("0.1.0-ewc", ["ewc"], {}),
+        (
+            "0.1.0-lora",
+            ["ewc", "distill"],
+            {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), "args": {"max_grad_norm": 0.0}},
+        ),
+    ],
+    ids=["all weights", "LoRA"],
+)
+def test_a_run_of_the_first_release_goes_on(tmp_path, monkeypatch, name, strategies, more):
+    """`tests/stored` has its checkpoints as they were written then."""
+    monkeypatch.setattr("hf_ftplus.origin.rows", lambda *args: None)
+    stored = shutil.copytree(HERE / "stored" / name / "checkpoint-2", tmp_path / "checkpoint-2")
+    more = {**more, "args": {**more.get("args", {}), **SAVING}}
+    it = as_then(tmp_path, *strategies, protect=PROTECT[:4], **more)
     it.train(resume_from_checkpoint=str(stored))
     assert it.state.global_step == 4
+    for strategy in strategies:
+        said = [value for log in it.state.log_history for key, value in log.items() if key.startswith(f"{strategy}/")]
+        assert said, strategy
     assert [log["ewc/penalty"] > 0 for log in it.state.log_history if "ewc/penalty" in log] == [True, True]
     assert not commit.fault(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.fault("B12")
+def test_a_memory_of_the_first_release_is_held(tmp_path):
+    """`tests/stored/0.1.0-memory` is what EWC and SI left then, with the model that they left it with."""
+    stored = HERE / "stored" / "0.1.0-memory"
+    model = AutoModelForCausalLM.from_pretrained(stored)
+    it = as_then(tmp_path, "ewc", "si", model=model, memory=stored / "memory", args={"max_grad_norm": 0.0})
+    it.train()
+    for penalty in ("ewc/penalty", "si/penalty"):
+        held = [log[penalty] for log in it.state.log_history if penalty in log]
+        assert held[0] < held[-1], penalty
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
