@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from . import data
@@ -36,12 +35,18 @@ class How:
     seed: int = 0
 
 
-def ask(models: list[Trained], rows: Iterable[Row], how: How) -> Iterator[Answered]:
-    """Answers in the order of the questions, as soon as a batch of them is there."""
-    rows = iter(rows)
-    while group := list(islice(rows, how.batch_size)):
-        found = [_answers(model, group, how) for model in models]
-        for i, row in enumerate(group):
+def ask(models: list[Trained], rows: list[list[Row]], how: How) -> Iterator[Answered]:
+    """Answers in the order of the questions, as soon as a batch of them is there.
+
+    Args:
+        models: to be asked.
+        rows: for each model, the same questions in the form that it understands.
+        how: answers are written.
+    """
+    for start in range(0, len(rows[0]), how.batch_size):
+        group = [own[start : start + how.batch_size] for own in rows]
+        found = [_answers(model, own, how) for model, own in zip(models, group, strict=True)]
+        for i, row in enumerate(group[0]):
             wanted = expected(row, models[0].tokenizer) if "completion" in row or "messages" in row else None
             yield Answered(asked_text(row, models[0].tokenizer), [texts[i] for texts in found], wanted)
 

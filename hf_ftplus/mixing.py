@@ -27,6 +27,7 @@ from .errors import DataError, FTPlusError, IncompatibleError, PluginError
 from .formats import escape
 from .mixture import MixtureSampler, table
 from .pools import KEPT, Pools, endless, interleaved, learn_tasks, together
+from .strategy import Run
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -55,10 +56,12 @@ class MixingMixin:
         pools = Pools(self._streams or self.train_dataset, run.protect, pack)
         rows = sum(task.rows or 0 for task in pools.tasks.values() if task.role == "learn")
         run.tasks, run.rows = pools.tasks, planned_rows(self.args, rows)
-        plain, shares = pools.shares(), pools.shares(given)
-        for strategy in self.ftplus.acting("mix"):
-            shares = self.ftplus.call(strategy, "mix", run, dict(shares))
-            check_shares(strategy.name, shares, plain)
+        plain = pools.shares()
+        if self.args.max_steps > 0 and run.protect:  # its steps are for protect rows, too: for how many is asked first
+            planned, run.rows = run.rows, 1.0
+            shares = self._asked(run, pools.shares(given), plain)
+            run.rows = planned * sum(shares[name] for name, task in run.tasks.items() if task.role == "learn")
+        shares = self._asked(run, pools.shares(given), plain)
         if any(abs(shares[task] - plain[task]) > 1e-9 for task in plain):
             self._set_signature_columns_if_needed()
             refuse_mixing(self.args, pools, self._signature_columns)
@@ -66,6 +69,13 @@ class MixingMixin:
             self.ftplus.learn_rows = rows or None
         epoch = sum(task.drawn for task in run.tasks.values())
         logger.info(table(run.tasks, planned_rows(self.args, epoch) / epoch))
+
+    def _asked(self, run: Run, shares: dict[str, float], plain: dict[str, float]) -> dict[str, float]:
+        """Shares of tasks once every strategy has had its turn."""
+        for strategy in self.ftplus.acting("mix"):
+            shares = self.ftplus.call(strategy, "mix", run, dict(shares))
+            check_shares(strategy.name, shares, plain)
+        return shares
 
     def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
         if self._mixture is not None:

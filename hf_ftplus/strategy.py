@@ -191,7 +191,7 @@ class Run:
     tasks: dict[str, Task] = field(default_factory=dict)
     """The tasks that training rows may come from, if any strategy mixes: known from `mix` on."""
     rows: float = 0.0
-    """Rows that the run trains on in all, were none added to the learn rows: known from `mix` on."""
+    """Rows of learn tasks that the run trains on in all: known from `mix` on."""
     step: int = 0
     """Optimizer steps taken so far."""
     learning_rate: float = 0.0

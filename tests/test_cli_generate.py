@@ -408,6 +408,22 @@ def test_chats_for_a_model_without_a_template(place, tmp_path, capsys):
     assert "Prompt 1 is a chat, and the tokenizer has no chat template" in capsys.readouterr().err
 
 
+def test_each_of_two_models_is_asked_in_its_own_form(place, tmp_path, capsys):
+    """A base model and what was trained of it with a chat template, in either order."""
+    shutil.copytree(place / "model", tmp_path / "untaught")
+    tiny_tokenizer(None).save_pretrained(tmp_path / "untaught")
+    (tmp_path / "untaught" / "chat_template.jinja").unlink()
+    alone = {
+        name: asked(place, tmp_path, "--model", name, "--prompt", "Name a colour.")[0]["completion"]
+        for name in (place / "model", tmp_path / "untaught")
+    }
+    assert len(set(alone.values())) == 2
+    for one, other in (list(alone), list(alone)[::-1]):
+        (row,) = asked(place, tmp_path, "--model", one, "--compare-with", other, "--prompt", "Name a colour.")
+        assert (row["completion"], row["compared"]) == (alone[one], alone[other])
+        assert "untaught has no chat template: it reads each prompt as text" in capsys.readouterr().err
+
+
 def test_a_system_message_comes_before_every_kind_of_chat(place, tmp_path):
     chats = [CHAT, [*CHAT, {"role": "assistant", "content": "Red."}]]
     for number, chat in enumerate(chats):

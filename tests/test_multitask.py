@@ -158,12 +158,15 @@ def test_proportional_trains_as_trl_does(tmp_path):
     assert ours.ftplus.strategies[0].metrics()["rows/a"] == 0.25
 
 
-@pytest.mark.parametrize("run", [{"num_train_epochs": 3, "max_steps": -1}, {"max_steps": 126, "num_train_epochs": 1}])
-def test_a_small_task_comes_at_most_max_epochs_times_in_the_whole_run(tmp_path, run):
-    it = trainer(tmp_path, MultiTask(mode="equal", max_epochs=6), protect=None, learn=labelled(), **run)
-    times = drawn_of(it, epochs=3)  # 504 rows, which 126 steps of 4 draw, too
+@pytest.mark.parametrize(
+    ("replay", "steps"), [((), -1), ((), 126), ((Replay(share=0.5),), -1), ((Replay(share=0.5),), 252)]
+)
+def test_a_small_task_comes_at_most_max_epochs_times_in_the_whole_run(tmp_path, replay, steps):
+    how = {"learn": labelled(), "protect": PROTECT if replay else None, "max_steps": steps, "num_train_epochs": 3}
+    it = trainer(tmp_path, MultiTask(mode="equal", max_epochs=6), *replay, **how)
+    times = drawn_of(it, epochs=3)  # 504 rows to learn, which 126 steps of 4 draw, too, and 252 where half are replayed
     assert {times[row] for row in it._mixture.members["sums"].tolist()} == {6}
-    assert max(times.values()) == 6
+    assert max(times[row] for task in SIZES for row in it._mixture.members[task].tolist()) == 6
 
 
 def test_steps_hold_their_shares_of_every_task(tmp_path):

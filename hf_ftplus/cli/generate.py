@@ -99,9 +99,12 @@ def generate(
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    rows = questions_of(typed, file, bool(tokenizer_of(name).chat_template), system, not no_chat)
-    model = load(name, dtype, device)
-    models = [model, *([_other(model, compare_with, dtype, device)] if compare_with else [])]
+    rows = [questions_of(typed, file, bool(tokenizer_of(name).chat_template), system, not no_chat)]
+    models = [load(name, dtype, device)]
+    if compare_with:
+        models.append(_other(models[0], compare_with, dtype, device))
+        rows.append(questions_of(typed, file, bool(models[1].tokenizer.chat_template), system, not no_chat))
+        _say_who_reads_text(models, no_chat)
     answered = []
     for item in ask(models, rows, How(**how)):
         _show(item, models)
@@ -130,6 +133,13 @@ def _other(model: Trained, name: str, dtype: str, device: str | None) -> Trained
     if model.adapted and (name == BASE or resolve(name) == base_of(model.name)):
         return model.base()
     return load(began_with(model.name) if name == BASE else name, dtype, device)
+
+
+def _say_who_reads_text(models: list[Trained], no_chat: bool) -> None:
+    """Where one of two models has a chat template, the other is asked otherwise, and may answer otherwise for that."""
+    without = [model.name for model in models if not model.tokenizer.chat_template]
+    if len(without) == 1 and not no_chat:
+        click.echo(f"{without[0]} has no chat template: it reads each prompt as text, not as a user's turn.", err=True)
 
 
 def _show(item: Answered, models: list[Trained]) -> None:

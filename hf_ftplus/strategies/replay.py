@@ -71,7 +71,7 @@ class Replay(Strategy):
 
     def mix(self, run: Run, shares: dict[str, float]) -> dict[str, float]:
         """Take `share` off the top for the protect tasks; whatever else was mixed keeps its proportions."""
-        self.tasks = run.tasks
+        first, self.tasks = not self.tasks, run.tasks
         protect = {name: task for name, task in run.tasks.items() if task.role == "protect"}
         if self.share == 0:
             return shares
@@ -80,7 +80,7 @@ class Replay(Strategy):
                 "replay has nothing to replay: no protect data. Type --protect FILE, or --protect self:256 to let the "
                 "starting model write it."
             )
-        if self.share < LITTLE:
+        if first and self.share < LITTLE:
             logger.warning(
                 "replay: a share of %g is little; evidence for less than 1 %% is of large models.", self.share
             )
