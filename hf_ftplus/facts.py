@@ -6,9 +6,11 @@ import platform
 import re
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import stopping
+from .callback import STATE_FOLDER
 from .config import SECRETS
 from .report import history
 
@@ -32,6 +34,7 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
         "device": str(trainer.args.device),
         "processes": trainer.args.world_size,
         "seconds": seconds,
+        "memory": Path(config.training.output_dir, STATE_FOLDER, "memory", "manifest.json").is_file(),
         "strategies": {} if trainer.ftplus is None else strategy_facts(trainer),
         "history": history(trainer.state.log_history),
     }

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import weakref
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from hf_ftplus.errors import RetentionError, StorageError, UsageError
 from hf_ftplus.report import Report
 from hf_ftplus.report.matrix import Matrix
 from hf_ftplus.stages.plan import read
-from hf_ftplus.stages.reservoir import reservoir
+from hf_ftplus.stages.reservoir import divided, reservoir
 
 LORA = {"use_peft": True, "lora_r": 2, "lora_target_modules": "all-linear"}
 LORA_QV = {**LORA, "lora_target_modules": ["q_proj", "v_proj"]}
@@ -163,11 +164,22 @@ def test_recording_alone_trains_as_plain_does(place, tmp_path):
 
 
 def test_memory_goes_on_without_any_rows_kept(place, tmp_path):
-    hf_ftplus.sequence(sequence_yaml(place, tmp_path, stages=2, plugins=["ewc"], keep=0, save_strategy="no"))
+    given = sequence_yaml(place, tmp_path, stages=2, plugins=["si"], keep=0, save_strategy="no")
+    hf_ftplus.sequence(given)
     second = stage_of(tmp_path, "02-fruits")
     assert "protect" not in second
     assert not (tmp_path / "pools").exists()
-    assert reports(tmp_path)[1].facts["strategies"]["ewc"]["penalty"] > 0
+    assert reports(tmp_path)[1].facts["strategies"]["si"]["penalty"] > 0
+    shutil.rmtree(tmp_path / "02-fruits")
+    shutil.rmtree(tmp_path / "01-colours" / "ftplus" / "memory")
+    with pytest.raises(StorageError, match=r"01-colours/ftplus/memory is gone, and si looks for it\. Put it back; or"):
+        hf_ftplus.sequence(given)
+
+
+def test_a_stage_without_the_strategy_ends_what_it_remembered(place, tmp_path):
+    plan = read(sequence_yaml(place, tmp_path, keep=0, plugins=["si"], each={"fruits": {"plugins": []}}))
+    assert [stage.remembers for stage in plan.stages] == [[], [], []]
+    assert "cities: si remembers nothing of colours, for fruits is trained without it." in " ".join(plan.notes)
 
 
 def test_memory_of_an_earlier_run_is_for_the_first_stage(place, whole, tmp_path):
@@ -248,7 +260,8 @@ def test_a_stage_may_learn_several_tasks_and_keeps_rows_of_all(place, tmp_path):
     given = sequence_yaml(place, tmp_path, stages=3, max_steps=2, save_strategy="no", keep=12, plugins=["replay"])
     several = given["stages"][1]
     several["tasks"] = [
-        {"name": f"some {name}", "dataset": str(place / f"{name}.jsonl")} for name in ("fruits", "cities")
+        {"name": f"some {name}", "dataset": f"{place / name}.jsonl:train[:{count}]"}
+        for name, count in (("fruits", 2), ("cities", 20))
     ]
     several["name"] = "both"
     del several["dataset_name"]
@@ -259,8 +272,7 @@ def test_a_stage_may_learn_several_tasks_and_keeps_rows_of_all(place, tmp_path):
     assert matrix.stages == ["colours", "both", "cities"]
     assert None not in [value for row in matrix.loss for value in row]
     kept = [json.loads(line)["prompt"] for line in (tmp_path / "pools" / "both.jsonl").read_text().splitlines()]
-    assert len(kept) == 12
-    assert {prompt.split()[0] for prompt in kept} == {"Fruit", "City"}
+    assert Counter(prompt.split()[0] for prompt in kept) == {"Fruit": 2, "City": 10}  # all that the small one has
 
 
 def test_an_adapter_is_merged_before_the_next_stage_makes_its_own(place, tmp_path):
@@ -336,6 +348,12 @@ def test_a_reservoir_is_bounded_ordered_and_depends_on_its_seed():
     assert drawn == sorted(set(drawn))
     assert drawn == reservoir(range(1000), 20, 1)
     assert drawn != reservoir(range(1000), 20, 2)
+
+
+def test_what_is_kept_of_several_tasks_is_as_many_rows_of_each():
+    assert divided(12, {"a": 100, "b": 7, "c": 3}) == {"c": 3, "b": 4, "a": 5}
+    assert divided(2, {"a": 9, "b": 9, "c": 9}) == {"a": 0, "b": 1, "c": 1}
+    assert divided(64, {"a": 5, "b": 6}) == {"a": 5, "b": 6}
 
 
 def test_a_pool_holds_rows_of_its_task_for_its_owner_alone(whole, place):

@@ -56,6 +56,7 @@ def look_back(plan: Plan, stage: Stage) -> None:
             f"{stage.name} does not train all that {before.name} trains (use_peft, {', '.join(ADAPTED)}), so what "
             f"{', '.join(lost)} remembers of {before.name} is not used."
         )
+    _note_forgotten(plan, stage, found)
     protect = bool(ours.get("protect")) or _protects(stage.yaml.get("tasks"))
     behind = protect or bool(before and plan.keep)
     memory = [*stage.remembers, *(["ewc"] if stage.number == 1 and "memory" in stage.yaml else [])]
@@ -67,6 +68,18 @@ def look_back(plan: Plan, stage: Stage) -> None:
             f"{', '.join(stage.rests)} would find nothing to protect: keep is 0, there is no protect data, and "
             f"{before.name!r} leaves no memory that fits. Type keep: {KEEP}, or protect: self:256"
         )
+
+
+def _note_forgotten(plan: Plan, stage: Stage, found: list[Strategy]) -> None:
+    """Memory is of the model that it was left with: a stage without the strategy ends what it remembered."""
+    before = plan.before(stage)
+    for strategy in found if before else ():
+        earlier = [it.name for it in plan.stages[: before.number - 1] if _remembers_too(strategy, it)]
+        if earlier and not _remembers_too(strategy, before):
+            plan.notes.append(
+                f"{stage.name}: {strategy.name} remembers nothing of {', '.join(earlier)}, for {before.name} is trained "
+                f"without it. Give it to {before.name}, too."
+            )
 
 
 def _judge_nothing(plan: Plan, stage: Stage) -> None:
@@ -161,12 +174,25 @@ def _settings(strategy: Strategy, stage: Stage) -> dict[str, Any]:
 
 
 def handed_on(plan: Plan, stage: Stage) -> tuple[str | None, Path | None]:
-    """Model and memory that a stage is given; None for the first, which has its own, and for a memory nobody left."""
+    """Model and memory that a stage is given; None for the first, which has its own, and for a memory nobody left.
+
+    Raises:
+        StorageError: the stage before left a memory, and it is gone.
+    """
+    from ..report import Report
+
     before = plan.before(stage)
     if before is None:
         return None, None
     memory = memory_to_come(plan, stage)
-    return str(left_by(before)), memory if memory and (memory / "manifest.json").is_file() else None
+    if memory and not (memory / "manifest.json").is_file():
+        if before.report.is_file() and Report.load(before.report).facts.get("memory"):
+            raise StorageError(
+                f"{memory} is gone, and {', '.join(stage.remembers)} looks for it. Put it back; or remove "
+                f"{before.folder}, and what follows it, to have the stage trained again."
+            )
+        memory = None
+    return str(left_by(before)), memory
 
 
 def memory_to_come(plan: Plan, stage: Stage) -> Path | None:

@@ -49,7 +49,7 @@ def pool(
     """`keep` rows of a learn set in canonical columns, whatever it is: a dataset, a stream, or several by task.
 
     Args:
-        learn: what the stage trained on.
+        learn: what the stage trained on; of several tasks as many rows of each.
         config: of the stage.
         keep: rows.
         seed: of the draw.
@@ -61,8 +61,13 @@ def pool(
         DataError: rows in no known format, such as token ids; names the columns found.
     """
     if isinstance(learn, dict):
-        parts = [data.normalise(rows, f"{name} ({task})") for task, rows in learn.items()]
-        learn = concatenate_datasets(parts)
+        shares = divided(keep, {task: len(rows) for task, rows in learn.items()})
+        parts = [
+            pool(rows, config, shares[task], [*np.atleast_1d(seed), place], f"{name} ({task})", measured=measured)
+            for place, (task, rows) in enumerate(learn.items())
+            if shares[task]
+        ]
+        return concatenate_datasets(parts)
     text, whole = config.training.dataset_text_field, isinstance(learn, Dataset)
 
     def drawn(left_out: Collection[int]) -> list[Any]:
@@ -76,6 +81,14 @@ def pool(
     if text != "text" and text in kept.column_names:
         kept = kept.select_columns([text]).rename_column(text, "text")
     return data.normalise(kept, name)
+
+
+def divided(keep: int, sizes: dict[str, int]) -> dict[str, int]:
+    """`keep` rows over tasks, as many of each; where one has fewer, the others have its rest."""
+    found: dict[str, int] = {}
+    for place, task in enumerate(sorted(sizes, key=sizes.get)):
+        found[task] = min(sizes[task], (keep - sum(found.values())) // (len(sizes) - place))
+    return found
 
 
 def rows_taken(config: RunConfig, facts: dict[str, Any]) -> int:
