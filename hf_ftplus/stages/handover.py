@@ -77,8 +77,8 @@ def _note_forgotten(plan: Plan, stage: Stage, found: list[Strategy]) -> None:
         earlier = [it.name for it in plan.stages[: before.number - 1] if _remembers_too(strategy, it)]
         if earlier and not _remembers_too(strategy, before):
             plan.notes.append(
-                f"{stage.name}: {strategy.name} remembers nothing of {', '.join(earlier)}, for {before.name} is trained "
-                f"without it. Give it to {before.name}, too."
+                f"{stage.name}: {strategy.name} remembers nothing of {', '.join(earlier)}, for {before.name} is "
+                f"trained without it. Give it to {before.name}, too."
             )
 
 
