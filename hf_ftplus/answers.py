@@ -22,7 +22,7 @@ from .disk import replace
 from .errors import IncompatibleError, StorageError
 from .examples import Example, sent
 
-FORMAT = 1
+FORMAT = 2
 """Part of the folder's name: raise it when the same teacher and example come to give another answer."""
 PART_TOKENS = 2**18
 """Supervised tokens in a file: 100 MB at k = 64."""

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .answers import FORMAT, Answers
 from .divergence import likeliest
 from .errors import IncompatibleError
-from .generate import fingerprint_of
+from .generate import architecture, fingerprint_of
 from .strategy import Run
 from .teacher import Teacher, content
 from .weights import sharded
@@ -83,5 +83,6 @@ def key_of_answers(teacher: Teacher, run: Run, top_k: int, temperature: float) -
     kind = run.device.type
     with run.autocast():
         precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "as loaded"
-    parts = [FORMAT, fingerprint_of(content(teacher)), precision, top_k, temperature, teacher.vocabulary]
+    known = [fingerprint_of(content(teacher)), architecture(teacher.model)]
+    parts = [FORMAT, *known, precision, top_k, temperature, teacher.vocabulary]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

@@ -33,8 +33,10 @@ from .formats import Row
 from .logits import causal_lm, evaluating, reshard
 from .weights import sharded
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache key: raise it when the same settings come to give other rows."""
+SAYS_NOTHING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Keys of a configuration that do not change what a model says."""
 TRIES = 8
 """Batches sampled per batch wanted, before giving up."""
 SPARE = 4
@@ -360,6 +362,22 @@ def fingerprint_of(tensors: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def architecture(model: nn.Module) -> str:
+    """How a model computes with its weights, as JSON: its configuration without names, versions and dtypes. Models of
+    the same weights differ in it, by another scaling of positions or logits.
+    """
+
+    def told(value: Any) -> Any:
+        return (
+            {key: told(item) for key, item in value.items() if key not in SAYS_NOTHING}
+            if isinstance(value, dict)
+            else value
+        )
+
+    config = getattr(model, "config", None)
+    return json.dumps(told(config.to_dict()) if config is not None else {}, sort_keys=True, default=str)
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over vocabulary, merges, special tokens and chat template."""
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
@@ -373,7 +391,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def _key(model: nn.Module, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, how: Sampling) -> str:
     device = next(model.parameters()).device.type
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as loaded"
-    parts = [FORMAT, fingerprint(model), tokenizer_fingerprint(tokenizer), count, seed, asdict(how), precision]
+    known = [fingerprint(model), architecture(model), tokenizer_fingerprint(tokenizer)]
+    parts = [FORMAT, *known, count, seed, asdict(how), precision]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -878,8 +878,11 @@ def test_the_teacher_is_asked_once_whatever_the_order_the_layout_and_the_adapter
     assert prepare(lora(), padded(protect, 5), padded(learn, 7)) == first
     assert len(prepare(tiny_llama(), padded(protect, 2), padded(random_rows(8, VOCAB, seed=1), 3))) == 2
     assert len(prepare(shaken(tiny_llama()), padded(protect, 2), padded(learn, 3))) == 3
-    assert len(prepare(tiny_llama(), padded(protect, 2), padded(learn, 3), temperature=2.0)) == 4
-    assert len(prepare(tiny_llama(), padded(protect, 2), padded(learn, 3), top_k=8)) == 5
+    turned = tiny_llama()  # the same weights, and positions that turn otherwise
+    turned.config.rope_parameters = {**turned.config.rope_parameters, "rope_theta": 100.0}
+    assert len(prepare(turned, padded(protect, 2), padded(learn, 3))) == 4
+    assert len(prepare(tiny_llama(), padded(protect, 2), padded(learn, 3), temperature=2.0)) == 5
+    assert len(prepare(tiny_llama(), padded(protect, 2), padded(learn, 3), top_k=8)) == 6
     assert type(Distill(cache=True)._starting(run_of(tiny_llama()))) is Teacher  # asked as it stands, not copied
 
 

@@ -316,9 +316,14 @@ def test_another_model_template_seed_or_setting_is_another_file(model, tokenizer
     moved = tiny_llama()
     with torch.no_grad():
         moved.model.norm.weight[0].add_(1e-3)
+    turned = deepcopy(model)  # the same weights, and positions that turn otherwise
+    turned.config.rope_parameters = {**turned.config.rope_parameters, "rope_theta": 100.0}
+    renamed = deepcopy(model)
+    renamed.config._name_or_path = "elsewhere"
     runs = [
         (model, tokenizer, 5, {"seed": 1}),
         (moved, tokenizer, 5, {"seed": 1}),
+        (turned, tokenizer, 5, {"seed": 1}),
         (model, tiny_tokenizer(LLAMA3), 5, {"seed": 1}),
         (model, tokenizer, 4, {"seed": 1}),
         (model, tokenizer, 5, {"seed": 2}),
@@ -326,6 +331,7 @@ def test_another_model_template_seed_or_setting_is_another_file(model, tokenizer
     ]
     for one, words, count, how in runs:
         self_generate(one, words, count, cache=tmp_path, **(SHORT | how))
+    self_generate(renamed, tokenizer, 5, cache=tmp_path, **SHORT, seed=1)  # as the first
     assert len(list(tmp_path.iterdir())) == len(runs)
 
 
