@@ -20,6 +20,7 @@ from .errors import DataError, FTPlusError, UsageError, nearest
 from .evaluation import EvalTask
 from .examples import IGNORED, tokenize
 from .formats import Row, escape
+from .mixture import epoch_counts
 from .pools import EVALUATED
 
 if TYPE_CHECKING:
@@ -98,6 +99,15 @@ def refuse_missing(rows: Dataset, columns: Iterable[str]) -> None:
                 f"learn: {name!r} is missing in {len(places)} of {len(rows)} rows (rows {numbers}). Fill them in, or "
                 "leave those rows out."
             )
+
+
+def refuse_little_shares(learn: dict[str, Any], given: dict[str, float]) -> None:
+    """Raise for a share of training that is less than one row, as far as rows can be counted before they are packed."""
+    if not all(isinstance(rows, Dataset) for rows in learn.values()):
+        return
+    sizes = {name: len(rows) for name, rows in learn.items()}
+    rest, free = 1 - sum(given.values()), sum(size for name, size in sizes.items() if name not in given)
+    epoch_counts({name: rest * size / (free or 1) for name, size in sizes.items()} | given, sizes)
 
 
 LOOKED_THROUGH = 20_000

@@ -29,6 +29,7 @@ from .row_checks import (
     measured_and_learnt,
     refuse_endless,
     refuse_idle,
+    refuse_little_shares,
     refuse_missing,
     refuse_one_task,
     refuse_questions,
@@ -110,6 +111,9 @@ def gather(config: RunConfig) -> tuple[Rows, list[FTPlusError]]:
     if rows.test is None and not faults:
         with noting(faults):
             refuse_unevaluated(config)
+    if config.shares and not faults:
+        with noting(faults):
+            refuse_little_shares(rows.learn, config.shares)
     split = {} if declared or rows.test is None else {"learn": rows.test}
     measured = {**split, **rows.measured} if config.measure_rows else {}
     read = (lambda row: row) if declared else of_training(config)(0)

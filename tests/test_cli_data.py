@@ -187,6 +187,13 @@ def test_what_is_no_fault_of_a_task_ends_as_it_does_in_sft(place, tmp_path, caps
     assert says in capsys.readouterr().err
 
 
+def test_a_share_of_less_than_a_row_is_found_before_a_model_is_loaded(place, tmp_path, capsys):
+    few = [{**task, "share": 1e-4} if task["name"] == "old" else task for task in tasks_of(place)]
+    for command in (["data", "check"], ["sft"]):
+        assert main([*command, "--config", file(place, tmp_path, tasks=few, model_name_or_path="nothing/there")]) == 3
+        assert "Task 'old' would get no row: its share of 0.0001 of an epoch of 44 rows" in capsys.readouterr().err
+
+
 def test_the_keys_of_a_task_are_in_the_help(capsys):
     from hf_ftplus.task_keys import KEYS
 
