@@ -10,7 +10,7 @@ from . import data
 from .errors import DataError, UsageError
 from .evaluation.found import as_found, positions
 from .evaluation.greedy import answers
-from .evaluation.tasks import asked_text, expected, question
+from .evaluation.tasks import asked_text, expected, opening, question
 from .formats import Row
 from .trained import Trained
 
@@ -90,8 +90,9 @@ def questions_of(
     if not rows:
         raise DataError("Nothing to ask. Type --prompt TEXT, or --file prompts.jsonl.")
     for number, row in enumerate(rows, 1):
-        if isinstance(row.get("prompt"), str) and not row["prompt"].strip():
-            raise DataError(f"Prompt {number} is empty; expected some text.")
+        asked = opening(row) if "input_ids" not in row else "tokens"
+        if not (asked.strip() if isinstance(asked, str) else asked):
+            raise DataError(f"Prompt {number} is empty; expected some text, or a turn before the assistant's.")
         if not chat_template and not isinstance(row.get("prompt"), str) and "input_ids" not in row:
             raise DataError(f"Prompt {number} is a chat, and the tokenizer has no chat template; expected text.")
     return [_as_turns(row, system) if turns else row for row in rows]

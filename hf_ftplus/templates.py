@@ -23,6 +23,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .errors import nearest
 from .formats import Row, escape
 
+LONGEST = 10**8
+"""Characters of a text; more is a slip in the template."""
+
 
 def _printable(value: Any) -> Any:
     if value is None:  # Jinja would teach the model to say "None"
@@ -64,7 +67,7 @@ class Template:
             ValueError: a column that the row lacks, something the sandbox refuses, or whatever an expression raised.
         """
         try:
-            return self._render(row)
+            found = self._render(row)
         except SecurityError as error:
             refused = escape(str(error), 200).rstrip(".")
             raise ValueError(f"{self.name}: the sandbox refuses it: {refused}; expected columns and filters") from None
@@ -72,6 +75,9 @@ class Template:
             raise ValueError(self._undefined(str(error), row)) from None
         except Exception as error:  # an operation on values of the row: text + 1, a[7], ...
             raise ValueError(f"{self.name}: {type(error).__name__}: {escape(str(error), 200)}") from None
+        if isinstance(found, str) and len(found) > LONGEST:
+            raise ValueError(f"{self.name} gives {len(found)} characters; expected at most {LONGEST}")
+        return found
 
     def _undefined(self, says: str, row: Row) -> str:
         found = re.fullmatch(r"'(.+)' is undefined", says)

@@ -450,6 +450,7 @@ def test_rows_that_the_first_model_writes(place, tmp_path):
         ("base --measure a=asked.jsonl --lm-eval-include tasks", 2, "does nothing without --lm-eval"),
         ("base --measure a=asked.jsonl --cache asked.jsonl", 6, "--cache asked.jsonl cannot be written"),
         ("base --measure a=asked.jsonl --measure_rows 0", 2, "0 is not in the range"),
+        ("base --measure a=asked.jsonl --margin nan", 2, "--margin is nan; expected more than 0"),
         ("base --measure a=asked.jsonl --device nowhere", 3, "--device nowhere"),
     ],
 )

@@ -150,6 +150,10 @@ def test_what_a_terminal_would_obey_is_spelt_out(place, capsys):
         (["--model", "{model}", "--file", "missing.jsonl"], 3, "missing.jsonl does not exist"),
         (["--model", "{model}", "--prompt", "x", "--compare-with", "base"], 3, "started from is not known"),
         (["--model", "{model}", "--prompt", "x", "--top_p", "0.5"], 2, "does nothing at temperature 0"),
+        (["--model", "{model}", "--prompt", "x", "--top_p", "nan"], 2, "--top_p is nan; expected more than 0"),
+        (["--model", "{model}", "--prompt", "x", "--temperature", "nan"], 2, "--temperature is nan; expected 0, or"),
+        (["--model", "{model}", "--prompt", "x", "--temperature", "1e-40"], 2, "--temperature is 1e-40"),
+        (["--model", "{model}", "--prompt", "x", "--seed", str(2**70)], 2, "is not in the range 0<=x<=4294967295"),
         (["--model", "{model}", "--prompt", "x", "--no-chat", "--system", "Be kind."], 2, "--no-chat was given"),
         (["--model", "{model}", "--prompt", "x" * 2000], 3, "tokens, .* reads 512"),
         (["--model", "{model}", "--prompt", "x", "--max_new_tokens", "600"], 3, "lower --max_new_tokens"),
@@ -169,12 +173,14 @@ def test_careless_commands(place, monkeypatch, capsys, flags, code, words):
         (["--prompt", " "], "Prompt 1 is empty"),
         (["--file", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--file", "{place}/odd.jsonl"], "Did you mean 'prompt'"),
+        (["--file", "{place}/unasked.jsonl"], "Prompt 1 is empty; expected some text, or a turn before the"),
         (["--prompt", "x", "--no-chat", "--system", "Be kind."], "--no-chat was given"),
         ([], "Nothing to ask"),
     ],
 )
 def test_prompts_are_looked_at_before_the_model_loads(place, monkeypatch, capsys, flags, words):
     (place / "odd.jsonl").write_text('{"promt": "Who?"}\n')
+    (place / "unasked.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "I."}]}) + "\n")
     monkeypatch.setattr("sys.stdin", io.StringIO())
     monkeypatch.setattr("hf_ftplus.trained.weights", None)  # no model may load
     flags = [flag.format(place=place) for flag in flags]

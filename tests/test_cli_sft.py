@@ -417,10 +417,23 @@ def test_too_little_retention_exits_5_after_saving_everything(place, tmp_path, c
     assert "protect" in capsys.readouterr().err
 
 
-def test_an_unknown_yaml_key_gets_its_nearest(place, tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text("learning_rte: 1\n")
+@pytest.mark.parametrize(
+    ("yaml", "says"),
+    [
+        ("learning_rte: 1", "Did you mean 'learning_rate'"),
+        ("dataset_name: 3", "dataset_name: 3 in the YAML file; expected text."),
+        (
+            "lora_target_modules: {a: 1}",
+            "lora_target_modules: {'a': 1} in the YAML file; expected text or a list of it.",
+        ),
+        ("seed: 4294967296", "seed is 4294967296; expected 0 to 4294967295."),
+        ("data_seed: -1", "data_seed is -1; expected 0 to 4294967295."),
+    ],
+)
+def test_a_bad_yaml_key_is_one_sentence(place, tmp_path, capsys, yaml, says):
+    (tmp_path / "run.yaml").write_text(yaml + "\n")
     assert main(words(place, tmp_path / "out", "--config", str(tmp_path / "run.yaml"))) == 2
-    assert "Did you mean 'learning_rate'" in capsys.readouterr().err
+    assert says in capsys.readouterr().err
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -73,6 +73,13 @@ def test_text_of_a_row_is_shown_escaped():
         Template("{{ text }}", "template").render({"\x1b[31m": "x"})
 
 
+def test_a_text_that_is_far_too_long_is_a_slip(monkeypatch):
+    monkeypatch.setattr("hf_ftplus.templates.LONGEST", 100)
+    assert len(Template("{{ 'x' * 100 }}", "template").render({})) == 100
+    with pytest.raises(ValueError, match="completion gives 101 characters; expected at most 100"):
+        Template("{{ 'x' * 101 }}", "completion").render({})
+
+
 def test_an_expression_gives_its_value():
     assert Expression("{{ options.text }}", "choices").render(ROW) == ["a", "b"]
     for wrong, says in (

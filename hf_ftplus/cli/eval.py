@@ -83,13 +83,16 @@ HELP = {
     "--margin",
     default=5.0,
     show_default=True,
-    type=click.FloatRange(0, 100, min_open=True),
     metavar="POINTS",
     help="A change of score that counts as none: kept lies within it.",
 )
 @click.option("--batch_size", default=8, show_default=True, type=click.IntRange(1), help="Rows scored at once.")
 @click.option("--max_length", type=click.IntRange(2), help="Tokens of a row that are read; 1024 if left out.")
-@click.option("--seed", type=int, help="Of drawn templates and written rows; 42 if left out, as for `ftplus sft`.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    help="Of drawn templates and written rows; 42 if left out, as for `ftplus sft`.",
+)
 @dtype_option
 @device_option
 def eval(
@@ -115,6 +118,8 @@ def eval(
         raise UsageError(
             f"--lm-eval-include {lm_eval_include} does nothing without --lm-eval TASK. Type that, too, or leave it out."
         )
+    if not 0 < margin <= 100:
+        raise UsageError(f"--margin is {margin:g}; expected more than 0, and at most 100 points.")
     yaml = take_environment(read_yaml(config_file))
     ours, rest = merge(flags, yaml)
     typed = {"seed": seed, "max_length": max_length, "measure_rows": flags["measure_rows"]}

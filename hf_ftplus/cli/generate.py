@@ -55,17 +55,15 @@ device_option = click.option("--device", help="Such as cuda:1 or cpu; the accele
     "--temperature",
     default=0.0,
     show_default=True,
-    type=click.FloatRange(0),
     help="0 takes the likeliest token; more draws more freely.",
 )
 @click.option(
     "--top_p",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(0, 1, min_open=True),
     help="Draw among the likeliest tokens with this much probability.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of what is drawn.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**32 - 1), help="Of what is drawn.")
 @click.option("--batch_size", default=8, show_default=True, type=click.IntRange(1), help="Prompts answered at once.")
 @click.option("--system", metavar="TEXT", help="A system message before each chat.")
 @click.option("--no-chat", is_flag=True, help="Give text to the model as it is, without its chat template.")
@@ -89,6 +87,10 @@ def generate(
         raise StorageError(f"--out {out} is a folder; expected a file to write, such as answers.jsonl.")
     if out:
         _make_room(out)
+    if how["temperature"] and not 0.01 <= how["temperature"] <= 100:  # less divides logits by next to nothing
+        raise UsageError(f"--temperature is {how['temperature']:g}; expected 0, or 0.01 to 100.")
+    if not 0 < how["top_p"] <= 1:
+        raise UsageError(f"--top_p is {how['top_p']:g}; expected more than 0, and at most 1.")
     if how["top_p"] < 1 and not how["temperature"]:
         raise UsageError("--top_p does nothing at temperature 0, which takes the likeliest token. Add --temperature 1.")
 

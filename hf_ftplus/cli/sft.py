@@ -21,6 +21,12 @@ from ..errors import IncompatibleError, MissingPluginError, UsageError, nearest
 from . import launch
 from .doctor import cpu_bf16_units
 
+TEXTS = (
+    *("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_train_split"),
+    *("dataset_test_split", "dataset_text_field", "output_dir", "chat_template_path", "run_name", "hub_model_id"),
+)
+"""Keys of TRL that are text; its parser takes whatever YAML holds."""
+
 
 class Sft(click.Command):
     """Keeps the words of the command line, to give them again to the processes it launches."""
@@ -164,6 +170,9 @@ def parse_trl(
     except ImportError as error:  # of what a flag asks for, such as deepspeed
         raise IncompatibleError(f"{' '.join(str(error.args[0]).split())} Install it, or leave the flag out.") from error
     _check_words(left, parser)
+    for key in ("seed", "data_seed"):
+        if not 0 <= (getattr(training, key) or 0) < 2**32:
+            raise UsageError(f"{key} is {getattr(training, key)}; expected 0 to {2**32 - 1}.")
     if str(training.resume_from_checkpoint).lower() == "false":  # a word that the Trainer would take for a folder
         training.resume_from_checkpoint = None
     if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
@@ -248,6 +257,12 @@ def _check_yaml(yaml: dict[str, Any], parser: Any) -> None:
     for key in yaml:
         if key not in known:
             raise UsageError(f"Unknown key {key!r} in the YAML file.{nearest(key, known)} See `ftplus sft --help-all`.")
+    lists = [action.dest for action in parser._actions if action.type is str and action.nargs == "+"]
+    for key in (*TEXTS, *lists):
+        value = yaml.get(key)
+        parts = value if key in lists and isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(part, str) for part in parts):
+            raise UsageError(f"{key}: {value!r} in the YAML file; expected text{' or a list of it' * (key in lists)}.")
 
 
 def _check_words(words: Sequence[str], parser: Any) -> None:

@@ -19,6 +19,7 @@ from .table import completions_view, table
 
 FORMAT = 1
 """Raised when a reader of older reports would misread newer ones."""
+AGAIN = "Remove it, and type the command of its run again: that goes on from the last checkpoint, and writes it anew."
 MOST_LOGS = 300
 
 
@@ -70,7 +71,7 @@ class Report:
         except FileNotFoundError:
             raise DataError(f"{path} does not exist; expected the report.json of a run.") from None
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as JSON: {error}") from error
+            raise DataError(f"{path} cannot be read as JSON: {error}. {AGAIN}") from error
         version = found.get("format") if isinstance(found, dict) else None
         if version != FORMAT:
             raise DataError(f"{path} has format {version!r}; expected a report.json of format {FORMAT}.")
@@ -79,7 +80,7 @@ class Report:
             check(report)
             return report
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is not a whole report ({type(error).__name__}: {error}).") from error
+            raise DataError(f"{path} is not a whole report ({type(error).__name__}: {error}). {AGAIN}") from error
 
     def show(self, console: Console | None = None) -> None:
         """Print the table and the answers."""
