@@ -54,6 +54,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def whole(weight: Tensor) -> torch.Size:
+    """The shape of a weight, also where DeepSpeed ZeRO-3 keeps it in parts and shows none of it."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor (FSDP2), sharing its memory; any other tensor as it is."""
     with torch.no_grad():

@@ -192,7 +192,7 @@ def test_no_token_is_kept_where_a_push_would_take_it_along(place, tmp_path):
 def test_a_token_reaches_processes_of_their_own_all_the_same(place, tmp_path, monkeypatch):
     found = []
 
-    def start(asked, words, strategies):
+    def start(asked, words, strategies, precision):
         found.extend([*words, os.environ.get("HF_TOKEN")])
         raise KeyboardInterrupt
 

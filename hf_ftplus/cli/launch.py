@@ -86,8 +86,17 @@ def _own_config() -> Path | None:
     return file if os.path.isfile(file) else None  # nor where it may not be looked for
 
 
-def start(launch: Sequence[str], words: Sequence[str], strategies: Sequence[Strategy]) -> None:
+def start(
+    launch: Sequence[str], words: Sequence[str], strategies: Sequence[Strategy], precision: str | None = None
+) -> None:
     """Run `ftplus WORDS` under `accelerate launch LAUNCH` and wait for its end.
+
+    Args:
+        launch: words for accelerate.
+        words: for `ftplus`.
+        strategies: of the run.
+        precision: no, bf16 or fp16, as the Trainer trains whatever accelerate is told; DeepSpeed wants both alike. None
+            where there is no Trainer.
 
     Raises:
         UsageError: accelerate refuses its flags.
@@ -106,6 +115,7 @@ def start(launch: Sequence[str], words: Sequence[str], strategies: Sequence[Stra
             launch = [str(word) for word in resolve_accelerate_config_argument([str(word) for word in launch])]
             args = parser().parse_args([*launch, "--module", "hf_ftplus", *words])
             _refuse_deepspeed(args, strategies)
+            args.mixed_precision = precision or args.mixed_precision
             args.multi_gpu = args.multi_gpu or _silently_one(args)
             args.signals_to_handle = "SIGHUP,SIGQUIT"  # torchrun, where it knows this, kills 30 s after passing one on
             _hush_torchrun()
@@ -127,6 +137,11 @@ def start(launch: Sequence[str], words: Sequence[str], strategies: Sequence[Stra
         failed = click.ClickException(sentence)
         failed.exit_code = code
         raise failed
+
+
+def precision(args: Any) -> str:
+    """What a Trainer trains in, in accelerate's words."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
 
 
 # ---- how it ended ----------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def sft(
             click.echo(f"Launching through accelerate, as `trl sft` does: {why}.", err=True)
         if asked or why:
             again = [*(["--debug"] if ctx.find_root().obj else []), "sft", *_without(ctx.meta["words"], launch_words)]
-            launch.start(asked, again, config.strategies)
+            launch.start(asked, again, config.strategies, launch.precision(config.training))
             return
     if dry_run:
         from ..preview import dry_run as begin

@@ -223,7 +223,8 @@ def train(stage: Stage, found: dict[str, Any], checkpoint: Path | None) -> None:
         more = ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
         token = found.get("hub_token")  # which stands in no file, nor on a command line that others can see
         with patch_environment(**({"HF_TOKEN": token} if token else {})):
-            launch.start(asked, ["sft", "--config", str(stage.file), *more], config.strategies)
+            again = ["sft", "--config", str(stage.file), *more]
+            launch.start(asked, again, config.strategies, launch.precision(config.training))
         return
     config.training.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
     config.go_on = GO_ON

@@ -6,13 +6,17 @@ Needs `pip install deepspeed`, which CI does not have: `make deepspeed` runs the
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import two
+from commands import make_place, words
 
 from hf_ftplus import zero
+from hf_ftplus.cli import main
 from hf_ftplus.errors import IncompatibleError
 
 pytestmark = [
@@ -83,3 +87,20 @@ def test_what_keeps_gradients_elsewhere_is_refused(monkeypatch, found, says):
     monkeypatch.setattr(zero.metadata, "version", lambda name: found.get("version", "0.19.8"))
     with pytest.raises(IncompatibleError, match=says):
         zero.refuse(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("stage", "plugin", "rows"), [("zero1", "ewc", "4"), ("zero2", "ewc", "4"), ("zero3", "replay", "0")]
+)
+def test_the_command_launches_trains_and_goes_on(tmp_path, capfd, stage, plugin, rows):
+    place, out = make_place(tmp_path / "place"), tmp_path / "out"
+    how = ["--accelerate_config", stage, "--num_processes", "2", "--use_cpu", "true", "--measure_rows", rows]
+    line = words(place, out, *how, "--completions", "0", "--save_strategy", "steps", "--save_steps", "2", plugin=plugin)
+    assert main(line) == 0
+    assert json.loads((out / "ftplus" / "report.json").read_text())["facts"]["processes"] == 2
+    weights = (out / "model.safetensors").read_bytes()
+    last = max((int(path.name.split("-")[1]), path) for path in out.glob("checkpoint-*"))[1]
+    shutil.rmtree(last)
+    (out / "ftplus" / "report.json").unlink()
+    assert main([*line, "--resume_from_checkpoint", "true"]) == 0
+    assert (out / "model.safetensors").read_bytes() == weights
