@@ -66,16 +66,10 @@ def to_markdown(found: Found, command: str) -> str:
     if found.runs:
         heads = [f"{escaped(name)}: {key}{' %' if key == 'score' else ''}, n={n}" for name, key, _, n in view["heads"]]
         rows = [
-            [
-                f"{row['place']} {escaped(row['run'])}",
-                *map(said, row["cells"]),
-                row["steps"],
-                row["seconds"],
-                row["bytes"],
-            ]
+            [f"{row['place']} {escaped(row['run'])}", *map(said, row["cells"]), *(row[key] for key in view["costs"])]
             for row in view["rows"]
         ]
-        parts.append(_table(["run", *heads, "steps", "seconds", "state"], rows))
+        parts.append(_table(["run", *heads, *view["costs"].values()], rows))
     for name, matrix in found.sequences.items():
         parts += [f"## {escaped(name)}", *_matrix(matrix)]
     return "\n\n".join([*parts, *_tasks(found.runs, "##")]) + "\n"

@@ -123,8 +123,12 @@ def blocks(runs: list[Run]) -> list[dict[str, Any]]:
 ORDER = ["metric", "token_accuracy", "loss", "drift", "retention"]
 
 
+COSTS = {"steps": "steps", "seconds": "seconds", "bytes": "state"}
+"""Columns of an overview by their keys."""
+
+
 def overview(runs: list[Run]) -> dict[str, Any]:
-    """One row for each run: what it learnt, what it kept, what it cost."""
+    """One row for each run: what it learnt, what it kept, and what it cost where any of them says."""
     every = tasks_of(runs)
     tasks = [task for task in every if task.role in ("learn", "protect")] or every
     heads = [(label(t.name).plain, "score" if t.role == "learn" else "retention", t.role, t.rows) for t in tasks]
@@ -133,7 +137,8 @@ def overview(runs: list[Run]) -> dict[str, Any]:
         own = {task.name: task for task in run.report.tasks}
         cells = [_headline(own.get(task.name), task.role) for task in tasks]
         rows.append({"place": place, "run": label(run.name).plain, "cells": cells, **costs(run.report.facts)})
-    return {"heads": heads, "rows": rows}
+    known = {key: name for key, name in COSTS.items() if any(row[key] != MISSING for row in rows)}
+    return {"heads": heads, "rows": rows, "costs": known}
 
 
 def _headline(task: TaskResult | None, role: str) -> Cell:
