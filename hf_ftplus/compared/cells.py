@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -74,6 +75,16 @@ class Cell:
 
         return Report.load(self.stage.report)
 
+    def finish(self) -> None:
+        """Its report ends it; checkpoints take up to three times the model each, and are of no more use."""
+        self.state = "finished"
+        for folder in self.stage.folder.glob("checkpoint-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def seconds(self) -> float:
+        """That its last process took; as its report says where `compare` was killed and the process lived on."""
+        return self.kept.get("seconds") or sum(self.report().facts["seconds"].values())
+
 
 def cells(rows: Sequence[Row], seeds: Sequence[int], out: Path, given: dict[str, Any], config: RunConfig) -> list[Cell]:
     """Every cell, all rows with the first seed before any with the second."""
@@ -131,7 +142,7 @@ def look(cell: Cell) -> None:
         refuse_other_data(cell.stage)
         if cell.stage.report.is_file():
             cell.report()
-            cell.state = "finished"
+            cell.finish()
 
 
 def running(cell: Cell) -> int | None:

@@ -142,7 +142,7 @@ def total(cells: Sequence[Cell], probe: Probe | None, devices: int) -> float | N
 
 def spent(cells: Sequence[Cell], devices: int) -> float:
     """Seconds that the finished cells took; of one that was resumed, since then."""
-    done = [item.kept.get("seconds", 0.0) for item in cells if item.state == "finished"]
+    done = [item.seconds() for item in cells if item.state == "finished"]
     return sum(done) / max(1, min(devices, len(done)))
 
 

@@ -110,9 +110,7 @@ class Runner:
     def _judge(self, cell: Cell, code: int) -> None:
         """A report ends a cell, also where its retention gate did not pass: that is what is compared."""
         if cell.stage.report.is_file():
-            cell.state = "finished"
-            for folder in cell.stage.folder.glob("checkpoint-*"):  # twice the model each, and of no more use
-                shutil.rmtree(folder, ignore_errors=True)
+            cell.finish()
         else:
             cell.state, cell.error = "failed", last_words(cell.log, code)
 

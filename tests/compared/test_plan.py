@@ -61,6 +61,12 @@ def test_what_finished_cells_took_is_spent(tmp_path):
     cells = [waiting, done(tmp_path, row, 1, 20.0), done(tmp_path, row, 2, 30.0, resumed=True)]
     assert spent(cells, 1) == 50
     assert spent(cells, 2) == spent(cells, 8) == 25
+    outlived = done(tmp_path, row, 3, 1.0, training=7.0)
+    outlived.keep(pid=1, created=1.0, resumed=False)  # `compare` was killed, and the process went on to its end
+    (outlived.stage.folder / "checkpoint-2").mkdir()
+    outlived.finish()
+    assert not (outlived.stage.folder / "checkpoint-2").exists()
+    assert spent([outlived], 1) == 7
 
 
 def test_what_is_not_known_is_no_zero(tmp_path):
