@@ -230,13 +230,8 @@ class Distill(Strategy):
 
     def _usual_strength(self, lora: bool, protects: bool) -> float:
         """On protect tokens, where it acts on both."""
-        return (
-            self.strength
-            if self.strength is not None
-            else ON_LEARN
-            if self._tokens(protects) == "learn"
-            else ON_PROTECT
-        )
+        usual = ON_LEARN if self._tokens(protects) == "learn" else ON_PROTECT
+        return usual if self.strength is None else self.strength
 
     def _tokens(self, protects: bool) -> str:
         return self.on if self.on != "auto" else "protect" if protects else "learn"
