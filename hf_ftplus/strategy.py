@@ -116,9 +116,10 @@ class Strategy:
         """The model stands on its device, sharded if it will be, and no step was taken. Not called on resume."""
 
     def mix(self, run: Run, shares: dict[str, float]) -> dict[str, float]:
-        """Change the share of each task in the training rows; shares sum to 1. Called once, before `prepare`.
+        """Change the share of each task in the training rows; shares sum to 1. Called before `prepare`, maybe twice.
 
-        `run.tasks` says what there is of each task. Unchanged shares leave the Trainer's own order of rows alone.
+        `run.tasks` says what there is of each task. Unchanged shares leave the Trainer's own order of rows alone. With
+        `max_steps` the first answers say how many of the run's rows are to learn: `run.rows` of the second call.
         """
         return shares
 
