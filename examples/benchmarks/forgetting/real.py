@@ -3,7 +3,7 @@
     python examples/benchmarks/forgetting/real.py --seeds 3         measures what is missing, then prints the table
     python examples/benchmarks/forgetting/real.py --show            prints it from real.json, as Markdown
 
-Sentiment, code, translation, arithmetic (`real_data.py`), each for 30 steps of 16 rows; beside them prose, Python and
+Sentiment, code, translation, arithmetic (`real_data.py`), each for 30 steps of 8 rows; beside them prose, Python and
 chats that the model wrote itself stand for what it could do before. Every row is one `ftplus sequence`, and is kept in
 real.json, so the benchmark may be stopped at any time. Plain fine-tuning gets three learning rates; strengths and rates
 of the others are what was found on the demo's facts (`../strategies.py`), not tuned here.
@@ -38,12 +38,11 @@ SELF_WRITTEN = {"chat": 48, "chat_measure": 48}
 SHARED = {
     "model_name_or_path": "demo",
     "metric": {"sentiment": "choice", "arithmetic": "exact_match"},  # of code and translation: token accuracy
-    "measure_rows": 48,
+    "measure_rows": 32,
     "completions": 0,
     "max_steps": 30,
     "learning_rate": 1e-4,
     "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 2,
     "per_device_eval_batch_size": 16,
     "gradient_checkpointing": False,
     "max_length": 256,
