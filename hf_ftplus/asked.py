@@ -72,11 +72,19 @@ def _answers(it: Trained, rows: list[Row], how: How) -> list[str]:
 
 
 def questions_of(
-    typed: Iterable[str], file: str | None, chat_template: bool, system: str | None = None, chat: bool = True
+    typed: Iterable[str], file: str | None, of: str, chat_template: bool, system: str | None = None, chat: bool = True
 ) -> list[Row]:
-    """Questions that were typed, then those in a file, as rows that can be asked.
+    """Questions that were typed, then those in a file, as rows that can be asked of a model.
 
-    Text becomes a user's turn for a tokenizer with a chat template, unless `chat` is false; messages stay messages.
+    Text becomes a user's turn for a model with a chat template, unless `chat` is false; messages stay messages.
+
+    Args:
+        typed: questions.
+        file: of others.
+        of: name of the model.
+        chat_template: whether its tokenizer has one.
+        system: message before each chat.
+        chat: whether text becomes a chat.
 
     Raises:
         DataError: nothing to ask, an empty question, or a chat without a template for it.
@@ -84,7 +92,7 @@ def questions_of(
     """
     turns = chat and chat_template
     if system and not turns:
-        why = "--no-chat was given" if chat_template else "the tokenizer has no chat template"
+        why = "--no-chat was given" if chat_template else f"{of} has no chat template"
         raise UsageError(f"--system is for chats, but {why}. Write it into the prompt.")
     rows = [{"prompt": text} for text in typed] + (_in_file(file) if file else [])
     if not rows:
@@ -94,7 +102,7 @@ def questions_of(
         if not (asked.strip() if isinstance(asked, str) else asked):
             raise DataError(f"Prompt {number} is empty; expected some text, or a turn before the assistant's.")
         if not chat_template and not isinstance(row.get("prompt"), str) and "input_ids" not in row:
-            raise DataError(f"Prompt {number} is a chat, and the tokenizer has no chat template; expected text.")
+            raise DataError(f"Prompt {number} is a chat, and {of} has no chat template; expected text.")
     return [_as_turns(row, system) if turns else row for row in rows]
 
 

@@ -265,9 +265,9 @@ def read_commit(checkpoint: Path) -> dict[str, Any]:
         found = read_format(path, FORMAT, MIGRATIONS)
     except (OSError, ValueError) as error:
         raise StorageError(f"{path} is damaged: {error}. Use an earlier checkpoint.") from None
-    files, expected = found.get("files"), written.pop("sha256", None)  # which an earlier version did not write
+    files, expected = found.get("files"), written.pop("sha256", None)
     sound = (
-        expected in (None, _sum({key: value for key, value in written.items() if key != "format"}))
+        expected == _sum({key: value for key, value in written.items() if key != "format"})
         and type(found.get("step")) is int
         and isinstance(found.get("run"), dict)
         and isinstance(files, dict)

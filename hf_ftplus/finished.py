@@ -40,7 +40,7 @@ def finished(config: RunConfig) -> Report | None:
     file = Path(training.output_dir) / STATE_FOLDER / "report.json"
     if not training.resume_from_checkpoint or not os.path.isfile(file):
         return None
-    report = Report.load(file)
+    report = Report.load(file, "Remove it, and type the same again: the run goes on from its last checkpoint.")
     then, now = report.facts.get("config", {}), strict(config.resolved())
     was = then.get("training", {})
     if not _from_its_end(config, report) or any(was.get(key) != getattr(training, key) for key in LONGER):

@@ -37,6 +37,12 @@ def allocate(shares: dict[str, float], rows: int) -> dict[str, int]:
     return counts
 
 
+def shared(sizes: dict[str, float], given: dict[str, float]) -> dict[str, float]:
+    """Shares of tasks: as given; the others divide the rest by their sizes."""
+    rest, free = 1 - sum(given.values()), sum(size for name, size in sizes.items() if name not in given)
+    return {name: given[name] if name in given else rest * size / (free or 1) for name, size in sizes.items()}
+
+
 def epoch_counts(shares: dict[str, float], learn: dict[str, int]) -> dict[str, int]:
     """Rows of each task in an epoch: as many learn rows as there are, protect rows in proportion beside them.
 

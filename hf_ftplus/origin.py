@@ -42,7 +42,6 @@ REFUSED = (
     "optim",
     "optim_args",
     "lr_scheduler_type",
-    "lr_scheduler_kwargs",
     "loss_type",
     "completion_only_loss",
     "assistant_only_loss",
@@ -57,6 +56,8 @@ OVERRULED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_
 """Arguments whose values a checkpoint brings back, in its optimizer and schedule, whatever is given now."""
 APPLIED = ("max_grad_norm", "warmup_steps", "bf16", "fp16", "ignore_data_skip", "max_steps", "num_train_epochs")
 """Arguments that hold from here on as they are given now."""
+REMEMBERING = ("reduce_lr_on_plateau", "greedy")
+"""Schedules whose own settings a checkpoint brings back; those of others are applied anew."""
 
 
 def origin(trainer: Any) -> dict[str, Any]:
@@ -97,7 +98,8 @@ def dtypes(model: torch.nn.Module) -> dict[str, int]:
 
 def arguments(args: Any) -> dict[str, Any]:
     """What was asked of optimizer, schedule and loss; what a Trainer's arguments do not have is left out."""
-    named = {name: getattr(args, name) for name in (*REFUSED, *OVERRULED, *APPLIED) if hasattr(args, name)}
+    names = (*REFUSED, *OVERRULED, *APPLIED, "lr_scheduler_kwargs")
+    named = {name: getattr(args, name) for name in names if hasattr(args, name)}
     found = {name: getattr(value, "value", value) for name, value in named.items()}
     return {**found, "optim": str(found["optim"]).removesuffix("_fused")}  # the same, and the checkpoint's comes back
 
@@ -174,7 +176,7 @@ def refuse_other(then: dict[str, Any], now: dict[str, Any], checkpoint: Path) ->
             f"{checkpoint} was written with {'; '.join(differ)}. Put back what it was to go on, or start a new run "
             f"from its weights: --model_name_or_path {checkpoint}"
         )
-    _warn_of_arguments(asked, checkpoint)
+    _warn_of_arguments(asked, checkpoint, now["arguments"].get("lr_scheduler_type"))
     before = then.get("versions", {})
     notes = [] if then.get("split") == now["split"] else ["the rows of a step shared out otherwise"]
     changed = {name: found for name, found in now["versions"].items() if before.get(name) != found}
@@ -205,10 +207,12 @@ def _otherwise(then: Any, now: Any) -> bool:
     return then is not None and now is not None and then != now
 
 
-def _warn_of_arguments(asked: dict[str, str], checkpoint: Path) -> None:
+def _warn_of_arguments(asked: dict[str, str], checkpoint: Path, schedule: str | None) -> None:
+    overruled, applied = list(OVERRULED), list(APPLIED)
+    (overruled if schedule in REMEMBERING else applied).append("lr_scheduler_kwargs")
     for names, what in (
-        (OVERRULED, "the checkpoint's go on, what is given now has no effect"),
-        (APPLIED, "what is given now holds"),
+        (overruled, "the checkpoint's go on, what is given now has no effect"),
+        (applied, "what is given now holds"),
     ):
         said = [f"{name} ({asked[name]})" for name in names if name in asked]
         if said:

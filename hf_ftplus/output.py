@@ -140,8 +140,9 @@ def refuse_full_disk(trainer: SFTTrainer, folder: Path) -> None:
         )
 
 
-def warn_of_little_room(trainer: SFTTrainer, folder: Path, state: float) -> None:
-    """Warn where a checkpoint, with Adam's moments and this many bytes of strategies, will not find room."""
+def warn_of_little_room(trainer: SFTTrainer, folder: Path) -> None:
+    """Warn where a checkpoint, with Adam's moments and what strategies hold, will not find room."""
+    state = sum(trainer.ftplus.bytes().values()) if trainer.ftplus else 0
     weights = [whole(weight).numel() for weight in trainer.model.parameters() if weight.requires_grad]
     free, least = shutil.disk_usage(folder).free, bytes_saved(trainer) + 8 * sum(weights) + state
     if trainer.args.save_strategy != "no" and free < least:

@@ -28,7 +28,7 @@ from torch import Tensor
 from .batches import examples_of
 from .data import distinct_names
 from .errors import DataError, IncompatibleError, UsageError
-from .mixture import MixtureSampler, epoch_counts
+from .mixture import MixtureSampler, epoch_counts, shared
 from .strategy import Task
 
 KEPT = ("input_ids", "labels", "attention_mask", "seq_lengths")
@@ -166,12 +166,7 @@ class Pools:
 
     def shares(self, given: dict[str, float] | None = None) -> dict[str, float]:
         """Share of each task in training: as given; learn rows divide the rest in proportion (streams alike)."""
-        given = given or {}
-        rest = 1 - sum(given.values())
-        free = sum(task.drawn for name, task in self.tasks.items() if name not in given)
-        return {
-            name: given[name] if name in given else rest * task.drawn / (free or 1) for name, task in self.tasks.items()
-        }
+        return shared({name: task.drawn for name, task in self.tasks.items()}, given or {})
 
     def mixed(self, shares: dict[str, float], seed: int) -> tuple[Dataset | IterableDataset, MixtureSampler | None]:
         """The training set in the given shares, and the order it is drawn in (a stream has its own).

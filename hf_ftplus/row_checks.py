@@ -20,7 +20,7 @@ from .errors import DataError, FTPlusError, UsageError, nearest
 from .evaluation import EvalTask
 from .examples import IGNORED, tokenize
 from .formats import Row, escape
-from .mixture import epoch_counts
+from .mixture import epoch_counts, shared
 from .pools import EVALUATED
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def refuse_little_shares(learn: dict[str, Any], given: dict[str, float]) -> None
     if not all(isinstance(rows, Dataset) for rows in learn.values()):
         return
     sizes = {name: len(rows) for name, rows in learn.items()}
-    rest, free = 1 - sum(given.values()), sum(size for name, size in sizes.items() if name not in given)
-    epoch_counts({name: rest * size / (free or 1) for name, size in sizes.items()} | given, sizes)
+    epoch_counts(shared(dict.fromkeys(given, 0) | sizes, given), sizes)
 
 
 LOOKED_THROUGH = 20_000

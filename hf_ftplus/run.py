@@ -162,7 +162,7 @@ class Start(TrainerCallback):
 
     def __init__(self, config: RunConfig, trainer: SFTTrainer, rows: Rows, seconds: dict[str, float]) -> None:
         self.config, self.trainer, self.rows, self.seconds = config, trainer, rows, seconds
-        self.late, self.measured = trainer.is_fsdp_enabled, []
+        self.late, self.begun, self.measured = trainer.is_fsdp_enabled, False, []
         if not self.late:
             self.load()
 
@@ -207,11 +207,15 @@ class Start(TrainerCallback):
                 logger.warning("resumed under FSDP: the model has moved on, so its start is not measured")
         if fresh:
             track(self.trainer, self.measured, "before")
-        known = dict(costs(self.trainer, train_dataloader)) if fresh else {}
-        for name, cost in known.items():
+        for name, cost in costs(self.trainer, train_dataloader) if fresh else ():
             logger.info("%s: %s", name, in_words(cost))
-        state = sum(cost.get("bytes", 0.0) for cost in known.values())
-        warn_of_little_room(self.trainer, Path(args.output_dir), state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.begun and state.is_world_process_zero:  # strategies have prepared: what they will save is there
+            warn_of_little_room(self.trainer, Path(args.output_dir))
+        self.begun = True
 
 
 def costs(trainer: SFTTrainer, train_dataloader: Any = None) -> Iterator[tuple[str, dict[str, float]]]:

@@ -118,8 +118,8 @@ class Strategy:
     def mix(self, run: Run, shares: dict[str, float]) -> dict[str, float]:
         """Change the share of each task in the training rows; shares sum to 1. Called before `prepare`, maybe twice.
 
-        `run.tasks` says what there is of each task. Unchanged shares leave the Trainer's own order of rows alone. With
-        `max_steps` the first answers say how many of the run's rows are to learn: `run.rows` of the second call.
+        `run.tasks` says what there is of each task. Unchanged shares leave the Trainer's own order of rows alone. Where
+        `max_steps` are shared with protect rows, `run.rows` is 1 at first, for the answers say how many it will be.
         """
         return shares
 

@@ -411,7 +411,10 @@ def test_chats_for_a_model_without_a_template(place, tmp_path, capsys):
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
     line = ["generate", "--model", str(tmp_path / "plain"), "--file", str(tmp_path / "chats.jsonl")]
     assert main(line) == 3
-    assert "Prompt 1 is a chat, and the tokenizer has no chat template" in capsys.readouterr().err
+    assert f"Prompt 1 is a chat, and {tmp_path / 'plain'} has no chat template" in capsys.readouterr().err
+    beside = ["generate", "--model", str(place / "model"), "--compare-with", str(tmp_path / "plain")]
+    assert main([*beside, "--file", str(tmp_path / "chats.jsonl")]) == 3
+    assert f"Prompt 1 is a chat, and {tmp_path / 'plain'} has no chat template" in capsys.readouterr().err
 
 
 def test_each_of_two_models_is_asked_in_its_own_form(place, tmp_path, capsys):

@@ -52,16 +52,31 @@ def test_zero_3_is_refused_before_anything_is_launched(place, tmp_path, capsys, 
         assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("more", "found"), [((), "no"), (("--bf16", "true"), "bf16"), (("--fp16", "true"), "fp16")])
-def test_accelerate_is_told_the_precision_of_the_trainer(place, tmp_path, monkeypatch, more, found):
-    """TRL's configurations say bf16, and DeepSpeed does not start where the Trainer says otherwise."""
+@pytest.mark.parametrize(
+    ("launch", "more", "found"),
+    [
+        ("zero2", (), "no"),  # its configuration says bf16
+        ("zero2", ("--bf16", "true"), "bf16"),
+        ("zero2", ("--fp16", "true"), "fp16"),
+        ("zero2", ("--fp16", "true", "--mixed_precision", "fp16"), "fp16"),
+        ("multi_gpu", (), None),  # as it is configured, which the Trainer takes
+        ("multi_gpu", ("--mixed_precision", "fp16"), "fp16"),
+    ],
+)
+def test_deepspeed_is_told_the_precision_of_the_trainer(place, tmp_path, monkeypatch, launch, more, found):
     from accelerate.commands import launch as accelerate
 
     seen = []
     monkeypatch.setattr(accelerate, "launch_command", lambda args: seen.append(args.mixed_precision))
     monkeypatch.setattr("hf_ftplus.cli.sft.has_bf16", lambda on_cpu: False)
-    main(words(place, tmp_path / "out", "--accelerate_config", "zero2", "--num_processes", "2", *more))
+    main(words(place, tmp_path / "out", "--accelerate_config", launch, "--num_processes", "2", *more))
     assert seen == [found]
+
+
+def test_two_precisions_are_refused_where_deepspeed_would_fail(place, tmp_path, capsys):
+    line = words(place, tmp_path / "out", "--accelerate_config", "zero2", "--bf16", "true", "--mixed_precision", "fp16")
+    assert main(line) == 2
+    assert "the Trainer trains in bf16; DeepSpeed wants both alike. Leave it out" in capsys.readouterr().err
 
 
 def test_what_reads_the_head_is_refused_under_zero_3_alone(place, tmp_path, capsys, monkeypatch):

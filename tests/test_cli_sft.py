@@ -421,13 +421,15 @@ def test_too_little_retention_exits_5_after_saving_everything(place, tmp_path, c
     ("yaml", "says"),
     [
         ("learning_rte: 1", "Did you mean 'learning_rate'"),
-        ("dataset_name: 3", "dataset_name: 3 in the YAML file; expected text."),
+        ("dataset_name: 3", "dataset_name: 3 in the YAML file; expected text. Write it in quotes: dataset_name: '3'"),
+        ("seed: [1]", "seed is [1]; expected a whole number"),
+        ("seed: true", "seed is True; expected a whole number"),
         (
             "lora_target_modules: {a: 1}",
             "lora_target_modules: {'a': 1} in the YAML file; expected text or a list of it.",
         ),
-        ("seed: 4294967296", "seed is 4294967296; expected 0 to 4294967295."),
-        ("data_seed: -1", "data_seed is -1; expected 0 to 4294967295."),
+        ("seed: 4294967296", "seed is 4294967296; expected a whole number from 0 to 4294967295."),
+        ("data_seed: -1", "data_seed is -1; expected a whole number from 0"),
     ],
 )
 def test_a_bad_yaml_key_is_one_sentence(place, tmp_path, capsys, yaml, says):
@@ -477,10 +479,13 @@ def test_a_run_that_blows_up_exits_with_4_and_leaves_no_such_weights(place, tmp_
 
 
 @pytest.mark.fault("A8")
-def test_a_run_killed_before_its_report_is_only_measured_when_it_is_resumed(place, tmp_path):
+def test_a_run_killed_before_its_report_is_only_measured_when_it_is_resumed(place, tmp_path, capsys):
     out, steps = tmp_path / "out", ["--max_steps", "3", "--save_strategy", "steps", "--save_steps", "3"]
     assert main(words(place, out, *steps)) == 0
     weights = (out / "model.safetensors").rename(tmp_path / "ended.safetensors")
+    (out / "ftplus" / "report.json").write_text("{")
+    assert main(words(place, out, *steps, "--resume_from_checkpoint", "true")) == 3
+    assert "Remove it, and type the same again: the run goes on from" in capsys.readouterr().err
     (out / "ftplus" / "report.json").unlink()
     assert main(words(place, out, *steps, "--resume_from_checkpoint", "true")) == 0
     assert json.loads((out / "ftplus" / "report.json").read_text())["facts"]["steps"] == 3

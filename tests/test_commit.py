@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from training import LEARN, PROTECT, same, trainer, weights_of
 
 from hf_ftplus import EWC, commit, disk
 from hf_ftplus.errors import IncompatibleError, StorageError
-from hf_ftplus.origin import rows
+from hf_ftplus.origin import SAID, refuse_other, rows
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -40,10 +41,10 @@ def commit_again(checkpoint):
     """The sums of its files as they are now, by somebody who means it."""
     file = checkpoint / commit.COMMIT
     found = json.loads(file.read_text())
-    found.pop("sha256", None)  # of itself, which is not missed
     for name, entry in found["files"].items():
         entry |= {"bytes": (checkpoint / name).stat().st_size, "sha256": disk.sha256(checkpoint / name)}
-    file.write_text(json.dumps(found))
+    said = {key: value for key, value in found.items() if key not in ("format", "sha256")}
+    file.write_text(json.dumps({**found, "sha256": commit._sum(said)}))
 
 
 def unfinished(checkpoint):
@@ -87,7 +88,12 @@ def test_a_sum_is_of_what_was_written_and_not_of_what_a_migration_makes_of_it(ru
 def test_a_commit_that_says_another_thing_than_was_written_is_damaged(run):
     file = run / "checkpoint-6" / commit.COMMIT
     written = file.read_text()
-    for said, other in (('"batch": 4', '"batch": 5'), ('"rows": {', '"rows": [], "rose": {'), ('"run"', '"ran"')):
+    for said, other in (
+        ('"batch": 4', '"batch": 5'),
+        ('"rows": {', '"rows": [], "rose": {'),
+        ('"run"', '"ran"'),
+        ('\n "sha256"', '\n "sha"'),
+    ):
         assert said in written
         file.write_text(written.replace(said, other, 1))
         assert "not what a commit holds" in commit.fault(run / "checkpoint-6")
@@ -287,7 +293,6 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(ended, tmp_path,
     [
         ({"optim": "sgd"}, r"another optim \(adamw_torch there, sgd here\)"),
         ({"lr_scheduler_type": "cosine"}, r"another lr_scheduler_type \(linear there, cosine here\)"),
-        ({"lr_scheduler_kwargs": {"last_epoch": 7}}, r"another lr_scheduler_kwargs \(None there, {'last_epoch': 7} here\)"),
         ({"train_sampling_strategy": "sequential"}, r"another train_sampling_strategy \(random there, sequential here\)"),
         ({"protect": PROTECT[1:]}, r"other rows to protect \(protect\)"),
         ({"protect": {"other": PROTECT}}, r"other rows to protect \(protect there, other here\)"),
@@ -317,6 +322,19 @@ def test_a_learning_rate_that_the_checkpoint_overrules_is_said_and_changes_nothi
     )
     assert "max_steps (6 there, 7 here): what is given now holds" in caplog.text
     assert it.state.log_history[-2]["learning_rate"] < 3e-3
+
+
+@pytest.mark.fault("B9")
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [("warmup_stable_decay", "what is given now holds"), ("reduce_lr_on_plateau", "the checkpoint's go on")],
+)
+def test_settings_of_a_schedule_hold_or_do_not_as_is_said(caplog, schedule, says):
+    then, now = ({"arguments": {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": {"factor": f}}} for f in (1, 2))
+    refuse_other(
+        then, {**dict.fromkeys((*SAID, "split"), None), "protect": {}, "versions": {}, **now}, Path("checkpoint-2")
+    )
+    assert f"another lr_scheduler_kwargs ({{'factor': 1}} there, {{'factor': 2}} here): {says}" in caplog.text
 
 
 @pytest.mark.fault("B9")

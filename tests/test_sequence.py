@@ -261,18 +261,19 @@ def test_a_stage_may_learn_several_tasks_and_keeps_rows_of_all(place, tmp_path):
     several = given["stages"][1]
     several["tasks"] = [
         {"name": f"some {name}", "dataset": f"{place / name}.jsonl:train[:{count}]"}
-        for name, count in (("fruits", 2), ("cities", 20))
-    ]
+        for name, count in (("fruits", 4), ("cities", 20))
+    ]  # of the fruits two are measured
     several["name"] = "both"
     del several["dataset_name"]
     with pytest.raises(UsageError, match=r"Stage 'both': .*measure: \{both: DATA\}"):
         hf_ftplus.sequence(given)
-    given["measure"]["both"] = str(place / "fruits.jsonl")
+    given["measure"]["both"] = f"{place / 'fruits.jsonl'}:train[:2]"
     matrix = hf_ftplus.sequence(given)
     assert matrix.stages == ["colours", "both", "cities"]
     assert None not in [value for row in matrix.loss for value in row]
     kept = [json.loads(line)["prompt"] for line in (tmp_path / "pools" / "both.jsonl").read_text().splitlines()]
-    assert Counter(prompt.split()[0] for prompt in kept) == {"Fruit": 2, "City": 10}  # all that the small one has
+    assert Counter(prompt.split()[0] for prompt in kept) == {"Fruit": 2, "City": 10}
+    assert not matrix.notes or "are measured, too" not in " ".join(matrix.notes)
 
 
 def test_an_adapter_is_merged_before_the_next_stage_makes_its_own(place, tmp_path):

@@ -101,11 +101,12 @@ def generate(
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    rows = [questions_of(typed, file, bool(tokenizer_of(name).chat_template), system, not no_chat)]
+    rows = [questions_of(typed, file, name, bool(tokenizer_of(name).chat_template), system, not no_chat)]
     models = [load(name, dtype, device)]
     if compare_with:
         models.append(_other(models[0], compare_with, dtype, device))
-        rows.append(questions_of(typed, file, bool(models[1].tokenizer.chat_template), system, not no_chat))
+        other = models[1].name, bool(models[1].tokenizer.chat_template)
+        rows.append(questions_of(typed, file, *other, system, not no_chat))
         _say_who_reads_text(models, no_chat)
     answered = []
     for item in ask(models, rows, How(**how)):

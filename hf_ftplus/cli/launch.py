@@ -95,8 +95,7 @@ def start(
         launch: words for accelerate.
         words: for `ftplus`.
         strategies: of the run.
-        precision: no, bf16 or fp16, as the Trainer trains whatever accelerate is told; DeepSpeed wants both alike. None
-            where there is no Trainer.
+        precision: no, bf16 or fp16, as the Trainer was told; None where there is no Trainer.
 
     Raises:
         UsageError: accelerate refuses its flags.
@@ -114,8 +113,7 @@ def start(
         try:
             launch = [str(word) for word in resolve_accelerate_config_argument([str(word) for word in launch])]
             args = parser().parse_args([*launch, "--module", "hf_ftplus", *words])
-            _refuse_deepspeed(args, strategies)
-            args.mixed_precision = precision or args.mixed_precision
+            _look_at_deepspeed(args, strategies, precision)
             args.multi_gpu = args.multi_gpu or _silently_one(args)
             args.signals_to_handle = "SIGHUP,SIGQUIT"  # torchrun, where it knows this, kills 30 s after passing one on
             _hush_torchrun()
@@ -139,8 +137,8 @@ def start(
         raise failed
 
 
-def precision(args: Any) -> str:
-    """What a Trainer trains in, in accelerate's words."""
+def precision_of(args: Any) -> str:
+    """What a Trainer's arguments say of its precision, in accelerate's words."""
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
 
 
@@ -220,12 +218,21 @@ def _silently_one(args: Namespace) -> bool:
     return (args.num_processes or 1) > 1 and not any(told) and not torch.accelerator.is_available()
 
 
-def _refuse_deepspeed(args: Namespace, strategies: Sequence[Strategy]) -> None:
-    """Say it before any process is launched, and not once per rank."""
+def _look_at_deepspeed(args: Namespace, strategies: Sequence[Strategy], precision: str | None) -> None:
+    """Refuse what DeepSpeed would, before any process is launched and not once per rank; and tell it the precision of
+    the Trainer, for TRL's configurations say bf16 also where there is none, and it wants both alike.
+    """
     file = args.config_file or _own_config()
     said = read_yaml(str(file), "accelerate's --config_file") if file else {}
-    if args.use_deepspeed or said.get("distributed_type") == "DEEPSPEED":
-        from ..strategy import refuse_deepspeed
+    if not args.use_deepspeed and said.get("distributed_type") != "DEEPSPEED":
+        return
+    from ..strategy import refuse_deepspeed
 
-        stage = (said.get("deepspeed_config") or {}).get("zero_stage", 2)  # accelerate's own default
-        refuse_deepspeed(list(strategies), int(stage if args.zero_stage is None else args.zero_stage))
+    stage = (said.get("deepspeed_config") or {}).get("zero_stage", 2)  # accelerate's own default
+    refuse_deepspeed(list(strategies), int(stage if args.zero_stage is None else args.zero_stage))
+    if precision is not None and args.mixed_precision not in (None, precision):
+        raise UsageError(
+            f"--mixed_precision is {args.mixed_precision}, and the Trainer trains in {precision}; DeepSpeed wants both "
+            "alike. Leave it out, and type --bf16 true or --fp16 true."
+        )
+    args.mixed_precision = precision

@@ -99,7 +99,7 @@ def sft(
             click.echo(f"Launching through accelerate, as `trl sft` does: {why}.", err=True)
         if asked or why:
             again = [*(["--debug"] if ctx.find_root().obj else []), "sft", *_without(ctx.meta["words"], launch_words)]
-            launch.start(asked, again, config.strategies, launch.precision(config.training))
+            launch.start(asked, again, config.strategies, launch.precision_of(config.training))
             return
     if dry_run:
         from ..preview import dry_run as begin
@@ -171,8 +171,9 @@ def parse_trl(
         raise IncompatibleError(f"{' '.join(str(error.args[0]).split())} Install it, or leave the flag out.") from error
     _check_words(left, parser)
     for key in ("seed", "data_seed"):
-        if not 0 <= (getattr(training, key) or 0) < 2**32:
-            raise UsageError(f"{key} is {getattr(training, key)}; expected 0 to {2**32 - 1}.")
+        value = getattr(training, key)
+        if value is not None and (type(value) is not int or not 0 <= value < 2**32):
+            raise UsageError(f"{key} is {value!r}; expected a whole number from 0 to {2**32 - 1}.")
     if str(training.resume_from_checkpoint).lower() == "false":  # a word that the Trainer would take for a folder
         training.resume_from_checkpoint = None
     if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
@@ -262,7 +263,10 @@ def _check_yaml(yaml: dict[str, Any], parser: Any) -> None:
         value = yaml.get(key)
         parts = value if key in lists and isinstance(value, list) else [value]
         if value is not None and not all(isinstance(part, str) for part in parts):
-            raise UsageError(f"{key}: {value!r} in the YAML file; expected text{' or a list of it' * (key in lists)}.")
+            raise UsageError(
+                f"{key}: {value!r} in the YAML file; expected text{' or a list of it' * (key in lists)}. Write it in "
+                f"quotes: {key}: '{value}'"
+            )
 
 
 def _check_words(words: Sequence[str], parser: Any) -> None:

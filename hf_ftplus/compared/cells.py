@@ -142,7 +142,7 @@ def look(cell: Cell) -> None:
         refuse_other_data(cell.stage)
         if cell.stage.report.is_file():
             cell.report()
-            cell.finish()
+            cell.state = "finished"
 
 
 def running(cell: Cell) -> int | None:

@@ -159,6 +159,7 @@ def run(
     for cell in all_cells:
         if cell.state == "finished":
             runner.know(cell)
+            cell.finish()
     lock, done, faults = threading.Lock(), threading.Semaphore(0), []
 
     def take() -> Cell | None:

@@ -19,7 +19,6 @@ from .table import completions_view, table
 
 FORMAT = 1
 """Raised when a reader of older reports would misread newer ones."""
-AGAIN = "Remove it, and type the command of its run again: that goes on from the last checkpoint, and writes it anew."
 MOST_LOGS = 300
 
 
@@ -60,8 +59,12 @@ class Report:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Report:
+    def load(cls, path: str | Path, advice: str = "") -> Report:
         """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            advice: what to type where it is damaged, as far as the caller knows.
 
         Raises:
             DataError: missing, not JSON, or not a report of this version.
@@ -70,8 +73,10 @@ class Report:
             found = read_json(Path(path))
         except FileNotFoundError:
             raise DataError(f"{path} does not exist; expected the report.json of a run.") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as JSON: {error}. {AGAIN}") from error
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise DataError(f"{path} cannot be read as JSON: {error}. {advice}".strip()) from error
         version = found.get("format") if isinstance(found, dict) else None
         if version != FORMAT:
             raise DataError(f"{path} has format {version!r}; expected a report.json of format {FORMAT}.")
@@ -80,7 +85,9 @@ class Report:
             check(report)
             return report
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is not a whole report ({type(error).__name__}: {error}). {AGAIN}") from error
+            raise DataError(
+                f"{path} is not a whole report ({type(error).__name__}: {error}). {advice}".strip()
+            ) from error
 
     def show(self, console: Console | None = None) -> None:
         """Print the table and the answers."""

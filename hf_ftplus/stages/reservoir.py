@@ -61,7 +61,10 @@ def pool(
         DataError: rows in no known format, such as token ids; names the columns found.
     """
     if isinstance(learn, dict):
-        shares = divided(keep, {task: len(rows) for task, rows in learn.items()})
+        sizes = {task: len(rows) - sum(said(row) in measured for row in rows) for task, rows in learn.items()}
+        if sum(sizes.values()) < keep:  # then of those that are measured, too
+            sizes = {task: len(rows) for task, rows in learn.items()}
+        shares = divided(keep, sizes)
         parts = [
             pool(rows, config, shares[task], [*np.atleast_1d(seed), place], f"{name} ({task})", measured=measured)
             for place, (task, rows) in enumerate(learn.items())

@@ -186,7 +186,9 @@ def run(plan: Plan, stage: Stage) -> Report:
     which = f"Stage {stage.number} of {len(plan.stages)}, {stage.name}"
     if stage.report.is_file():
         click.echo(f"{which}: finished before.", err=True)
-        return Report.load(stage.report)
+        return Report.load(
+            stage.report, "Remove it, and type the same again: the stage goes on from its last checkpoint."
+        )
     checkpoint = last_checkpoint(stage)
     click.echo(f"{which}: {stage.folder}{f', on from {checkpoint.name}' if checkpoint else ''}", err=True)
     with storing(stage.file):
@@ -224,7 +226,7 @@ def train(stage: Stage, found: dict[str, Any], checkpoint: Path | None) -> None:
         token = found.get("hub_token")  # which stands in no file, nor on a command line that others can see
         with patch_environment(**({"HF_TOKEN": token} if token else {})):
             again = ["sft", "--config", str(stage.file), *more]
-            launch.start(asked, again, config.strategies, launch.precision(config.training))
+            launch.start(asked, again, config.strategies, launch.precision_of(config.training))
         return
     config.training.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
     config.go_on = GO_ON

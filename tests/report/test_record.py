@@ -111,7 +111,7 @@ def test_a_report_is_as_readable_as_any_other_file(tmp_path):
     ("text", "reason"),
     [
         (None, "does not exist"),
-        ("{", "cannot be read as JSON: .* Remove it, and type the command of its run again"),
+        ("{", "cannot be read as JSON"),
         ("[]", "has format None"),
         ('{"format": 99}', "has format 99; expected a report.json of format 1"),
         ('{"format": 1, "tasks": [{"name": "x"}], "facts": {}}', "is not a whole report"),
