@@ -4,15 +4,15 @@
     python examples/benchmarks/forgetting/tiny.py --show        prints it from tiny.json, as Markdown
 
 Addition, reversal, sorting and addition modulo ten, each told by its first symbol, 600 steps of 64 rows each at a
-constant rate, with a fresh optimizer (after Marek 2026, scaled down to a CPU). Every row of the table is trained through
+constant rate, with a fresh optimizer (after Marek 2026, scaled down to a CPU). Every row is trained through
 `hf_ftplus.SFTTrainer`, at the same three learning rates on one seed; the one with the highest ACC is then run on five
 other seeds. Strengths are given, not tuned. What was run so far is in tiny.json.
 
 Two digits are reversed or sorted: a hundred problems each, all of which are trained on. What is measured is what is
 kept, not what is understood. With three digits no penalty on weights held anything, in first runs of one seed: ACC .25
 without, .11 to .23 with diagonal EWC at strengths from 10 to 10,000, clipped or not, with 4 or 64 random draws, and .12
-in a bare loop with the exact diagonal. A move of all weights together, each by little, changes answers by nats where the
-diagonal predicts 1e-4.
+in a bare loop with the exact diagonal. A move of all weights together, each by little, changes answers by nats where
+the diagonal predicts 1e-4.
 
 It flatters replay: the tasks share no prompt, a model of this size can hold all four, and old rows, or the model's own,
 are all there is to know. And it flatters nobody who lowers the learning rate or averages weights: a task is learnt from
