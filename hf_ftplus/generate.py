@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -123,9 +124,11 @@ Write = Callable[[list[str], int, str], list[str]]
 def _rows(write: Write, tokenizer: PreTrainedTokenizerBase, count: int, how: Sampling, bar: tqdm) -> list[Row]:
     rows: list[Row] = []
     seen: set[str] = set()
-    batches = -(-count // how.batch_size)
+    batches, tried = -(-count // how.batch_size), 0
     for _ in range(TRIES * batches):
-        wanted = min(how.batch_size, count - len(rows) + SPARE)
+        usable = max(len(rows), 1) / max(tried, 1)
+        wanted = min(how.batch_size, math.ceil((count - len(rows)) / usable) + SPARE)
+        tried += wanted
         for row in _batch(write, tokenizer, wanted, how, seen):
             if len(rows) < count:
                 rows.append(row)
@@ -133,8 +136,8 @@ def _rows(write: Write, tokenizer: PreTrainedTokenizerBase, count: int, how: Sam
         if len(rows) == count:
             return rows
     raise DataError(
-        f"The model wrote only {len(rows)} usable rows of {count} in {TRIES * batches} batches of {how.batch_size}; "
-        "the others were empty or repeated. Ask for fewer (self:N), or protect with a file of your own: --protect FILE."
+        f"The model wrote only {len(rows)} usable rows of {count} in {tried} tries; the others were empty or repeated. "
+        "Ask for fewer (self:N), or protect with a file of your own: --protect FILE."
     )
 
 

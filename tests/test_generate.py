@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -129,13 +130,23 @@ def test_nothing_signs_and_loops_are_not_kept():
 
 @pytest.mark.parametrize("text", ["", "?!"])
 def test_a_model_with_nothing_to_say_is_an_error_after_bounded_tries(text):
-    with pytest.raises(DataError, match=r"only 0 usable rows of 3 in 8 batches of 4.*--protect FILE"):
+    with pytest.raises(DataError, match=r"only 0 usable rows of 3 in 32 tries.*--protect FILE"):
         self_generate(parrot(text), tiny_tokenizer(), 3, seed=0, **SHORT)
 
 
 def test_a_model_that_repeats_itself_is_an_error():
     with pytest.raises(DataError, match="only 1 usable rows of 3"):
         self_generate(parrot("The dog"), tiny_tokenizer(), 3, seed=0, **SHORT)
+
+
+def test_a_model_that_mostly_repeats_itself_is_asked_for_more_to_the_last_row(tokenizer):
+    """One row in six is new: asked for no more than is missing, it would run out of tries near the end."""
+    said = (f"Boat {i // 6} sails." for i in itertools.count())
+    rows = generate._rows(
+        lambda openings, *_: list(itertools.islice(said, len(openings))), tiny_tokenizer(None), 120,
+        generate.Sampling(batch_size=64), generate._bar(120, False),
+    )  # fmt: skip
+    assert [row["text"] for row in rows] == [f"Boat {i} sails." for i in range(120)]
 
 
 @pytest.mark.parametrize(
