@@ -51,7 +51,7 @@ KEPT = Path(__file__).with_suffix(".json")
 STEPS, BATCH, ROWS, PROBLEMS = 600, 64, 8_000, 256
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 SEEDS, CHOOSING = (0, 1, 2, 3, 4), 100
-OWN = 256
+OWN = 128
 """Rows that the model writes before a stage, where it protects with its own text."""
 
 Problem = tuple[str, str]
