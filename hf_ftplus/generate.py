@@ -39,7 +39,7 @@ FORMAT = 3
 SAYS_NOTHING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Keys of a configuration that do not change what a model says."""
 TRIES = 8
-"""Batches sampled per batch wanted, before giving up."""
+"""Rows sampled per row wanted, in whole batches, before giving up."""
 SPARE = 4
 """Rows written beyond those still wanted, since some are empty or were seen before."""
 CANDIDATES = 1024
@@ -124,15 +124,13 @@ Write = Callable[[list[str], int, str], list[str]]
 def _rows(write: Write, tokenizer: PreTrainedTokenizerBase, count: int, how: Sampling, bar: tqdm) -> list[Row]:
     rows: list[Row] = []
     seen: set[str] = set()
-    batches, tried = -(-count // how.batch_size), 0
-    for _ in range(TRIES * batches):
-        usable = max(len(rows), 1) / max(tried, 1)
+    tried, most, usable = 0, TRIES * how.batch_size * -(-count // how.batch_size), 1.0
+    while tried < most:
         wanted = min(how.batch_size, math.ceil((count - len(rows)) / usable) + SPARE)
-        tried += wanted
-        for row in _batch(write, tokenizer, wanted, how, seen):
-            if len(rows) < count:
-                rows.append(row)
-                bar.update()
+        found = _batch(write, tokenizer, wanted, how, seen)
+        tried, usable = tried + wanted, max(len(found), 0.5) / wanted  # of this batch: what is new may become rare
+        bar.update(len(found[: count - len(rows)]))
+        rows += found[: count - len(rows)]
         if len(rows) == count:
             return rows
     raise DataError(
