@@ -55,13 +55,15 @@ class MixingMixin:
         pack = partial(packed, args=self.args) if getattr(self.args, "packing", False) else None
         pools = Pools(self._streams or self.train_dataset, run.protect, pack)
         rows = sum(task.rows or 0 for task in pools.tasks.values() if task.role == "learn")
-        run.tasks, run.rows = pools.tasks, planned_rows(self.args, rows)
-        plain = pools.shares()
-        if self.args.max_steps > 0 and run.protect:  # its steps are for protect rows, too: for how many is asked first
-            planned, run.rows = run.rows, 1.0
-            shares = self._asked(run, pools.shares(given), plain)
-            run.rows = planned * sum(shares[name] for name, task in run.tasks.items() if task.role == "learn")
-        shares = self._asked(run, pools.shares(given), plain)
+        run.tasks, planned = pools.tasks, planned_rows(self.args, rows)
+        plain, given = pools.shares(), pools.shares(given)
+        if self.args.max_steps > 0:  # which are for protect rows, too
+            run.rows = 1.0
+            several = sum(1 for _ in self.ftplus.acting("mix")) > 1
+            first = self._asked(run, given, plain) if several and run.protect else given
+            planned *= sum(first[name] for name, task in run.tasks.items() if task.role == "learn")
+        run.rows = planned
+        shares = self._asked(run, given, plain)
         if any(abs(shares[task] - plain[task]) > 1e-9 for task in plain):
             self._set_signature_columns_if_needed()
             refuse_mixing(self.args, pools, self._signature_columns)

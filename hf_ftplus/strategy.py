@@ -116,10 +116,11 @@ class Strategy:
         """The model stands on its device, sharded if it will be, and no step was taken. Not called on resume."""
 
     def mix(self, run: Run, shares: dict[str, float]) -> dict[str, float]:
-        """Change the share of each task in the training rows; shares sum to 1. Called before `prepare`, maybe twice.
+        """Change the share of each task in the training rows; shares sum to 1. Called once, before `prepare`.
 
         `run.tasks` says what there is of each task. Unchanged shares leave the Trainer's own order of rows alone. Where
-        `max_steps` are shared with protect rows, `run.rows` is 1 at first, for the answers say how many it will be.
+        several strategies share `max_steps` with protect rows, they are asked before with `run.rows` at 1, for their
+        answers say how many rows are left to learn.
         """
         return shares
 
