@@ -67,11 +67,16 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> Trained:
         with _said_of(name):
             _fit_embeddings(model, Path(path))
             model = PeftModel.from_pretrained(model, path)
-    device = device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    device = device or device_here()
     try:
         return Trained(name, model.eval().to(device), _tokenizer(path, base), adapted=base is not None)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or torch was built without
         raise DataError(f"--device {device}: {reason(error).rstrip('.')}. Leave it out, or type cpu.") from error
+
+
+def device_here() -> str:
+    """The kind of the accelerator if there is one that works: a torch built for CUDA names it without a GPU, too."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:

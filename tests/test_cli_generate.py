@@ -67,6 +67,15 @@ def test_an_adapter_answers_on_its_base_as_with_peft(place, tmp_path):
     assert row["model"].endswith("adapter")
 
 
+def test_a_torch_that_was_built_for_cuda_does_without_a_gpu(place, tmp_path, monkeypatch):
+    """It names the accelerator that it was built for, and `is_available` says that there is none."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (row,) = asked(place, tmp_path, "--model", place / "model", "--prompt", "Name a colour.")
+    assert row["model"].endswith("model")
+    assert main(["eval", str(place / "model"), "--measure", f"a={place / 'learn.jsonl'}", "--measure_rows", "2"]) == 0
+
+
 @pytest.mark.parametrize("other", ["base", "model"])
 def test_beside_its_base(place, tmp_path, capsys, other):
     other = str(place / other) if other == "model" else other

@@ -27,7 +27,7 @@ from ..examples import Example, tokenize
 from ..generate import self_generate
 from ..logits import lm_head
 from ..model import cache
-from ..trained import Trained, load, tokenizer_of
+from ..trained import Trained, device_here, load, tokenizer_of
 from . import content
 from .cells import Cells, written
 from .harness import Benchmark, Outcome, as_outcome
@@ -94,8 +94,7 @@ class Scored:
 
     @property
     def how(self) -> list[Any]:
-        device = self.plan.device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
-        return [self.plan.dtype, device, self.plan.batch_size]
+        return [self.plan.dtype, self.plan.device or device_here(), self.plan.batch_size]
 
     def lacks(self, task: EvalTask) -> bool:
         """Whether anything is still to be compared with the first model."""
