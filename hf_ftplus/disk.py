@@ -25,6 +25,8 @@ MOST = 64 * 2**20
 BLOCK = 2**22
 """Bytes read at a time."""
 LOCK = ".ftplus.lock"
+_held: set[Path] = set()
+"""Folders that this process has locked."""
 
 
 def replace(path: Path, write: Callable[[Path], Any], private: bool = False) -> None:
@@ -144,11 +146,15 @@ def _no_number(text: str) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Nobody else writes to `folder` meanwhile; it is made if need be. The system lets go of it when a process dies.
 
-    Where the file system knows no locks (some network ones), a warning says so.
+    Where this process has it already, it keeps it. Where the file system knows no locks (some network ones), a warning
+    says so.
 
     Raises:
         StorageError: another run has it, which is named; or it cannot be made or written.
     """
+    if (mine := folder.resolve()) in _held:
+        yield
+        return
     existed, path = os.path.exists(folder), folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,9 +166,11 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise StorageError(f"--output_dir {folder} cannot be written: {error.strerror}. Choose another.") from None
+    _held.add(mine)
     try:
         yield
     finally:
+        _held.remove(mine)
         with suppress(OSError):
             path.unlink()
         os.close(handle)

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from . import commit, compat
 from .callback import StrategyCallback
 from .data import reason
+from .disk import locked
 from .errors import DataError, FTPlusError, IncompatibleError, StorageError, UsageError
 from .hidden import hide
 from .logits import causal_lm, lm_head, supervised
@@ -96,16 +97,20 @@ class StrategyMixin(MixingMixin):
         if shares or self.ftplus.acting("mix"):
             self._mix(shares)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         self._origin = origin(self)
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._verified(resume_from_checkpoint)
-        try:
-            with self._watching():
-                return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
+        with ExitStack() as during:
+            if self.args.save_strategy != "no" or self.ftplus is not None:
+                folder = Path(self._get_output_dir(trial=trial))
+                commit.on_first_rank(lambda: during.enter_context(locked(folder)))
+            if resume_from_checkpoint:
+                resume_from_checkpoint = self._verified(resume_from_checkpoint)
             if self.ftplus is not None:
-                self.ftplus.release()
+                during.callback(self.ftplus.release)
+            during.enter_context(self._watching())
+            return super().train(resume_from_checkpoint, trial, *args, **kwargs)
 
     def _verified(self, checkpoint: str | bool) -> str | bool:
         """The checkpoint to go on from, whole and of this run; `True` asks for the newest that is whole."""

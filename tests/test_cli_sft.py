@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import command, make_place, same_file, stopped, words
+from held import held
 from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, PROTECT
 
@@ -625,16 +626,9 @@ def test_the_gate_of_a_finished_run_still_judges_it(place, tmp_path):
 def test_a_folder_is_for_one_run_at_a_time(place, tmp_path, capsys):
     from hf_ftplus.disk import LOCK, locked
 
-    holder = [sys.executable, "-c", f"import fcntl; f = open({str(tmp_path / 'out' / LOCK)!r}, 'w'); fcntl.flock(f, 2); "
-              "f.write('pid 1 on elsewhere'); f.flush(); print(flush=True); input()"]  # fmt: skip
-    (tmp_path / "out").mkdir()
-    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            process.stdout.readline()
-            assert main(words(place, tmp_path / "out")) == 6
-            assert "is in use by another run (pid 1 on elsewhere)" in capsys.readouterr().err
-        finally:
-            process.kill()
+    with held(tmp_path / "out"):
+        assert main(words(place, tmp_path / "out")) == 6
+    assert "is in use by another run (pid 1 on elsewhere)" in capsys.readouterr().err
     with locked(tmp_path / "out"):  # nobody holds it who was killed
         assert (tmp_path / "out" / LOCK).is_file()
     assert not (tmp_path / "out" / LOCK).exists()

@@ -15,6 +15,7 @@ import transformers
 import trl
 from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
+from held import held
 from lawful import Sorry
 from peft import LoraConfig, PeftModel
 from tiny import tiny_llama, tiny_mixtral, tiny_tokenizer
@@ -24,6 +25,7 @@ from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trai
 from hf_ftplus import EWC, SI, Distill, Replay, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
 from hf_ftplus.batches import examples_of
 from hf_ftplus.data import TaskSpec
+from hf_ftplus.disk import LOCK, locked
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 from hf_ftplus.logits import causal_lm
 from hf_ftplus.refusals import devices_of, offloads, refuse, refuse_answers
@@ -189,6 +191,21 @@ def test_a_failure_before_the_save_leaves_no_half_checkpoint(tmp_path):
     with pytest.raises(RuntimeError, match="evaluation failed"):
         it.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.fault("A6")
+@pytest.mark.parametrize("strategies", [(), ("ewc",)], ids=["plain", "EWC"])
+def test_a_script_keeps_out_of_a_folder_that_another_run_writes_to(tmp_path, strategies):
+    it = trainer(tmp_path, *strategies, save_strategy="steps", save_steps=3)
+    with held(tmp_path), pytest.raises(StorageError, match=r"is in use by another run \(pid 1 on elsewhere\)"):
+        it.train()
+    assert it.state.global_step == 0
+    assert not list(tmp_path.glob("checkpoint-*"))
+    it.train()
+    assert not (tmp_path / LOCK).exists()
+    with locked(tmp_path):  # a process may ask for what it has
+        it.train(resume_from_checkpoint=True)
+        assert (tmp_path / LOCK).is_file()
 
 
 def test_a_callback_is_not_fooled_by_a_checkpoint_elsewhere(tmp_path):
