@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from .commit import on_first_rank
 from .data import as_tasks
 from .errors import IncompatibleError
 from .generate import tokenizer_fingerprint
 from .sketch import sketch
 from .state import identity, same_identity
-from .weights import canonical, trainable
+from .weights import canonical, sharded, trainable
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -63,20 +64,32 @@ REMEMBERING = ("reduce_lr_on_plateau", "greedy")
 def origin(trainer: Any) -> dict[str, Any]:
     """What a checkpoint of this trainer keeps about its run; asked before anything is loaded or wrapped."""
     args, tokenizer = trainer.args, getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    placed = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # weights may not be there yet
     return {
         "model": identity(trainer.model),
-        "frozen": None if placed else frozen(trainer.model),
+        "frozen": _as_loaded(trainer, frozen),
         "tokenizer": tokenizer_fingerprint(tokenizer) if hasattr(tokenizer, "special_tokens_map") else None,
         "rows": rows(trainer.train_dataset, getattr(trainer.ftplus, "learn_rows", None)),
         "seed": [args.seed, args.data_seed],
         "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "dtype": None if placed else dtypes(trainer.model),
+        "dtype": _as_loaded(trainer, dtypes),
         "protect": protected(trainer.ftplus.protect if trainer.ftplus else None),
         "arguments": arguments(args),
         "split": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
+
+
+def _as_loaded(trainer: Any, ask: Callable[[torch.nn.Module], Any]) -> Any:
+    """What `ask` finds in the weights; None once FSDP or DeepSpeed placed them, in a dtype of its choice.
+
+    Under FSDP the first process alone may have loaded them; under ZeRO-3 each has a part from the start.
+    """
+    model, sharding = trainer.model, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharding and (trainer.model_wrapped is not model or sharded(model.parameters())):
+        return None
+    if sharding and not any(hasattr(weight, "ds_shape") for weight in model.parameters()):
+        return on_first_rank(lambda: ask(model))
+    return ask(model)
 
 
 def frozen(model: torch.nn.Module) -> str | None:

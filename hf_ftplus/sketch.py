@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .weights import canonical, local
+from .weights import canonical, local, whole
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -45,7 +45,7 @@ class Comparison(NamedTuple):
 
 
 def sketch(model: nn.Module) -> Sketch:
-    """Some elements of every weight by canonical name, in fp32 on the CPU; under FSDP2 every rank must call it."""
+    """Some elements of every weight by canonical name, in fp32 on the CPU; every rank must call it, if sharded."""
     found: Sketch = {}
     factors: set[int] = set()
     for name, layer in model.named_modules():
@@ -58,8 +58,8 @@ def sketch(model: nn.Module) -> Sketch:
                 changed = f"{canonical(name)}.weight{CHANGE}"
                 found[changed] = found.get(changed, 0) + change
     for name, weight in model.named_parameters():
-        if id(weight) not in factors and ".original_module." not in name and weight.numel():
-            found[canonical(name)] = _elements(weight, _places(weight.shape))
+        if id(weight) not in factors and ".original_module." not in name and whole(weight).numel():
+            found[canonical(name)] = _elements(weight, _places(whole(weight)))
     return found
 
 
@@ -115,11 +115,11 @@ def _change(layer: LoraLayer, key: str) -> Tensor:
     """What one adapter adds to the sampled elements of its weight."""
     A, B = layer.lora_A[key].weight, layer.lora_B[key].weight
     turned = getattr(layer, "fan_in_fan_out", False)  # GPT-2 keeps its weights as [in, out]
-    shape = (A.shape[1], B.shape[0]) if turned else (B.shape[0], A.shape[1])
-    row, column = reversed(_places(shape)) if turned else _places(shape)
-    rank = torch.arange(A.shape[0]).repeat(len(row))
-    left = _elements(B, (row.repeat_interleave(A.shape[0]), rank))
-    right = _elements(A, (rank, column.repeat_interleave(A.shape[0])))
+    (r, k), (d, _) = whole(A), whole(B)
+    row, column = reversed(_places((k, d))) if turned else _places((d, k))
+    rank = torch.arange(r).repeat(len(row))
+    left = _elements(B, (row.repeat_interleave(r), rank))
+    right = _elements(A, (rank, column.repeat_interleave(r)))
     return layer.scaling[key] * (left * right).view(len(row), -1).sum(1)
 
 
@@ -133,6 +133,11 @@ def _places(shape: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 def _elements(weight: Tensor, index: tuple[Tensor, ...]) -> Tensor:
     """`weight[index]` in fp32 on the CPU; what another rank's shard holds comes from there."""
+    if hasattr(weight, "ds_shape"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([weight]):  # of ZeRO-3
+            return local(weight)[tuple(index)].float().reshape(-1).cpu()
     part = local(weight)
     if not hasattr(weight, "to_local"):
         return part[tuple(index)].float().reshape(-1).cpu()

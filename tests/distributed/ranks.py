@@ -15,7 +15,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor
 from two import meet
 
-from hf_ftplus import EWC, divergence, logits, state
+from hf_ftplus import EWC, divergence, logits, origin, state
 from hf_ftplus.errors import PluginError
 from hf_ftplus.fisher import fisher
 from hf_ftplus.generate import self_generate
@@ -262,7 +262,22 @@ def outputs(folder: Path, rank: int) -> dict[str, Tensor]:
     it = trainer(folder, Sorry(), protect=None, max_steps=1)
     with suppress(PluginError):
         it.train()
-    return found | {f"rescued.{name}": whole(weight) for name, weight in trainable(it.model).items()}
+    found |= {f"rescued.{name}": whole(weight) for name, weight in trainable(it.model).items()}
+    return found | {"below an adapter": below(folder / "below", rank)}
+
+
+def below(folder: Path, rank: int) -> Tensor:
+    """The digest of an adapter's base, which the first rank alone has loaded."""
+    from training import trainer
+
+    it = trainer(folder, model=lora(), protect=None, max_steps=1)
+    if rank:
+        for weight in it.model.parameters():
+            weight.data.zero_()
+    found = origin.origin(it)["frozen"]
+    it.train()
+    assert origin.origin(it)["frozen"] is None  # accelerate may have cast it
+    return torch.tensor(list(found.encode()))
 
 
 def stopping(folder: Path, rank: int) -> dict[str, Tensor]:

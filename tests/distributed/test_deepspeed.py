@@ -14,6 +14,8 @@ import pytest
 import torch
 import two
 from commands import make_place, words
+from evaluation.cases import moved
+from tiny import tiny_llama
 
 from hf_ftplus import zero
 from hf_ftplus.cli import main
@@ -104,3 +106,18 @@ def test_the_command_launches_trains_and_goes_on(tmp_path, capfd, stage, plugin,
     (out / "ftplus" / "report.json").unlink()
     assert main([*line, "--resume_from_checkpoint", "true"]) == 0
     assert (out / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.fault("B2")
+def test_under_zero_3_an_adapter_goes_on_only_with_the_weights_it_was_trained_on(tmp_path, capfd):
+    place, out = make_place(tmp_path / "place"), tmp_path / "out"
+    how = ["--accelerate_config", "zero3", "--num_processes", "2", "--use_cpu", "true", "--measure_rows", "0"]
+    save = ["--use_peft", "true", "--lora_r", "2", "--save_strategy", "steps", "--save_steps", "2", "--max_steps"]
+    line = words(place, out, *how, "--completions", "0", *save, plugin="replay")
+    assert main([*line, "2"]) == 0
+    resume = [*line, "4", "--resume_from_checkpoint", "true"]
+    moved(tiny_llama(), by=0.1).save_pretrained(place / "model")
+    assert main(resume) == 4
+    assert "other weights below the adapter" in capfd.readouterr().err
+    tiny_llama().save_pretrained(place / "model")
+    assert main(resume) == 0

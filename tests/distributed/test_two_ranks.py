@@ -125,9 +125,22 @@ def test_ranks_of_a_sharded_model_write_what_the_first_one_draws(sharded):
     assert torch.equal(second["written"], one["written"])
 
 
-def test_what_needs_the_head_trains_a_sharded_model_as_a_whole_one(tmp_path):
-    first, second = launch("outputs", tmp_path)
-    saved = dict(LlamaForCausalLM.from_pretrained(tmp_path).named_parameters())  # when all failed in the end
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Where FSDP2 through accelerate wrote, and both ranks' results."""
+    folder = tmp_path_factory.mktemp("outputs")
+    return folder, launch("outputs", folder)
+
+
+@pytest.mark.fault("B2")
+def test_weights_below_an_adapter_are_told_before_they_are_sharded(outputs):
+    alike = alone().origin.frozen(alone().lora())
+    assert {bytes(rank["below an adapter"].tolist()).decode() for rank in outputs[1]} == {alike}
+
+
+def test_what_needs_the_head_trains_a_sharded_model_as_a_whole_one(tmp_path, outputs):
+    folder, (first, second) = outputs
+    saved = dict(LlamaForCausalLM.from_pretrained(folder).named_parameters())  # when all failed in the end
     assert far(part(first, "rescued."), saved) == 0
     assert far(saved, dict(tiny_llama().named_parameters())) > 1e-4
     one = alone().on_outputs(tmp_path / "one", 8)
