@@ -17,7 +17,7 @@ from . import commit
 from .callback import STATE_FOLDER
 from .disk import flush, locked, replace
 from .errors import StorageError
-from .weights import whole
+from .weights import full_shape
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -143,7 +143,7 @@ def refuse_full_disk(trainer: SFTTrainer, folder: Path) -> None:
 def warn_of_little_room(trainer: SFTTrainer, folder: Path) -> None:
     """Warn where a checkpoint, with Adam's moments and what strategies hold, will not find room."""
     state = sum(trainer.ftplus.bytes().values()) if trainer.ftplus else 0
-    weights = [whole(weight).numel() for weight in trainer.model.parameters() if weight.requires_grad]
+    weights = [full_shape(weight).numel() for weight in trainer.model.parameters() if weight.requires_grad]
     free, least = shutil.disk_usage(folder).free, bytes_saved(trainer) + 8 * sum(weights) + state
     if trainer.args.save_strategy != "no" and free < least:
         logger.warning(
@@ -157,7 +157,7 @@ def bytes_saved(trainer: SFTTrainer) -> int:
     """Of the weights that a checkpoint brings: of an adapter, where there is one."""
     adapted = bool(getattr(trainer.model, "peft_config", None))
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not adapted]
-    return sum(whole(weight).numel() * weight.element_size() for weight in weights)
+    return sum(full_shape(weight).numel() * weight.element_size() for weight in weights)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ from .shared import base
 from .shared.hub import said_of
 from .trained import pinned
 from .trainer import SaveOnInterrupt, SFTTrainer, refuse_not_finite, sft_trainer
-from .weights import whole
+from .weights import full_shape
 from .zero import unseen
 
 logger = logging.getLogger("hf_ftplus")
@@ -330,7 +330,7 @@ def out_of_memory(trainer: SFTTrainer, error: Exception) -> IncompatibleError:
     held: dict[str, int] = {}
     with suppress(PluginError):  # before it was prepared, a strategy may hold nothing yet
         held = trainer.ftplus.bytes() if trainer.ftplus else {}
-    weights = sum(whole(weight).numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    weights = sum(full_shape(weight).numel() for weight in trainer.model.parameters() if weight.requires_grad)
     each = ((name, size / 1e6, size / weights) for name, size in held.items())
     parts = [f" {name} holds {mega:,.1f} MB, {per:.1f} bytes per trained weight." for name, mega, per in each]
     what = str(error).partition("\n")[0]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .weights import canonical, local, whole
+from .weights import canonical, full_shape, local
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -58,8 +58,8 @@ def sketch(model: nn.Module) -> Sketch:
                 changed = f"{canonical(name)}.weight{CHANGE}"
                 found[changed] = found.get(changed, 0) + change
     for name, weight in model.named_parameters():
-        if id(weight) not in factors and ".original_module." not in name and whole(weight).numel():
-            found[canonical(name)] = _elements(weight, _places(whole(weight)))
+        if id(weight) not in factors and ".original_module." not in name and full_shape(weight).numel():
+            found[canonical(name)] = _elements(weight, _places(full_shape(weight)))
     return found
 
 
@@ -115,7 +115,7 @@ def _change(layer: LoraLayer, key: str) -> Tensor:
     """What one adapter adds to the sampled elements of its weight."""
     A, B = layer.lora_A[key].weight, layer.lora_B[key].weight
     turned = getattr(layer, "fan_in_fan_out", False)  # GPT-2 keeps its weights as [in, out]
-    (r, k), (d, _) = whole(A), whole(B)
+    (r, k), (d, _) = full_shape(A), full_shape(B)
     row, column = reversed(_places((k, d))) if turned else _places((d, k))
     rank = torch.arange(r).repeat(len(row))
     left = _elements(B, (row.repeat_interleave(r), rank))

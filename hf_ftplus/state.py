@@ -23,7 +23,7 @@ from . import tensorfile
 from .disk import read_format, replace, sha256
 from .errors import FTPlusError, IncompatibleError, StorageError
 from .sketch import compare, sketch
-from .weights import canonical, local, match, trainable, whole
+from .weights import canonical, full_shape, local, match, trainable
 
 if TYPE_CHECKING:
     from .strategy import Run, Strategy
@@ -185,7 +185,7 @@ def load_memory(folder: Path, name: str, run: Run) -> dict[str, Tensor]:
 
 def shapes(model: nn.Module) -> dict[str, list[int]]:
     """Of every weight but those of LoRA adapters, which another adapter of the same model may have otherwise."""
-    named = {canonical(name): list(whole(weight)) for name, weight in model.named_parameters()}
+    named = {canonical(name): list(full_shape(weight)) for name, weight in model.named_parameters()}
     return {name: shape for name, shape in named.items() if "lora_" not in name}
 
 
@@ -204,7 +204,7 @@ def identity(model: nn.Module) -> dict[str, Any]:
     """Trainable weights by canonical name with their shapes, and the adapter's settings that shapes do not show."""
     adapters = getattr(model, "peft_config", {})
     return {
-        "weights": {name: list(whole(weight)) for name, weight in trainable(model).items()},
+        "weights": {name: list(full_shape(weight)) for name, weight in trainable(model).items()},
         "adapters": {name: _adapter_facts(config) for name, config in adapters.items()},
     }
 

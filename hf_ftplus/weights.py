@@ -54,7 +54,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def whole(weight: Tensor) -> torch.Size:
+def full_shape(weight: Tensor) -> torch.Size:
     """The shape of a weight, also where DeepSpeed ZeRO-3 keeps it in parts and shows none of it."""
     return getattr(weight, "ds_shape", weight.shape)
 

@@ -230,7 +230,9 @@ def _look_at_deepspeed(args: Namespace, strategies: Sequence[Strategy], precisio
 
     stage = (said.get("deepspeed_config") or {}).get("zero_stage", 2)  # accelerate's own default
     refuse_deepspeed(list(strategies), int(stage if args.zero_stage is None else args.zero_stage))
-    if precision is not None and args.mixed_precision not in (None, precision):
+    if precision is None:
+        return
+    if args.mixed_precision not in (None, precision):
         raise UsageError(
             f"--mixed_precision is {args.mixed_precision}, and the Trainer trains in {precision}; DeepSpeed wants both "
             "alike. Leave it out, and type --bf16 true or --fp16 true."

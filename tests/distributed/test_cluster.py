@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import command
+from training import trainer
 
 from hf_ftplus import cluster
 from hf_ftplus.cli import launch, main
@@ -68,17 +69,20 @@ def alone(tmp_path):
 
 
 def test_an_update_that_is_not_that_of_one_process_is_a_fault(alone):
-    start, one = {"a": torch.zeros(3)}, {"weights.a": torch.ones(3)}
+    start, one = {"weights.a": torch.zeros(3)}, {"weights.a": torch.ones(3)}
     for off, faults in ((1e-6, 0), (1e-3, 1), (float("nan"), 1)):
         found = cluster.Found()
-        cluster.compared({"weights.a": torch.ones(3) + off}, one, start, alone, found)
+        cluster.compared({"weights.a": torch.ones(3) + off}, one, start, 1e-4, found)
         assert len(found.faults) == faults, off
 
 
-def test_fsdp_that_was_asked_for_and_left_out_is_a_fault(alone, monkeypatch):
+def test_fsdp_that_was_asked_for_and_left_out_is_a_fault(alone, monkeypatch, tmp_path):
+    it = trainer(tmp_path, protect=None)
+    found = cluster.Found()
+    assert cluster.held(it, found)["weights"] == "off: every rank holds all"
+    assert not found.faults
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    alone.distributed_type, found = "DistributedType.MULTI_CPU", cluster.Found()
-    assert cluster.held(alone, torch.nn.Linear(2, 2), found)["weights"].startswith("off")
+    cluster.held(it, found)
     assert "accelerate shards on no CPU" in found.faults[0]
 
 
@@ -110,9 +114,11 @@ def test_words_that_mean_nothing_are_refused(words, says, capsys):
     assert says in capsys.readouterr().err
 
 
-def test_weights_in_cpu_memory_are_a_fault_before_anything_is_trained():
-    accelerator = SimpleNamespace(device=torch.device("meta"), prepare=lambda *both: both)
-    found = cluster.Found()
-    cluster.sharding_and_laws(accelerator, found)
-    assert found.faults == ["FSDP keeps weights in CPU memory; set fsdp_offload_params: false in the accelerate config"]
+def test_a_launch_that_strategies_refuse_is_a_fault(alone, monkeypatch):
+    def refused(*args):
+        raise IncompatibleError("FSDP version 1 flattens weights into one. Set fsdp_version: 2.")
+
+    monkeypatch.setattr(cluster, "run", refused)
+    cluster.sharding_and_laws(alone, found := cluster.Found())
+    assert found.faults == ["FSDP version 1 flattens weights into one. Set fsdp_version: 2"]
     assert "laws" not in found.facts

@@ -121,3 +121,14 @@ def test_under_zero_3_an_adapter_goes_on_only_with_the_weights_it_was_trained_on
     assert "other weights below the adapter" in capfd.readouterr().err
     tiny_llama().save_pretrained(place / "model")
     assert main(resume) == 0
+
+
+@pytest.mark.parametrize(("stage", "how"), [(2, "steps with ewc"), (3, "steps without ewc")])
+def test_doctor_trains_there_as_a_run_does(capfd, stage, how):
+    line = ["doctor", "--distributed", "--num_processes", "2", "--mixed_precision", "no", "--json"]
+    assert main([*line, "--accelerate_config", f"zero{stage}"]) == 0
+    facts = json.loads((said := capfd.readouterr().out)[said.index("\n{\n") :])
+    assert f"DeepSpeed ZeRO-{stage}" in facts["sharding"]["weights"]
+    assert facts["sharding"]["weights"].startswith("on" if stage == 3 else "off")
+    assert float(facts["laws"]["as one process"].split()[0]) < 1e-5
+    assert how in facts["laws"]["as one process"]
