@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import stopping
 from .callback import STATE_FOLDER
 from .config import SECRETS
@@ -34,10 +36,17 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
         "device": str(trainer.args.device),
         "processes": trainer.args.world_size,
         "seconds": seconds,
+        "device_bytes": most_held(trainer.args.device),
         "memory": Path(config.training.output_dir, STATE_FOLDER, "memory", "manifest.json").is_file(),
         "strategies": {} if trainer.ftplus is None else strategy_facts(trainer),
         "history": history(trainer.state.log_history),
     }
+
+
+def most_held(device: torch.device) -> int | None:
+    """Bytes of the device's memory that tensors of this process held at most; None where nothing counts them (CPU)."""
+    count = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return count(device) if count else None
 
 
 def masked(words: list[str]) -> list[str]:

@@ -7,6 +7,8 @@ import torch
 from tiny import tiny_llama
 from training import far, same, trainer, weights_of
 
+from hf_ftplus.facts import most_held
+
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 pytestmark = gpu
 
@@ -36,6 +38,12 @@ def test_mixed_precision_trains_and_holds(tmp_path, precision):
     start = tiny_llama().state_dict()
     moved = [far({k: v.cpu() for k, v in weights_of(it).items()}, start) for it in (held, free)]
     assert 0 < moved[0] < moved[1]
+
+
+def test_a_report_says_what_the_device_held():
+    """Would prove: compare's memory column is that of the GPU."""
+    kept = torch.ones(2**20, device="cuda")
+    assert most_held(kept.device) >= 4 * kept.numel()
 
 
 def test_strength_zero_is_bit_identical_on_the_device(tmp_path):

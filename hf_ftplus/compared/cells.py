@@ -85,6 +85,11 @@ class Cell:
         """That its last process took; as its report says where `compare` was killed and the process lived on."""
         return self.kept.get("seconds") or sum(self.report().facts["seconds"].values())
 
+    def peak_bytes(self) -> int | None:
+        """The most that its run held of the device's memory; without a device, its process of the machine's."""
+        on_device = self.report().facts.get("device_bytes") if self.stage.report.is_file() else None
+        return on_device or self.kept.get("peak_bytes")
+
 
 def cells(rows: Sequence[Row], seeds: Sequence[int], out: Path, given: dict[str, Any], config: RunConfig) -> list[Cell]:
     """Every cell, all rows with the first seed before any with the second."""

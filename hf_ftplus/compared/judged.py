@@ -109,7 +109,7 @@ def _judged(row: Row, cells: list[Cell], reports: dict[int, Report], tasks: dict
     found.negative_flips, found.bytes = _mean(column["negative_flips"]), _mean(column["bytes"])
     whole = [reports[id(cell)].facts["seconds"] for cell in done if not cell.kept.get("resumed", True)]
     found.seconds = _mean([sum(spent.values()) for spent in whole])
-    found.peak_bytes = max((peak for cell in done if (peak := cell.kept.get("peak_bytes"))), default=None)
+    found.peak_bytes = max((peak for cell in done if (peak := cell.peak_bytes())), default=None)
     return found
 
 

@@ -56,19 +56,19 @@ class Probe:
             return Forecast()
         training = self.cell.report().facts["seconds"]["training"]
         seconds = None if self.steps is None else kept["seconds"] + training * (self.steps / STEPS - 1)
-        return Forecast(seconds, kept["peak_bytes"], "the probe")
+        return Forecast(seconds, self.cell.peak_bytes(), "the probe")
 
 
 def forecast(asked: Cell, cells: Sequence[Cell], probe: Probe | None) -> Forecast:
     """What a cell will take. Seconds of cells that were resumed are of a part, and say nothing."""
     done = [item for item in cells if item.state == "finished" and "seconds" in item.kept and not item.kept["resumed"]]
     own = [item for item in done if item.row is asked.row]
-    found = [item.kept for item in own or done]
+    found = own or done
     if not found:
         return probe.forecast if probe else Forecast()
-    peaks = [kept["peak_bytes"] for kept in found if kept["peak_bytes"]]
+    peaks = [peak for item in found if (peak := item.peak_bytes())]
     source = f"{len(own)} finished cells" if own else f"{len(found)} cells of other rows"
-    return Forecast(fmean(kept["seconds"] for kept in found), max(peaks, default=None), source)
+    return Forecast(fmean(item.kept["seconds"] for item in found), max(peaks, default=None), source)
 
 
 def probed(firsts: Sequence[Cell], out: Path, given: dict[str, Any], config: RunConfig, runner: Runner) -> Probe:

@@ -5,7 +5,8 @@ compare.json (format 1):
     rows                     a list of: name, learning_rate, plugins (as in YAML), n (finished cells); learning,
                              learn_loss, retention, drift (value, low, high); negative_flips (rows right before and
                              wrong now, mean over seeds), seconds (of a run, all of it), bytes (of strategies' state),
-                             peak_bytes (of the process); front; cells: seed, state, folder, error, learning, retention
+                             peak_bytes (of the device; without one, of the process); front; cells: seed, state,
+                             folder, error, learning, retention
     recommended              row, reason, command; null where nothing can be recommended
     left_out                 names of cells that were not run
     notes

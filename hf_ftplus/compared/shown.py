@@ -40,7 +40,7 @@ def plan(
     if limit:
         said += f"; no cell starts that would end after {duration(limit)}"
         said += f", of which {duration(gone)} are spent" if (gone := spent(cells, devices)) else ""
-    notes = [Text("memory is that of the process, not of a GPU", style="dim")]
+    notes = [Text("memory: of the GPU; without one, of the process", style="dim")]
     if probe:
         what = f"the probe: {STEPS} steps of {probe.cell.row.name}; what other strategies add is not in it"
         notes.append(label(what, "dim", 300))

@@ -62,7 +62,10 @@ DEFINITIONS = {
         "Pareto front",
         "Candidates that no other beats: none learns as much and keeps as much, and more of one of them.",
     ),
-    "memory": ("Memory", "The most that the process of one run held, on the CPU's side."),
+    "memory": (
+        "Memory",
+        "The most that one run held of the GPU; without one, its process of the machine.",
+    ),
     "seconds": ("Seconds", "Wall-clock time of each stage of the run, on its machine."),
     "bytes": ("State", "Memory that the strategies hold while training, besides model and optimizer."),
     "steps": ("Steps", "Updates of the weights."),

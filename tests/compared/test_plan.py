@@ -5,12 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hf_ftplus.compared.candidates import Row
 from hf_ftplus.compared.cells import Cell
 from hf_ftplus.compared.plan import Forecast, Probe, duration, forecast, refuse_long, seconds_of, spent, steps, total
 from hf_ftplus.config import RunConfig
 from hf_ftplus.errors import UsageError
+from hf_ftplus.facts import most_held
 from hf_ftplus.report import Report
 from hf_ftplus.stages.plan import Stage
 
@@ -67,6 +69,15 @@ def test_what_finished_cells_took_is_spent(tmp_path):
     outlived.finish()
     assert not (outlived.stage.folder / "checkpoint-2").exists()
     assert spent([outlived], 1) == 7
+
+
+def test_memory_is_that_of_the_device_where_there_is_one(tmp_path):
+    made = done(tmp_path, Row("one", 1), 1, 10.0, peak=500)
+    Report([], {"seconds": {}, "device_bytes": None}).save(made.stage.report)
+    assert made.peak_bytes() == 500
+    Report([], {"seconds": {}, "device_bytes": 300}).save(made.stage.report)
+    assert made.peak_bytes() == 300
+    assert most_held(torch.device("cpu")) is None
 
 
 def test_what_is_not_known_is_no_zero(tmp_path):
