@@ -154,6 +154,34 @@ def without_command(found):
     return {key: value for key, value in found.items() if key != "command"}
 
 
+def test_some_answers_of_every_task_are_shown_whatever_scores_it(place, tmp_path, capsys):
+    tasks = ["--measure", f"asked={place / 'asked.jsonl'}", "--measure", f"told={place / 'asked.jsonl'}"]
+    line = [*tasks, "--metric", "told=exact_match", "--completions", "2"]
+    for _ in range(2):  # measured, and kept from before
+        found = scored(place, tmp_path / "out", ["base", "worse"], *line)
+        asked, told = found["results"][1]
+        assert len(asked["completions"]) == len(told["completions"]) == 2
+        for item in asked["completions"]:
+            assert item["before"] == greedily(place / "base", item["prompt"])
+            assert item["after"] == greedily(place / "worse", item["prompt"])
+            assert item["before"].startswith(item["expected"].strip())
+        for side, results in zip(("before", "after"), found["results"], strict=True):
+            rows = {row["prompt"]: row["answer"] for row in rows_of(tmp_path / "out", results[1])}
+            assert all(item[side] == rows[item["prompt"]] for item in told["completions"])
+    assert "0 of 6 cells measured now" in capsys.readouterr().err
+    assert asked["completions"][0]["expected"].strip() in (tmp_path / "out" / "report.html").read_text()
+    entries = scored(place, tmp_path / "none", ["base", "worse"], *line[:-1], "0")["results"][1]
+    assert not any(entry["completions"] for entry in entries)
+
+
+def greedily(model, prompt):
+    """What it goes on with, as transformers' own `generate` says it."""
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    written = model_at(model).generate(input_ids=ids, max_new_tokens=48, do_sample=False)[0, ids.shape[1] :]
+    return tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
 def test_a_choice_is_kept_beside_its_score(place, tmp_path):
     rows = [{"prompt": f"{i}? ", "completion": "yes" if i % 2 else "no", "choices": ["yes", "no"]} for i in range(8)]
     (tmp_path / "picks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

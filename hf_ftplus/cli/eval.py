@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OF_SFT = ("measure", "protect", "metric", "measure_rows")
 """Options that mean here what they mean to `ftplus sft`."""
-NUMBERS = {"seed": (42, 0), "max_length": (1024, 2), "measure_rows": (64, 1)}
+NUMBERS = {"seed": (42, 0), "max_length": (1024, 2), "measure_rows": (64, 1), "completions": (3, 0)}
 """Default and least value; the defaults are those of `ftplus sft`."""
 
 
@@ -87,6 +87,12 @@ HELP = {
     help="A change of score that counts as none: kept lies within it.",
 )
 @click.option("--batch_size", default=8, show_default=True, type=click.IntRange(1), help="Rows scored at once.")
+@click.option(
+    "--completions",
+    metavar="N",
+    type=click.IntRange(0),
+    help="Answers of each task that the page shows; 3 if left out.",
+)
 @click.option("--max_length", type=click.IntRange(2), help="Tokens of a row that are read; 1024 if left out.")
 @click.option(
     "--seed",
@@ -97,7 +103,7 @@ HELP = {
 @device_option
 def eval(
     models: tuple[str, ...], config_file: str | None, out: Path | None, cache: Path | None, margin: float,
-    max_length: int | None, seed: int | None, batch_size: int, dtype: str, device: str | None,
+    completions: int | None, max_length: int | None, seed: int | None, batch_size: int, dtype: str, device: str | None,
     lm_eval: tuple[str, ...], lm_eval_include: Path | None, export: Path | None, **flags: Any,
 ) -> None:  # fmt: skip
     """Score models on the same rows, and compare each with the first.
@@ -122,7 +128,7 @@ def eval(
         raise UsageError(f"--margin is {margin:g}; expected more than 0, and at most 100 points.")
     yaml = take_environment(read_yaml(config_file))
     ours, rest = merge(flags, yaml)
-    typed = {"seed": seed, "max_length": max_length, "measure_rows": flags["measure_rows"]}
+    typed = {"seed": seed, "max_length": max_length, "measure_rows": flags["measure_rows"], "completions": completions}
     how = {key: _whole(key, typed[key] if typed[key] is not None else yaml.get(key)) for key in NUMBERS}
     if typed["max_length"] is None and "max_length" in yaml and yaml["max_length"] is None:
         how["max_length"] = None  # the run of this file cut nothing either

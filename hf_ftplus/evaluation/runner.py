@@ -46,6 +46,10 @@ class Moment:
     seconds: float = 0.0
     """Of scoring loss, accuracy and drift."""
 
+    def answer(self, row: int) -> str | None:
+        """As it is shown; None where nothing was asked."""
+        return self.answers.get(row, self.said[row] if self.said else None)
+
 
 class Evaluation:
     """Figures before and after training, of the same rows in the same micro-batches.
@@ -102,7 +106,7 @@ class Evaluation:
             for task in self.tasks:
                 label = f"{task.name}: score before"
                 self._before[task.name] = self.measure(model, task, keep_hidden=True, label=label)
-            self._show(model, self._before)
+            self.show(model, self._before)
         return self.results()
 
     def after(self, model: nn.Module) -> list[TaskResult]:
@@ -113,7 +117,7 @@ class Evaluation:
             for task in self.tasks:
                 label = f"{task.name}: score after"
                 self._after[task.name] = self.measure(model, task, self._start(task), label=label)
-            self._show(model, self._after)
+            self.show(model, self._after)
         return self.results()
 
     def judged(self) -> list[str]:
@@ -183,7 +187,7 @@ class Evaluation:
         said = self._ask(model, [(task, i) for i in range(len(task.rows))], self._room(task), task.name)
         return Moment(scores, *metrics.written(said, task), said=said, seconds=seconds)
 
-    def _show(self, model: nn.Module, moments: dict[str, Moment]) -> None:
+    def show(self, model: nn.Module, moments: dict[str, Moment]) -> None:
         """Ask for the completions of all tasks together: a step costs little more for twelve rows than for four."""
         shown = [(task, i) for task in self.tasks for i in self.shown(task)]
         for (task, i), said in zip(shown, self._ask(model, shown, self.max_new_tokens, "completions"), strict=True):
@@ -280,8 +284,8 @@ class Evaluation:
             Completion(
                 asked_text(task.rows[i], self.tokenizer),
                 expected(task.rows[i], self.tokenizer),
-                before.answers.get(i) if before else None,
-                after.answers.get(i) if after else None,
+                before.answer(i) if before else None,
+                after.answer(i) if after else None,
             )
             for i in self.shown(task)
         ]

@@ -74,7 +74,9 @@ def judge(scored: Scored) -> Judgement:
     models = []
     for number, moments in enumerate(scored.moments):
         sides = (f"with {names[0]}", f"with {names[number]}")
-        evaluation = Evaluation(scored.tasks, scored.tokenizers[0], seed=plan.seed, completions=0, sides=sides)
+        evaluation = Evaluation(
+            scored.tasks, scored.tokenizers[0], seed=plan.seed, completions=plan.completions, sides=sides
+        )
         model = []
         for task in scored.tasks:
             moment = moments[task.name]

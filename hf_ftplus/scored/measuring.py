@@ -88,9 +88,12 @@ class Scored:
     def key(self, number: int, task: EvalTask, layout: str = "") -> str:
         """The name of a cell: everything that its figures come from."""
         against = self.contents[0] if number or layout else None
-        return content.digest(
-            [content.of_code(), self.contents[number], against, content.of_task(task), layout, *self.how]
-        )
+        known = [content.of_code(), self.contents[number], against, content.of_task(task), layout]
+        return content.digest([*known, self.completions(task, layout), *self.how])
+
+    def completions(self, task: EvalTask, layout: str = "") -> int:
+        """Answers that are asked for to be shown: where no metric asks for all, and once."""
+        return 0 if layout or task.metric else self.plan.completions
 
     @property
     def how(self) -> list[Any]:
@@ -119,13 +122,16 @@ class Scored:
         at_once, together = (
             other_size(most, len(task.examples)) if layout else most for most in (size, TOGETHER * size)
         )
-        evaluation = Evaluation([task], it.tokenizer, at_once, together=together)
+        shown = {"seed": self.plan.seed, "completions": self.completions(task, layout)}
+        evaluation = Evaluation([task], it.tokenizer, at_once, together=together, **shown)
         if start and len(lm_head(it.model).weight) != len(start.head.weight):
             start = None  # tokens were added: drift is not defined
         asked = replace(task, metric=None) if before else task
         with as_found(it.model, self.plan.seed):
             model.warm_up(task.examples, size)
             moment = evaluation.measure(it.model, asked, start, hidden, label=f"{it.name}: {task.name}")
+            if not before:
+                evaluation.show(it.model, {task.name: moment})
         if before:
             before.scores.hidden = moment.scores.hidden
             return before

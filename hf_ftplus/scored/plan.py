@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..config import _metrics
+from ..config import DEFAULTS, _metrics
 from ..data import TaskSpec, distinct_names, parse_all
 from ..errors import FTPlusError, UsageError
 from ..evaluation.tasks import Role
@@ -44,6 +44,7 @@ class Plan:
     dtype: str = "auto"
     device: str | None = None
     margin: float = MARGIN
+    completions: int = DEFAULTS["completions"]
 
 
 @dataclass
