@@ -13,6 +13,7 @@ All arithmetic is in fp32 whatever the weights are in, on this rank's shards, wi
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .weights import Adapter, canonical, local, over_shards, place, sharded
+
+logger = logging.getLogger("hf_ftplus")
 
 PIECE = 2**17
 """Weights handled at a time on a CPU, so that temporaries stay in its cache."""
@@ -141,7 +144,7 @@ def fitted(
     """What of a memory serves what this run trains, in fp32.
 
     A LoRA target takes the row and column sums of the importances of its whole weight, where those are remembered;
-    what is remembered of weights that are frozen here is left out. What is still missing or unknown stays so.
+    what is remembered of weights that are frozen here is left out, and said. What is still missing or unknown stays so.
     """
     found = dict(importance)
     for name, adapter in adapters.items():
@@ -153,6 +156,9 @@ def fitted(
     wanted = set(importance_names(plain, adapters))
     idle = {f"diagonal.{name}" for name in known}
     idle |= {f"{kind}.{name.removesuffix('.weight')}" for name in known for kind in ("rows", "columns")}
+    frozen = {name.partition(".")[2].removesuffix(".weight") for name in (found.keys() & idle) - wanted}
+    if frozen:
+        logger.info("memory: what it says of %d weights that this run does not train ends here", len(frozen))
     return {name: tensor.float() for name, tensor in found.items() if name in wanted or name not in idle}
 
 

@@ -681,6 +681,18 @@ def test_memory_of_full_fine_tuning_serves_an_adapter_as_its_own_pass_would(tmp_
         assert (sums.sum() / adapted.importance[name].sum()).log().abs() < 0.5
 
 
+def test_what_a_run_does_not_hand_on_is_said(tmp_path, caplog):
+    """Of q_proj and down_proj in two layers a run on q_proj alone remembers only that."""
+    caplog.set_level("INFO", "hf_ftplus")
+    model = get_peft_model(tiny_llama(), LoraConfig(**LORA))
+    both, run = prepared(model, EWC(remember=False), memory=Memory(write=tmp_path))
+    both.finish(run)
+    assert "ends here" not in caplog.text
+    fewer = get_peft_model(tiny_llama(), LoraConfig(**{**LORA, "target_modules": ["q_proj"]}))
+    prepared(fewer, EWC(remember=False), [], Memory(read=tmp_path))
+    assert "what it says of 2 weights that this run does not train ends here" in caplog.text
+
+
 def test_memory_of_a_model_whose_weights_are_turned_serves_an_adapter():
     """GPT-2 keeps its weights as [in, out]."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=64))
