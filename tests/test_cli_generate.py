@@ -185,6 +185,7 @@ def test_careless_commands(place, monkeypatch, capsys, flags, code, words):
         (["--file", "{place}/unasked.jsonl"], "Prompt 1 is empty; expected some text, or a turn before the"),
         (["--prompt", "x", "--no-chat", "--system", "Be kind."], "--no-chat was given"),
         ([], "Nothing to ask"),
+        (["--prompt", "x", "--compare-with", "nowhere/at/all"], "No model at 'nowhere/at/all'"),
     ],
 )
 def test_prompts_are_looked_at_before_the_model_loads(place, monkeypatch, capsys, flags, words):

@@ -101,12 +101,15 @@ def generate(
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    rows = [questions_of(typed, file, name, bool(tokenizer_of(name).chat_template), system, not no_chat)]
+    names = [name, *([_other(name, compare_with)] if compare_with else [])]
+    chats = [bool(tokenizer_of(each or name).chat_template) for each in names]
+    rows = [
+        questions_of(typed, file, each or BASE, chat, system, not no_chat)
+        for each, chat in zip(names, chats, strict=True)
+    ]
     models = [load(name, dtype, device)]
+    models += [load(each, dtype, device) if each else models[0].base() for each in names[1:]]
     if compare_with:
-        models.append(_other(models[0], compare_with, dtype, device))
-        other = models[1].name, bool(models[1].tokenizer.chat_template)
-        rows.append(questions_of(typed, file, *other, system, not no_chat))
         _say_who_reads_text(models, no_chat)
     answered = []
     for item in ask(models, rows, How(**how)):
@@ -129,13 +132,14 @@ def _typed(prompts: tuple[str, ...], ask_stdin: bool) -> Iterator[str]:
             yield prompt
 
 
-def _other(model: Trained, name: str, dtype: str, device: str | None) -> Trained:
-    """The model to compare with. The base of an adapter is the same model with the adapter switched off."""
-    from ..trained import base_of, began_with, load, resolve
+def _other(name: str, compared: str) -> str | None:
+    """The model to compare `name` with; None for its own base, which is the same model with the adapter switched off."""
+    from ..trained import base_of, began_with, resolve
 
-    if model.adapted and (name == BASE or resolve(name) == base_of(model.name)):
-        return model.base()
-    return load(began_with(model.name) if name == BASE else name, dtype, device)
+    base = base_of(name)
+    if base and (compared == BASE or resolve(compared) == base):
+        return None
+    return began_with(name) if compared == BASE else compared
 
 
 def _say_who_reads_text(models: list[Trained], no_chat: bool) -> None:
