@@ -135,7 +135,7 @@ def test_nothing_is_asked_of_a_model_that_reads_rows_in_parts(
 
 def test_bad_flags_of_accelerate_are_one_line(place, tmp_path, capsys):
     for flags, says in (
-        (["--accelerate_config", "zero9"], "zero9"),
+        (["--accelerate_config", "zero9"], "fsdp2, multi_gpu, single_gpu, zero1, zero2, zero3). Did you mean 'zero"),
         (["--num_processes", "many"], "invalid int value: 'many'"),
         (["--multi_gpu", "--num_processes", "1"], "at least 2 processes"),
     ):

@@ -133,7 +133,7 @@ def _typed(prompts: tuple[str, ...], ask_stdin: bool) -> Iterator[str]:
 
 
 def _other(name: str, compared: str) -> str | None:
-    """The model to compare `name` with; None for its own base, which is the same model with the adapter switched off."""
+    """The model to compare `name` with; None for its own base, which is the same with the adapter switched off."""
     from ..trained import base_of, began_with, resolve
 
     base = base_of(name)

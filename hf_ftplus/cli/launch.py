@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.resources import files
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ import click
 import psutil
 
 from ..config import read_yaml
-from ..errors import IncompatibleError, UsageError
+from ..errors import IncompatibleError, UsageError, nearest
 from . import RANKS
 
 if TYPE_CHECKING:
@@ -106,13 +107,11 @@ def start(
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     crash = 0, ""
     with tempfile.TemporaryDirectory(prefix="ftplus-") as folder, _passing_on() as asked:
         try:
-            launch = [str(word) for word in resolve_accelerate_config_argument([str(word) for word in launch])]
-            args = parser().parse_args([*launch, "--module", "hf_ftplus", *words])
+            args = parser().parse_args([*_resolved([*map(str, launch)]), "--module", "hf_ftplus", *words])
             _look_at_deepspeed(args, strategies, precision)
             args.multi_gpu = args.multi_gpu or _silently_one(args)
             args.signals_to_handle = "SIGHUP,SIGQUIT"  # torchrun, where it knows this, kills 30 s after passing one on
@@ -135,6 +134,20 @@ def start(
         failed = click.ClickException(sentence)
         failed.exit_code = code
         raise failed
+
+
+def _resolved(launch: list[str]) -> list[str]:
+    """With the file of `--accelerate_config NAME`, as TRL finds it."""
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    try:
+        return resolve_accelerate_config_argument(launch)
+    except ValueError:
+        name = "".join(launch[launch.index("--accelerate_config") + 1 :][:1])
+        known = sorted(file.name[:-5] for file in files("trl.accelerate_configs").iterdir() if file.suffix == ".yaml")
+        raise UsageError(
+            f"--accelerate_config {name}: no file, and none of TRL's own ({', '.join(known)}).{nearest(name, known)}"
+        ) from None
 
 
 def precision_of(args: Any) -> str:
