@@ -154,14 +154,21 @@ class SI(Strategy):
             self._explained = torch.stack([line.total() for line in self.lines.values()]).sum()
 
     def finish(self, run: Run) -> None:
-        """Leave the importances for the next run: earlier ones, and those of this run's path."""
+        """Leave the importances for the next run: earlier ones, and those of this run's path.
+
+        The optimizer still holds its state, so each weight's go to host memory as they are made; shards stay, to be
+        gathered one by one.
+        """
         moved, count, explained = self._summed([line.extent() for line in self.lines.values()])
         if not moved:
             logger.warning("si: no weight moved in this run, so it adds nothing to the memory")
         xi = self.damping * moved / max(count, 1) or 1.0
-        total = {name: line.importance(xi) for name, line in self.lines.items()}
-        for name, earlier in self.importance.items():
-            total[name].add_(earlier)
+        total = {}
+        for name, line in self.lines.items():
+            found = line.importance(xi)
+            if name in self.importance:
+                found.add_(self.importance[name])
+            total[name] = found if self._sharded else found.cpu()
         logger.info("si: the path of this run explains %.3f nats of learn loss; xi is %.2g", explained, xi)
         run.memory.save(self.name, total, run)
 
