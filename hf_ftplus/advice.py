@@ -1,7 +1,7 @@
 """Which strategy for which situation: one table, for `ftplus advise`, `ftplus init` and the README.
 
-What is recommended was measured on the demo model (examples/benchmarks), in 90 steps: it is where to begin. On other
-data, `ftplus compare` says what is best.
+What is recommended was measured on the demo model (examples/benchmarks), in 90 or 100 steps: it is where to begin. On
+other data, `ftplus compare` says what is best.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ class Advice:
     why: str
 
 
-RECIPE = "--set distill.share=0.125 --learning_rate 1e-4 --max_grad_norm 0"
+DISTILLED = "--set distill.share=0.125 --learning_rate 1e-4 --max_grad_norm 0"
 """What the figures of distill and EWC stacked were measured with; `ftplus init` writes it, too."""
+REPLAYED = (
+    "--set replay.share=0.0625 --set ewc.strength=3000 --learning_rate 1e-4 --max_grad_norm 0 --padding_free true"
+)
+"""The same of replay and EWC."""
 
 TABLE = (
     Advice(
         "data",
         "I have rows of what must not be forgotten",
-        f"ftplus sft --plugin distill --plugin ewc --protect FILE {RECIPE}",
-        "keeps saying what the starting model says on them, and holds the weights they depend on; measured with rows "
-        "that the model wrote itself (next line), where stacked they kept most",
+        f"ftplus sft --plugin distill --plugin ewc --protect FILE {DISTILLED}",
+        "keeps saying what the starting model says on them, and holds the weights they depend on; with rows that the "
+        "model wrote itself they kept, stacked, 99 % of what plain loses",
     ),
     Advice(
         "none",
         "I have none",
-        f"ftplus sft --plugin distill --plugin ewc --protect self:64 {RECIPE}",
+        f"ftplus sft --plugin replay --plugin ewc --protect self:64x48 {REPLAYED}",
         "the model writes them itself before it learns: every fact learnt, and of what plain loses 99 % kept in the "
-        "mean of chat and Python, 94 % of chat alone; asked otherwise it knows 19 % of the facts, plain 26 %. Or "
+        "mean of chat and Python, 94 % of chat alone; asked otherwise it knows 47 % of the facts, plain 26 %. Or "
         "`ftplus memory pull`, if somebody published what protects your model",
     ),
     Advice(

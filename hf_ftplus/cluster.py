@@ -1,7 +1,6 @@
 """What the ranks of a launch really do, in seconds: `ftplus doctor --distributed`.
 
-    check() -> Found     on every rank: who is here, whether weights are in shards, how fast ranks send, and whether
-                         EWC makes the update of one process on the same rows
+    check() -> Found     on every rank: who is here, how fast ranks send, and how a tiny run fares here (trial.py)
 
 A launcher may leave out what a config asks for, and nothing says so: accelerate shards on no CPU, and two ranks may sit
 on one device. Everything here is looked at, not read from a config.
@@ -12,7 +11,6 @@ from __future__ import annotations
 import os
 import platform
 import socket
-import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,25 +20,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from . import trial
 from .errors import IncompatibleError
-from .tensorfile import whole
-from .weights import full_shape, local, sharded, trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor, nn
-
-    from .strategies.ewc import EWC
-    from .strategy import Strategy
-
-Rows = dict[str, "Tensor"]
+    from torch import Tensor
 
 SECONDS = 60
 """That ranks wait for one another."""
 MESSAGE = 2**24
 """Elements of the largest message that is timed (64 MB); a slow wire gets smaller ones."""
-STEPS, ROWS, RATE = 3, 2, 0.5
-"""Of the trial run: steps, rows of each rank in each, learning rate."""
 VERSIONS = ("hf-ftplus", "torch", "transformers", "trl", "accelerate", "peft")
 
 
@@ -61,7 +51,7 @@ def check() -> Found:
     accelerator = meet()
     found = Found()
     ranks(accelerator, found)
-    sharding_and_laws(accelerator, found)
+    trial.see(accelerator, found)
     found.facts["wire"] = wire(accelerator.device)
     return found
 
@@ -152,149 +142,6 @@ def sees_cache_of_first(accelerator: Accelerator) -> bool:
     if accelerator.is_main_process:
         file.unlink(missing_ok=True)
     return sees
-
-
-# ---- what they hold, and what a strategy does there ------------------------------------------------------------------
-
-
-def sharding_and_laws(accelerator: Accelerator, found: Found) -> None:
-    """Train a tiny model with EWC as a run of this launch does, and on every rank alone on all rows."""
-    from .testing import tiny_batches
-
-    world, device = accelerator.num_processes, accelerator.device
-    learn = tiny_batches(seed=2, count=ROWS * world, size=1)
-    protect = tiny_batches(seed=1, count=2 * world, size=1)
-    try:
-        trainer = run(learn, protect, accelerator)
-    except IncompatibleError as error:
-        found.facts["sharding"] = {"strategies": "refused"}
-        found.faults.append(str(error).rstrip("."))
-        return
-    found.facts["sharding"] = held(trainer, found)
-    strategies = trainer.ftplus.strategies if hasattr(trainer, "ftplus") else []
-    together, single = weights_and_state(trainer.model, strategies), alone(learn, protect, device, bool(strategies))
-    most = 1e-4 if accelerator.mixed_precision == "no" else 0.05
-    found.facts["laws"] = compared(together, single, start(), most, found)
-
-
-def ewc() -> EWC:
-    from .strategies.ewc import EWC
-
-    return EWC(strength=1.0, fisher="empirical", remember=False)
-
-
-def run(learn: list[Rows], protect: list[Rows], accelerator: Accelerator) -> Any:
-    """A trainer after some steps on all rows, shared out to ranks; with EWC, but under ZeRO-3, which keeps weights in
-    parts.
-
-    Raises:
-        IncompatibleError: strategies cannot act in what this launch makes of a model.
-    """
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
-    from .refusals import zero_stage
-    from .testing import tiny_model
-    from .trainer import attach
-
-    precision = accelerator.mixed_precision
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder, max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=ROWS, optim="sgd",
-            learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", report_to="none",
-            disable_tqdm=True, bf16=precision == "bf16", fp16=precision == "fp16", ddp_timeout=SECONDS,
-            use_cpu=accelerator.device.type == "cpu",
-        )  # fmt: skip
-        trainer = Trainer(tiny_model(), args, train_dataset=[unbatched(rows) for rows in learn])
-        trainer.remove_callback(PrinterCallback)
-        trainer = attach(trainer, *([ewc()] if zero_stage(args) != 3 else []), protect=protect)
-        trainer.train()
-    return trainer
-
-
-def unbatched(rows: Rows) -> Rows:
-    return {key: tensor[0] for key, tensor in rows.items()}
-
-
-def held(trainer: Any, found: Found) -> dict[str, str]:
-    """What of the weights this rank holds, as their tensors say."""
-    from .refusals import zero_stage
-
-    weights, cpu = list(trainer.model.parameters()), trainer.args.device.type == "cpu"
-    every = sum(full_shape(weight).numel() for weight in weights)
-    mine = sum(getattr(weight, "ds_tensor", local(weight)).numel() for weight in weights)
-    zero = f"DeepSpeed ZeRO-{zero_stage(trainer.args)}" if trainer.is_deepspeed_enabled else ""
-    for name, there in (("FSDP", sharded(weights)), ("DEEPSPEED", zero)):
-        if asked_for(name) and not there:
-            why = ": accelerate shards on no CPU" if cpu else ""
-            found.faults.append(f"{name} was asked for, and every rank holds the whole model{why}")
-    said = f"on: {zero or 'FSDP2'}, a rank holds {mine / every:.0%} of the weights"
-    if mine == every:
-        said = f"off: every rank holds all{f' ({zero} shares out the optimizer)' if zero else ''}"
-    return {"weights": said, "launched as": str(trainer.args.distributed_state.distributed_type).rpartition(".")[2]}
-
-
-def asked_for(what: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() == "true"
-
-
-def alone(learn: list[Rows], protect: list[Rows], device: torch.device, with_ewc: bool) -> dict[str, Tensor]:
-    """The same steps in a bare loop on this rank, in fp32."""
-    from .strategy import Memory, Run
-    from .testing import tiny_model
-
-    model, strategies = tiny_model().to(device), [ewc()] if with_ewc else []
-    weights = trainable(model)
-    optimizer = torch.optim.SGD(weights.values(), lr=RATE)
-    run = Run(model, weights, {"protect": protect}, lambda rows: [], device, 0, Memory())
-    for strategy in strategies:
-        strategy.prepare(run)
-    tokens = sum(int((rows["labels"][:, 1:] != -100).sum()) for rows in learn)
-    for _ in range(STEPS):
-        for rows in learn:
-            count = (rows["labels"][:, 1:] != -100).sum().to(device)
-            (model(**{key: tensor.to(device) for key, tensor in rows.items()}).loss * count / tokens).backward()
-        for strategy in strategies:
-            with torch.no_grad():
-                strategy.before_step(run)
-        optimizer.step()
-        optimizer.zero_grad()
-    return weights_and_state(model, strategies)
-
-
-def weights_and_state(model: nn.Module, strategies: list[Strategy]) -> dict[str, Tensor]:
-    found = {f"weights.{name}": whole(weight) for name, weight in trainable(model).items()}
-    for strategy in strategies:
-        found |= {f"state.{name}": whole(tensor) for name, tensor in strategy.state_dict().items()}
-    return found
-
-
-def start() -> dict[str, Tensor]:
-    from .testing import tiny_model
-
-    return weights_and_state(tiny_model(), [])
-
-
-def compared(
-    together: dict[str, Tensor], single: dict[str, Tensor], start: dict[str, Tensor], most: float, found: Found
-) -> dict[str, str]:
-    """Same on all ranks to the bit; and that of one process, within `most` of the way that the weights went."""
-    bits = [float(sum(tensor.double().sum() for tensor in together.values()))]
-    everywhere: list[list[float]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, bits)
-    alike = all(one == everywhere[0] for one in everywhere)
-    far = max((together[name].float() - single[name]).abs().max().item() for name in start)
-    went = max((single[name] - begun).abs().max().item() for name, begun in start.items())
-    how = "with ewc" if single.keys() > start.keys() else "without ewc, which ZeRO-3 does not allow"
-    if not alike:
-        found.faults.append("ranks end with different weights or strategy state; expected the same on all")
-    if not far <= most * went:
-        found.faults.append(
-            f"an update {how} is not that of one process: {far / went:.1e} of the way apart, expected {most:.0e}"
-        )
-    return {
-        "same on all ranks": "yes, weights and state of strategies" if alike else "no",
-        "as one process": f"{far / went:.0e} of the way apart after {STEPS} steps {how} (allowed {most:.0e})",
-    }
 
 
 # ---- how fast they send ----------------------------------------------------------------------------------------------

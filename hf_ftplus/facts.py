@@ -43,6 +43,12 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
     }
 
 
+def count_memory_anew(device: torch.device) -> None:
+    """Let `most_held` be of what comes now, and not of an earlier run in this process."""
+    if reset := getattr(torch.get_device_module(device), "reset_peak_memory_stats", None):
+        reset(device)
+
+
 def most_held(device: torch.device) -> int | None:
     """Bytes of the device's memory that tensors of this process held at most; None where nothing counts them (CPU)."""
     count = getattr(torch.get_device_module(device), "max_memory_allocated", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env
 from torch import nn
@@ -12,6 +12,10 @@ from transformers import TrainingArguments
 from .errors import IncompatibleError
 from .logits import causal_lm
 from .strategy import Strategy, acts_on_gradients, refuse_deepspeed
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .trainer import SFTTrainer
 
 KINDS = {"tp": "tensor", "cp": "context", "sp": "sequence"}
 """Parallelism that splits weights, or (the last two) rows, by the name of its size in an accelerate config."""
@@ -139,3 +143,55 @@ def zero_stage(args: TrainingArguments) -> int:
     """DeepSpeed's ZeRO stage of a run; 0 without it."""
     plugin = getattr(args, "deepspeed_plugin", None)
     return int(getattr(plugin, "zero_stage", 0) or 0)
+
+
+# ---- what a launch makes impossible for a whole run ------------------------------------------------------------------
+
+
+def refuse_fsdp(config: RunConfig, trainer: SFTTrainer) -> None:
+    """Raise for what cannot be asked of a model that is sharded when training starts."""
+    if config.measure_rows and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise IncompatibleError(
+            "FSDP version 1 flattens weights into one, so nothing can be measured. Set fsdp_version: 2 in the "
+            "accelerate config, or type --accelerate_config fsdp2, or --measure-rows 0."
+        )
+    mixing = [strategy.name for strategy in config.strategies if strategy.overrides("mix")]
+    mixing += [f"the share of {name}" for name in config.shares]
+    if mixing and any(spec.generate for spec in config.protect):
+        raise IncompatibleError(
+            f"{mixing[0]} mixes rows before training starts, and under FSDP the model can write none until then. Give "
+            "protect data that exists instead of self:N."
+        )
+
+
+def refuse_zero3(config: RunConfig) -> None:
+    """Raise before a model loads for what cannot be asked of one that DeepSpeed keeps in parts from the start."""
+    if zero_stage(config.training) != 3:
+        return
+    if config.measure_rows:
+        raise IncompatibleError(
+            "Under DeepSpeed ZeRO-3 no process holds a whole model, so nothing can be measured. Type --measure-rows 0 "
+            "(and `ftplus eval` afterwards), or --accelerate_config fsdp2 or zero2."
+        )
+    if any(spec.generate for spec in config.protect):
+        raise IncompatibleError(
+            "Under DeepSpeed ZeRO-3 no process holds a whole model, so it can write nothing. Give protect data that "
+            "exists instead of self:N, or launch with --accelerate_config fsdp2."
+        )
+
+
+def refuse_parted(config: RunConfig) -> None:
+    """Raise before a model loads for words that would be asked of one in parts."""
+    if config.measure_rows:
+        refuse_answers(config.training, "Type --measure-rows 0 (and `ftplus eval` afterwards).")
+    if any(spec.generate for spec in config.protect):
+        refuse_answers(config.training, "Give protect data that exists instead of self:N.")
+
+
+def refuse_several_devices(args: TrainingArguments) -> None:
+    """Raise where one process would spread the model over several devices (DataParallel)."""
+    if args.parallel_mode.value == "not_distributed" and args.n_gpu > 1:
+        raise IncompatibleError(
+            f"{args.n_gpu} devices and one process. Type the same command with --num_processes "
+            f"{args.n_gpu}, or choose one device: CUDA_VISIBLE_DEVICES=0."
+        )

@@ -22,7 +22,7 @@ from .callback import STATE_FOLDER, autocast, give_back_memory
 from .config import RunConfig
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
-from .facts import facts
+from .facts import count_memory_anew, facts
 from .finished import MEASURING, finished, measured_otherwise
 from .foreseen import refuse_foreseen
 from .measured import keep_apart, tasks
@@ -38,7 +38,7 @@ from .output import (
     warn_of_little_room,
 )
 from .page import leave_card, leave_page, warned
-from .refusals import refuse, refuse_answers, zero_stage
+from .refusals import refuse, refuse_fsdp, refuse_parted, refuse_several_devices, refuse_zero3
 from .report import Report
 from .report.tracked import hold_open, track
 from .row_checks import check_supervised
@@ -69,6 +69,7 @@ def sft(config: RunConfig) -> Report:
 
 def _sft(config: RunConfig) -> Report:
     seconds: dict[str, float] = {}
+    count_memory_anew(config.training.device)
     with timed(seconds, "preparing"), no_empty_folder(config.training.output_dir, unless_done=True):
         claim(config)
         settle(config)
@@ -231,46 +232,6 @@ def costs(trainer: SFTTrainer, train_dataloader: Any = None) -> Iterator[tuple[s
         yield strategy.name, cost
 
 
-def refuse_fsdp(config: RunConfig, trainer: SFTTrainer) -> None:
-    """Raise for what cannot be asked of a model that is sharded when training starts."""
-    if config.measure_rows and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
-        raise IncompatibleError(
-            "FSDP version 1 flattens weights into one, so nothing can be measured. Set fsdp_version: 2 in the "
-            "accelerate config, or type --accelerate_config fsdp2, or --measure-rows 0."
-        )
-    mixing = [strategy.name for strategy in config.strategies if strategy.overrides("mix")]
-    mixing += [f"the share of {name}" for name in config.shares]
-    if mixing and any(spec.generate for spec in config.protect):
-        raise IncompatibleError(
-            f"{mixing[0]} mixes rows before training starts, and under FSDP the model can write none until then. Give "
-            "protect data that exists instead of self:N."
-        )
-
-
-def refuse_zero3(config: RunConfig) -> None:
-    """Raise before a model loads for what cannot be asked of one that DeepSpeed keeps in parts from the start."""
-    if zero_stage(config.training) != 3:
-        return
-    if config.measure_rows:
-        raise IncompatibleError(
-            "Under DeepSpeed ZeRO-3 no process holds a whole model, so nothing can be measured. Type --measure-rows 0 "
-            "(and `ftplus eval` afterwards), or --accelerate_config fsdp2 or zero2."
-        )
-    if any(spec.generate for spec in config.protect):
-        raise IncompatibleError(
-            "Under DeepSpeed ZeRO-3 no process holds a whole model, so it can write nothing. Give protect data that "
-            "exists instead of self:N, or launch with --accelerate_config fsdp2."
-        )
-
-
-def refuse_parted(config: RunConfig) -> None:
-    """Raise before a model loads for words that would be asked of one in parts."""
-    if config.measure_rows:
-        refuse_answers(config.training, "Type --measure-rows 0 (and `ftplus eval` afterwards).")
-    if any(spec.generate for spec in config.protect):
-        refuse_answers(config.training, "Give protect data that exists instead of self:N.")
-
-
 def warn_of_idle(config: RunConfig) -> None:
     """Say which settings do nothing; a stage of a sequence or a candidate may go without their use on purpose."""
     model, usual = config.model, type(config.model)()
@@ -291,15 +252,6 @@ def warn_unsharded(trainer: SFTTrainer) -> None:
             "FSDP was asked for, but accelerate shards on no CPU: each of %d processes holds the whole model and all "
             "strategy state (DDP). Results are the same, memory is not; `ftplus doctor --distributed` shows it.",
             trainer.args.world_size,
-        )
-
-
-def refuse_several_devices(args: TrainingArguments) -> None:
-    """Raise where one process would spread the model over several devices (DataParallel)."""
-    if args.parallel_mode.value == "not_distributed" and args.n_gpu > 1:
-        raise IncompatibleError(
-            f"{args.n_gpu} devices and one process. Type the same command with --num_processes "
-            f"{args.n_gpu}, or choose one device: CUDA_VISIBLE_DEVICES=0."
         )
 
 

@@ -83,12 +83,7 @@ def header(tensors: dict[str, Tensor]) -> bytes:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor, or a weight of ZeRO-3, gathered from all ranks; contiguous and on the CPU."""
-    if hasattr(tensor, "ds_shape"):
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([tensor]):
-            return tensor.detach().cpu().clone()
+    """A DTensor gathered from all ranks; contiguous and on the CPU."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return tensor.detach().cpu().contiguous()
 

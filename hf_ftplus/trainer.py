@@ -97,20 +97,18 @@ class StrategyMixin(MixingMixin):
         if shares or self.ftplus.acting("mix"):
             self._mix(shares)
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._origin = origin(self)
         with ExitStack() as during:
             if self.args.save_strategy != "no" or self.ftplus is not None:
-                folder = Path(self._get_output_dir(trial=trial))
+                folder = Path(self._get_output_dir(trial=args[0] if args else kwargs.get("trial")))
                 commit.on_first_rank(lambda: during.enter_context(locked(folder)))
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._verified(resume_from_checkpoint)
             if self.ftplus is not None:
                 during.callback(self.ftplus.release)
             during.enter_context(self._watching())
-            return super().train(resume_from_checkpoint, trial, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _verified(self, checkpoint: str | bool) -> str | bool:
         """The checkpoint to go on from, whole and of this run; `True` asks for the newest that is whole."""

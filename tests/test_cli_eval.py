@@ -29,6 +29,8 @@ from hf_ftplus.evaluation.found import as_found
 from hf_ftplus.evaluation.scoring import Start
 from hf_ftplus.examples import tokenize
 from hf_ftplus.measured import hold_out
+from hf_ftplus.page.read import scores
+from hf_ftplus.page.write import answers
 from hf_ftplus.scored import content, measuring
 from hf_ftplus.scored.shown import short
 
@@ -169,9 +171,21 @@ def test_some_answers_of_every_task_are_shown_whatever_scores_it(place, tmp_path
             rows = {row["prompt"]: row["answer"] for row in rows_of(tmp_path / "out", results[1])}
             assert all(item[side] == rows[item["prompt"]] for item in told["completions"])
     assert "0 of 6 cells measured now" in capsys.readouterr().err
-    assert asked["completions"][0]["expected"].strip() in (tmp_path / "out" / "report.html").read_text()
+    other = ["--measure", f"again={place / 'asked.jsonl'}", "--seed", "7", *line[:2], *line[6:]]
+    for entry in scored(place, tmp_path / "out", ["base", "worse"], *other)["results"][1]:  # the same rows
+        assert all(item["before"] and item["after"] is not None for item in entry["completions"])
+    assert capsys.readouterr().err.count("0 of 6 cells measured now") == 1
+    assert sides_of(tmp_path / "out") == {(str(place / "base"), str(place / "worse"))}
+    scored(place, tmp_path / "one", ["base"], *other)
+    assert sides_of(tmp_path / "one") == {(str(place / "base"),)}
     entries = scored(place, tmp_path / "none", ["base", "worse"], *line[:-1], "0")["results"][1]
     assert not any(entry["completions"] for entry in entries)
+
+
+def sides_of(out):
+    """What a page calls the answers that stand side by side."""
+    tasks = answers(scores(out / "eval.json").runs, 1000)
+    return {tuple(name for name, _ in item["cells"]) for task in tasks for item in task["items"]}
 
 
 def greedily(model, prompt):
@@ -287,7 +301,7 @@ def test_without_a_folder_it_says_how_to_keep_the_answers_and_then_measures_noth
 
 
 def test_half_a_cell_was_never_kept(place, tmp_path, capsys, cache):
-    flags = [["base"], "--measure", f"asked={place / 'asked.jsonl'}"]
+    flags = [["base"], "--measure", f"asked={place / 'asked.jsonl'}", "--completions", "0"]
     scored(place, tmp_path / "out", *flags)
     (file,) = cache.glob("*.json")
     file.write_text(file.read_text()[:50])

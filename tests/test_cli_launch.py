@@ -103,7 +103,7 @@ def test_zero_3_cannot_be_measured_and_writes_nothing(rows, protect, says):
 
     from hf_ftplus.data import TaskSpec
     from hf_ftplus.errors import IncompatibleError
-    from hf_ftplus.run import refuse_zero3
+    from hf_ftplus.refusals import refuse_zero3
 
     spec = TaskSpec.parse(protect)
     plugin = SimpleNamespace(zero_stage=3)

@@ -28,8 +28,7 @@ from hf_ftplus.data import TaskSpec
 from hf_ftplus.disk import LOCK, locked
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 from hf_ftplus.logits import causal_lm
-from hf_ftplus.refusals import devices_of, offloads, refuse, refuse_answers
-from hf_ftplus.run import refuse_parted
+from hf_ftplus.refusals import devices_of, offloads, refuse, refuse_answers, refuse_parted
 
 
 def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
@@ -244,9 +243,12 @@ def plain_trainer(folder, cls=Trainer, **kwargs):
 
 
 class OwnLoss(Trainer):
-    """A user's subclass that overrides compute_loss and keeps count."""
+    """A user's subclass that overrides compute_loss and keeps count, and whose `train` takes fewer arguments."""
 
     calls = 0
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.calls += 1

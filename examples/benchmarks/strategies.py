@@ -105,6 +105,12 @@ ROWS = {
     "replay 1/16 + EWC 3,000, self, 90 steps": (
         f"{REPLAY} --set replay.share=0.0625 {EWC}=3000 --set ewc.rows=32 {SELF} --learning_rate 1e-4 {NINETY}"
     ),
+    "replay 1/16 + EWC 3,000, self 64x48, 90 steps": (
+        f"{REPLAY} --set replay.share=0.0625 {EWC}=3000 --set ewc.rows=32 {SHORT} --learning_rate 1e-4 {NINETY}"
+    ),
+    "replay 1/16 + EWC 3,000, self 64x48, 100 steps": (
+        f"{REPLAY} --set replay.share=0.0625 {EWC}=3000 --set ewc.rows=32 {SHORT} --learning_rate 1e-4 {HUNDRED}"
+    ),
     "replay 1/16 + EWC 10,000, self, 1.5e-4, 86 steps": (
         f"{REPLAY} --set replay.share=0.0625 {EWC}=10000 --set ewc.rows=32 {SELF} --learning_rate 1.5e-4 {EIGHTY_SIX}"
     ),
@@ -158,7 +164,7 @@ BRIEF = (
     "plain 5e-5",
     "plain LoRA",
     "EWC 30,000, 2e-4",
-    "replay 1/16 + EWC 3,000, self, 90 steps",
+    "replay 1/16 + EWC 3,000, self 64x48, 100 steps",
     "distill, self, LoRA",
     "distill 1/12 + EWC 10,000, self, 80 steps",
     "distill 1/8 + EWC 10,000, self, 90 steps",

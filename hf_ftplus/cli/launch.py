@@ -96,7 +96,7 @@ def start(
         launch: words for accelerate.
         words: for `ftplus`.
         strategies: of the run.
-        precision: no, bf16 or fp16, as the Trainer was told; None where there is no Trainer.
+        precision: no, bf16 or fp16, as the Trainer was told; None to leave it as it stands in the configuration.
 
     Raises:
         UsageError: accelerate refuses its flags.

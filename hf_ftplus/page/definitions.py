@@ -64,7 +64,7 @@ DEFINITIONS = {
     ),
     "memory": (
         "Memory",
-        "The most that one run held of the GPU; without one, its process of the machine.",
+        "The most that tensors of one run held on its first GPU; without one, that its process held.",
     ),
     "seconds": ("Seconds", "Wall-clock time of each stage of the run, on its machine."),
     "bytes": ("State", "Memory that the strategies hold while training, besides model and optimizer."),

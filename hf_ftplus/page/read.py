@@ -6,7 +6,7 @@ What another program wrote, or a hand changed, is one sentence and never a page 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,8 @@ class Run:
     name: str
     report: Report
     file: Path
+    against: str = ""
+    """The first model of an eval.json, with whose answers its own are compared; of a run, those it started with."""
 
 
 @dataclass
@@ -130,7 +132,7 @@ def scores(file: Path) -> Scores:
         entries = [
             (TaskResult.from_dict({item.name: one[item.name] for item in fields(TaskResult)}), one) for one in results
         ]
-        runs.append(Run(model, Report([task for task, _ in entries], facts), file))
+        runs.append(Run(model, Report([task for task, _ in entries], facts), file, models[0]))
         check(runs[-1].report)
         calls.append([_call(model, task, one) for task, one in entries])
     return Scores(models, found["plan"]["margin"], floors, calls[1:], runs[1:] or runs)
@@ -199,4 +201,4 @@ def _text(value: Any) -> str:
 
 
 def renamed(runs: Sequence[Run], prefix: str) -> list[Run]:
-    return [Run(f"{prefix}{run.name}", run.report, run.file) for run in runs]
+    return [replace(run, name=f"{prefix}{run.name}") for run in runs]

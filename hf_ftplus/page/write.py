@@ -190,11 +190,12 @@ def _item(rows: list[Any], said: tuple[Any, ...], characters: int) -> dict[str, 
     for (place, run, _), item in zip(rows, said, strict=True):
         if item is None or item.prompt != first.prompt:
             continue
-        name = label(run.name).plain if len(rows) > 1 else "after"
+        name = label(run.name).plain if len(rows) > 1 or run.against else "after"
+        began = label(run.against).plain or "start"
         before, after = differences(item.before, item.after, characters)
-        if not cells or not same:
+        if (not cells or not same) and not (run.against and item.before is None):  # the first model stands alone
             start = before if len(rows) == 1 or not same else plain(item.before, characters)
-            cells.append(("start" if same else f"{place} {name}: start", start))
+            cells.append((began if same else f"{place} {name}: {began}", start))
         cells.append((f"{place} {name}" if len(rows) > 1 else name, after))
     return {
         "row": None,

@@ -62,7 +62,6 @@ def written(moment: Moment) -> dict[str, Any]:
         "kl": scores.kl,
         "score": moment.metric,
         "answers": moment.said,
-        "shown": [*moment.answers.items()],
         "unread": moment.unread,
         "seconds": moment.seconds,
     }
@@ -76,5 +75,4 @@ def read(found: dict[str, Any]) -> Moment:
     for column in (nll, correct, kl, score, answers):
         if column is not None and len(column) != len(tokens):
             raise ValueError(f"{len(column)} values for {len(tokens)} rows")
-    shown = {int(row): str(said) for row, said in found["shown"]}
-    return Moment(Scores(nll, tokens, correct, kl), score, unread, shown, answers, seconds)
+    return Moment(Scores(nll, tokens, correct, kl), score, unread, said=answers, seconds=seconds)

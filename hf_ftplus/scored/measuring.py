@@ -88,12 +88,9 @@ class Scored:
     def key(self, number: int, task: EvalTask, layout: str = "") -> str:
         """The name of a cell: everything that its figures come from."""
         against = self.contents[0] if number or layout else None
-        known = [content.of_code(), self.contents[number], against, content.of_task(task), layout]
-        return content.digest([*known, self.completions(task, layout), *self.how])
-
-    def completions(self, task: EvalTask, layout: str = "") -> int:
-        """Answers that are asked for to be shown: where no metric asks for all, and once."""
-        return 0 if layout or task.metric else self.plan.completions
+        return content.digest(
+            [content.of_code(), self.contents[number], against, content.of_task(task), layout, *self.how]
+        )
 
     @property
     def how(self) -> list[Any]:
@@ -122,16 +119,13 @@ class Scored:
         at_once, together = (
             other_size(most, len(task.examples)) if layout else most for most in (size, TOGETHER * size)
         )
-        shown = {"seed": self.plan.seed, "completions": self.completions(task, layout)}
-        evaluation = Evaluation([task], it.tokenizer, at_once, together=together, **shown)
+        evaluation = Evaluation([task], it.tokenizer, at_once, together=together)
         if start and len(lm_head(it.model).weight) != len(start.head.weight):
             start = None  # tokens were added: drift is not defined
         asked = replace(task, metric=None) if before else task
         with as_found(it.model, self.plan.seed):
             model.warm_up(task.examples, size)
             moment = evaluation.measure(it.model, asked, start, hidden, label=f"{it.name}: {task.name}")
-            if not before:
-                evaluation.show(it.model, {task.name: moment})
         if before:
             before.scores.hidden = moment.scores.hidden
             return before
@@ -141,6 +135,26 @@ class Scored:
         where = " in other batches" if layout else ""
         self.say(f"{it.name}, {task.name}{where}: loss {loss:.3f}, {moment.seconds:.1f} s")
         return moment
+
+    def show(self, number: int, task: EvalTask, moment: Moment, model: OneModel) -> None:
+        """Have the answers that a page shows, where no metric has asked for all; kept beside the cell."""
+        plan = self.plan
+        how = {"batch_size": plan.batch_size, "seed": plan.seed, "completions": plan.completions}
+        evaluation = Evaluation([task], self.tokenizers[number], **how)
+        rows = evaluation.shown(task)
+        if task.metric or not rows:
+            return
+        key = content.digest(
+            ["shown", content.of_code(), self.contents[number], content.of_task(task), rows, *self.how]
+        )
+        kept = self.kept.get(key)
+        if isinstance(kept, list) and len(kept) == len(rows):
+            moment.answers = dict(zip(rows, kept, strict=True))
+            return
+        it = model()
+        with as_found(it.model, plan.seed):
+            evaluation.show(it.model, {task.name: moment})
+        self.kept.put(key, [moment.answers[row] for row in rows])
 
     def outcome(self, number: int, benchmark: Benchmark, model: OneModel, layout: str = "") -> Outcome:
         """As `cell`, of a task of the harness."""
@@ -180,9 +194,10 @@ def measure(plan: Plan, kept: Cells, say: Say, benchmarks: Sequence[Benchmark] =
             scored.outcomes_again = {item.name: scored.outcome(0, item, first, AGAIN) for item in benchmarks}
     for number in range(1, len(plan.models)):
         with OneModel(plan, number) as model:
-            scored.moments.append(
-                {task.name: scored.cell(number, task, model, starts.get(task.name)) for task in scored.tasks}
-            )
+            moments = {task.name: scored.cell(number, task, model, starts.get(task.name)) for task in scored.tasks}
+            for task in scored.tasks:
+                scored.show(number, task, moments[task.name], model)
+            scored.moments.append(moments)
             scored.outcomes.append({item.name: scored.outcome(number, item, model) for item in benchmarks})
     return scored
 
@@ -195,6 +210,7 @@ def _of_first(scored: Scored, model: OneModel) -> dict[str, Start]:
     for task in scored.tasks:
         lacks = scored.lacks(task)
         mine[task.name] = moment = scored.cell(0, task, model, None, hidden=lacks)
+        scored.show(0, task, moment, model)
         if lacks:
             head = head or keep_head(model().model)
             starts[task.name] = Start(head, moment.scores.hidden)

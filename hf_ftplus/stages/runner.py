@@ -94,9 +94,9 @@ def check(plan: Plan) -> dict[str, str]:
 
     from ..foreseen import refuse_foreseen
     from ..model import DEMO, to_train
-    from ..refusals import refuse
+    from ..refusals import refuse, refuse_several_devices
     from ..rows import find
-    from ..run import len_of, refuse_several_devices
+    from ..run import len_of
     from .reservoir import pool
 
     counts, pools = {}, {str(plan.pool(stage)) for stage in plan.stages}

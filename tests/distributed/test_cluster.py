@@ -15,7 +15,7 @@ import torch
 from commands import command
 from training import trainer
 
-from hf_ftplus import cluster
+from hf_ftplus import cluster, trial
 from hf_ftplus.cli import launch, main
 from hf_ftplus.errors import IncompatibleError
 
@@ -69,20 +69,21 @@ def alone(tmp_path):
 
 
 def test_an_update_that_is_not_that_of_one_process_is_a_fault(alone):
-    start, one = {"weights.a": torch.zeros(3)}, {"weights.a": torch.ones(3)}
+    start = {"weights.a": torch.zeros(3), "weights.b": torch.zeros(3)}
+    one = {name: torch.ones(3) for name in start}
     for off, faults in ((1e-6, 0), (1e-3, 1), (float("nan"), 1)):
         found = cluster.Found()
-        cluster.compared({"weights.a": torch.ones(3) + off}, one, start, 1e-4, found)
+        trial.compared({**one, "weights.b": torch.ones(3) + off}, one, start, 1e-4, "with ewc", found)
         assert len(found.faults) == faults, off
 
 
 def test_fsdp_that_was_asked_for_and_left_out_is_a_fault(alone, monkeypatch, tmp_path):
     it = trainer(tmp_path, protect=None)
     found = cluster.Found()
-    assert cluster.held(it, found)["weights"] == "off: every rank holds all"
+    assert trial.held(it, found)["weights"] == "off: every rank holds all"
     assert not found.faults
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    cluster.held(it, found)
+    trial.held(it, found)
     assert "accelerate shards on no CPU" in found.faults[0]
 
 
@@ -118,7 +119,7 @@ def test_a_launch_that_strategies_refuse_is_a_fault(alone, monkeypatch):
     def refused(*args):
         raise IncompatibleError("FSDP version 1 flattens weights into one. Set fsdp_version: 2.")
 
-    monkeypatch.setattr(cluster, "run", refused)
-    cluster.sharding_and_laws(alone, found := cluster.Found())
+    monkeypatch.setattr(trial, "run", refused)
+    trial.see(alone, found := cluster.Found())
     assert found.faults == ["FSDP version 1 flattens weights into one. Set fsdp_version: 2"]
     assert "laws" not in found.facts
