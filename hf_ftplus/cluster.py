@@ -51,8 +51,9 @@ def check() -> Found:
     accelerator = meet()
     found = Found()
     ranks(accelerator, found)
+    device = accelerator.device  # which is not to be asked any more once a trainer's arguments are made
     trial.see(accelerator, found)
-    found.facts["wire"] = wire(accelerator.device)
+    found.facts["wire"] = wire(device)
     return found
 
 

@@ -40,6 +40,7 @@ def see(accelerator: Accelerator, found: Found) -> None:
     from .testing import tiny_batches
 
     world, device = accelerator.num_processes, accelerator.device
+    most = 1e-4 if accelerator.mixed_precision == "no" else 0.05
     learn = tiny_batches(seed=2, count=ROWS * world, size=1)
     protect = tiny_batches(seed=1, count=2 * world, size=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +57,6 @@ def see(accelerator: Accelerator, found: Found) -> None:
             return
     found.facts["sharding"] = held(trainer, found)
     together, single = weights_and_state(trainer.model, strategies), alone(learn, protect, device, bool(strategies))
-    most = 1e-4 if accelerator.mixed_precision == "no" else 0.05
     how = f"without ewc, which is refused where {why}" if why else "with ewc"
     found.facts["laws"] = compared(together, single, start(), most, how, found)
 

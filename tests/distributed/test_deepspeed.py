@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 import two
+import yaml
 from commands import make_place, words
 from evaluation.cases import moved
 from tiny import tiny_llama
@@ -124,11 +126,26 @@ def test_under_zero_3_an_adapter_goes_on_only_with_the_weights_it_was_trained_on
 
 
 @pytest.mark.parametrize(("stage", "how"), [(2, "steps with ewc"), (3, "steps without ewc")])
-def test_doctor_trains_there_as_a_run_does(capfd, stage, how):
-    line = ["doctor", "--distributed", "--num_processes", "2", "--mixed_precision", "no", "--json"]
-    assert main([*line, "--accelerate_config", f"zero{stage}"]) == 0
+def test_doctor_trains_there_as_a_run_does(tmp_path, capfd, stage, how):
+    """Also where the configuration has steps and clipping of its own."""
+    own = {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
+    config = files("trl.accelerate_configs").joinpath(f"zero{stage}.yaml").read_text()
+    config = yaml.safe_load(config) | {"mixed_precision": "no"}
+    config["deepspeed_config"] |= own
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    line = ["doctor", "--distributed", "--num_processes", "2", "--json", "--accelerate_config"]
+    assert main([*line, str(tmp_path / "own.yaml")]) == 0
     facts = json.loads((said := capfd.readouterr().out)[said.index("\n{\n") :])
     assert f"DeepSpeed ZeRO-{stage}" in facts["sharding"]["weights"]
     assert facts["sharding"]["weights"].startswith("on" if stage == 3 else "off")
     assert float(facts["laws"]["as one process"].split()[0]) < 1e-5
     assert how in facts["laws"]["as one process"]
+
+
+def test_doctor_does_not_try_an_optimizer_in_cpu_memory(tmp_path, capfd):
+    config = yaml.safe_load(files("trl.accelerate_configs").joinpath("zero2.yaml").read_text())
+    config["deepspeed_config"]["offload_optimizer_device"] = "cpu"
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    line = ["doctor", "--distributed", "--num_processes", "2", "--json", "--accelerate_config"]
+    assert main([*line, str(tmp_path / "own.yaml")]) == 0
+    assert "the optimizer is in CPU memory" in capfd.readouterr().out
