@@ -1,7 +1,7 @@
 """Which strategy for which situation: one table, for `ftplus advise`, `ftplus init` and the README.
 
-What is recommended was measured on the demo model (examples/benchmarks), in 90 or 100 steps: it is where to begin. On
-other data, `ftplus compare` says what is best.
+What is recommended was measured on the demo model (examples/benchmarks), in 90 steps: it is where to begin. On other
+data, `ftplus compare` says what is best.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ TABLE = (
         "none",
         "I have none",
         f"ftplus sft --plugin replay --plugin ewc --protect self:64x48 {REPLAYED}",
-        "the model writes them itself before it learns: every fact learnt, and of what plain loses 99 % kept in the "
-        "mean of chat and Python, 94 % of chat alone; asked otherwise it knows 47 % of the facts, plain 26 %. Or "
+        "the model writes them itself before it learns: every fact learnt, and of what plain loses 100 % kept in the "
+        "mean of chat and Python, 93 % of chat alone; asked otherwise it knows 42 % of the facts, plain 26 %. Or "
         "`ftplus memory pull`, if somebody published what protects your model",
     ),
     Advice(

@@ -164,7 +164,7 @@ BRIEF = (
     "plain 5e-5",
     "plain LoRA",
     "EWC 30,000, 2e-4",
-    "replay 1/16 + EWC 3,000, self 64x48, 100 steps",
+    "replay 1/16 + EWC 3,000, self 64x48, 90 steps",
     "distill, self, LoRA",
     "distill 1/12 + EWC 10,000, self, 80 steps",
     "distill 1/8 + EWC 10,000, self, 90 steps",
