@@ -173,7 +173,8 @@ def test_some_answers_of_every_task_are_shown_whatever_scores_it(place, tmp_path
     assert "0 of 6 cells measured now" in capsys.readouterr().err
     other = ["--measure", f"again={place / 'asked.jsonl'}", "--seed", "7", *line[:2], *line[6:]]
     for entry in scored(place, tmp_path / "out", ["base", "worse"], *other)["results"][1]:  # the same rows
-        assert all(item["before"] and item["after"] is not None for item in entry["completions"])
+        assert all(item["before"] == greedily(place / "base", item["prompt"]) for item in entry["completions"])
+        assert all(item["after"] == greedily(place / "worse", item["prompt"]) for item in entry["completions"])
     assert capsys.readouterr().err.count("0 of 6 cells measured now") == 1
     assert sides_of(tmp_path / "out") == {(str(place / "base"), str(place / "worse"))}
     scored(place, tmp_path / "one", ["base"], *other)
