@@ -165,7 +165,8 @@ def locked(folder: Path) -> Iterator[None]:
             "--output_dir."
         ) from None
     except OSError as error:
-        raise StorageError(f"--output_dir {folder} cannot be written: {error.strerror}. Choose another.") from None
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise StorageError(f"--output_dir {folder} cannot be written: {reason}. Choose another.") from None
     _held.add(mine)
     try:
         yield

@@ -365,7 +365,7 @@ def test_the_model_is_not_overwritten_by_its_own_training(place, tmp_path, capsy
 def test_an_output_that_is_no_folder_is_refused(place, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(words(place, tmp_path / "file")) == 6
-    assert "cannot be written" in capsys.readouterr().err
+    assert "cannot be written: it is a file." in capsys.readouterr().err
 
 
 def as_nobody(command: list[str]) -> tuple[int, str]:

@@ -879,11 +879,26 @@ def test_a_finish_that_works_saves_nothing_by_itself(tmp_path):
 
 
 def test_a_model_that_cannot_be_saved_is_said_too(tmp_path):
-    it = trainer(tmp_path / "out", Sorry())
+    @dataclass
+    class Taker(Sorry):
+        """Puts a file where the folder was."""
+
+        def finish(self, run):
+            shutil.rmtree(tmp_path / "out")
+            (tmp_path / "out").write_text("a file")
+            super().finish(run)
+
+    with pytest.raises(PluginError, match=r"'sorry' failed in finish.*could not be saved: "):
+        trainer(tmp_path / "out", Taker()).train()
+
+
+def test_a_script_s_folder_that_is_a_file_is_refused_before_anything_is_trained(tmp_path):
+    it = trainer(tmp_path / "out", Diary())
     (tmp_path / "out").rmdir()
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(PluginError, match=r"'sorry' failed in finish.*could not be saved: "):
+    with pytest.raises(StorageError, match=r"out cannot be written: it is a file\. Choose another"):
         it.train()
+    assert it.state.global_step == 0
 
 
 def test_two_callbacks_would_share_a_folder_and_are_refused(tmp_path):
