@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .callback import StrategyCallback
     from .hookspecs import hookimpl
+    from .interrupt import SaveOnInterrupt
     from .stages import sequence
     from .strategies.distill import Distill
     from .strategies.ewc import EWC
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .strategies.replay import Replay
     from .strategies.si import SI
     from .strategy import Batch, Memory, Run, Strategy, setting
-    from .trainer import SaveOnInterrupt, SFTTrainer, StrategyMixin, attach
+    from .trainer import SFTTrainer, StrategyMixin, attach
 
 __version__ = "0.1.0"
 
@@ -53,8 +54,9 @@ _LAZY = {
     "hookimpl": ".hookspecs",
     **dict.fromkeys(("Batch", "Memory", "Run", "Strategy", "setting"), ".strategy"),
     "StrategyCallback": ".callback",
+    "SaveOnInterrupt": ".interrupt",
     "sequence": ".stages",
-    **dict.fromkeys(("SFTTrainer", "SaveOnInterrupt", "StrategyMixin", "attach"), ".trainer"),
+    **dict.fromkeys(("SFTTrainer", "StrategyMixin", "attach"), ".trainer"),
 }
 
 

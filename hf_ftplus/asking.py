@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .answers import FORMAT, Answers
 from .divergence import likeliest
 from .errors import IncompatibleError
-from .generate import architecture, fingerprint_of
+from .fingerprint import architecture, fingerprint_of
 from .strategy import Run
 from .teacher import Teacher, content
 from .weights import sharded

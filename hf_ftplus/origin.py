@@ -21,7 +21,7 @@ from datasets import Dataset
 from .commit import on_first_rank
 from .data import as_tasks
 from .errors import IncompatibleError
-from .generate import tokenizer_fingerprint
+from .fingerprint import tokenizer_fingerprint
 from .sketch import sketch
 from .state import identity, same_identity
 from .weights import canonical, sharded, trainable

@@ -20,11 +20,13 @@ from transformers.utils import logging as transformers_logging
 from . import compat, stopping
 from .callback import STATE_FOLDER, autocast, give_back_memory
 from .config import RunConfig
+from .configured import sft_trainer
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
 from .facts import count_memory_anew, facts
 from .finished import MEASURING, finished, measured_otherwise
 from .foreseen import refuse_foreseen
+from .interrupt import SaveOnInterrupt
 from .measured import keep_apart, tasks
 from .model import resolve, to_train
 from .output import (
@@ -46,7 +48,7 @@ from .rows import Rows, find, tokenizer_of, write
 from .shared import base
 from .shared.hub import said_of
 from .trained import pinned
-from .trainer import SaveOnInterrupt, SFTTrainer, refuse_not_finite, sft_trainer
+from .trainer import SFTTrainer, refuse_not_finite
 from .weights import full_shape
 from .zero import unseen
 

@@ -11,50 +11,35 @@ before checkpoints rotate.
 
 from __future__ import annotations
 
-import logging
 import math
-import signal
-import threading
-import time
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import trl
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import commit, compat
 from .callback import StrategyCallback
-from .data import reason
 from .disk import locked
-from .errors import DataError, FTPlusError, IncompatibleError, StorageError, UsageError
+from .errors import FTPlusError, IncompatibleError, UsageError
 from .hidden import hide
 from .logits import causal_lm, lm_head, supervised
 from .mixing import MixingMixin, TasksMixin
-from .model import to_train
 from .origin import origin, refuse_other
-from .pools import EVALUATED, together
 from .refusals import refuse
-from .shared.hub import of_push, refusal
 from .strategy import Batch, Strategy
 from .weights import local, trainable
 from .zero import under_deepspeed
 
-if TYPE_CHECKING:
-    from .config import RunConfig
-
-logger = logging.getLogger("hf_ftplus")
 compat.check()
 
 UNTOUCHED = "Training stopped before the update; the last checkpoint is intact."
 SPOILT = "The update was made, so these weights are spoilt: resume from a checkpoint of before this logging window."
-ONE_PRESS = 1.0
-"""Seconds within which signals are one and the same Ctrl-C: launchers pass on what the terminal sent as well."""
 
 
 class _WithinTrainer(StrategyCallback):
@@ -323,135 +308,3 @@ def not_finite(what: str, value: float, step: int, then: str) -> FTPlusError:
         f"The {what} is {value} at step {step}. {then} Lower the learning rate or the strength, or train in bf16 or "
         "fp32 instead of fp16."
     )
-
-
-class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C or SIGTERM while training: finish the step, save a checkpoint to resume from, stop with 130 or 143.
-
-    A second one stops at once; the last whole checkpoint stays. In a launched run a rank may be told a step before
-    another, and a save needs all of them: so at the end of each step the ranks agree on whether any was told, which
-    costs such a run one number over the network per step and a wait for the device (where the Trainer waits anyway,
-    unless logging_nan_inf_filter is off).
-    """
-
-    def __init__(self) -> None:
-        self.agreed = 0
-        """The signal that all ranks save and stop for."""
-        self.saved = False
-        self._told, self._since, self._over = 0, 0.0, False
-        self._before: dict[int, Any] = {}
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not self._before and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._tell) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _tell(self, number: int, frame: Any) -> None:
-        before = self._before.get(number)
-        if callable(before) and before is not signal.default_int_handler:
-            before(number, frame)  # who listened before us hears it, too
-        if self._over:  # no step is left to save after
-            raise KeyboardInterrupt(128 + number)
-        if self._told and time.monotonic() - self._since > ONE_PRESS:
-            raise KeyboardInterrupt(128 + number)
-        if not self._told:
-            self._told, self._since = number, time.monotonic()
-            logger.warning("%s: saving after this step; another one stops at once.", signal.Signals(number).name)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.agreed = self._told
-        if args.world_size > 1:
-            told = torch.tensor(self._told, device=args.device)
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            self.agreed = int(told)
-        control.should_save = control.should_save or bool(self.agreed)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.agreed:
-            self.saved = True
-            args.distributed_state.wait_for_everyone()  # the first rank to leave is the end of the others
-            raise KeyboardInterrupt(128 + self.agreed)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._over = control.should_training_stop or state.global_step >= state.max_steps
-
-    def restore(self) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def raised_in(error: BaseException) -> str:
-    """The module whose code raised it."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "")
-
-
-def unloadable(name: str, error: Exception) -> DataError:
-    """What to say of a model that nothing can be made of."""
-    return DataError(
-        f"The model {name!r} cannot be loaded: {reason(error)} Expected a folder, a name on the Hub, or demo."
-    )
-
-
-def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrainer:
-    """The SFTTrainer that `trl sft` would build from the same arguments; strategies are installed later.
-
-    Raises:
-        DataError: the model cannot be found or loaded, or has no template for chats.
-        UsageError: it brings code that was not allowed to run; or TRL, transformers, PEFT or accelerate refuses
-            settings.
-        StorageError: the disk failed (full, or not to be read or written).
-    """
-    training, model = config.training, config.model
-    training.model_init_kwargs = {
-        "revision": model.model_revision,
-        "trust_remote_code": training.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
-    adapter = trl.get_peft_config(model)
-    if adapter is not None and model.model_revision != "main":
-        adapter.revision = model.model_revision  # or whoever loads the adapter puts it on another base
-    try:
-        trainer = SFTTrainer(
-            model=to_train(model.model_name_or_path),
-            args=training,
-            train_dataset=learn,
-            eval_dataset=held_out if training.eval_strategy != "no" else None,
-            quantization_config=trl.get_quantization_config(model),
-            peft_config=adapter,
-        )
-    except OSError as error:
-        if of_push(error):
-            raise StorageError(refusal(training.hub_model_id or training.output_dir, error)) from error
-        if error.errno is not None:  # of the system; what transformers raises about a model has no number
-            raise StorageError(f"Preparing the run failed: {error}. Free some space, or mind who may write.") from error
-        raise unloadable(model.model_name_or_path, error) from error
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise UsageError(
-                f"The model {model.model_name_or_path!r} brings code of its own, which may do anything. Read it, then "
-                "type --trust_remote_code to let it run."
-            ) from error
-        if "chat template" in str(error):
-            raise DataError(
-                f"The learn rows are chats, and the tokenizer of {model.model_name_or_path!r} has no chat template. "
-                "Type --chat_template_path NAME_OR_FILE (of a model that has one, or a Jinja file), or give rows of "
-                "text."
-            ) from error
-        module = raised_in(error)
-        if module.startswith("transformers.models.auto."):
-            raise unloadable(model.model_name_or_path, error) from error
-        if (package := module.partition(".")[0]) in ("trl", "transformers", "peft", "accelerate"):
-            raise UsageError(f"{package} refuses these settings: {error}") from error
-        raise
-    stay_differentiable(trainer.model)
-    best = (training.metric_for_best_model or "").removeprefix("eval_")
-    if isinstance(trainer.eval_dataset, dict) and best in EVALUATED:
-        trainer.eval_dataset = together(trainer.eval_dataset)  # the best model is told by one figure: of all their rows
-    return trainer

@@ -29,7 +29,8 @@ from transformers import TrainerCallback, set_seed
 from two import meet
 
 from hf_ftplus import commit
-from hf_ftplus.trainer import SaveOnInterrupt, SFTTrainer
+from hf_ftplus.interrupt import SaveOnInterrupt
+from hf_ftplus.trainer import SFTTrainer
 
 STEPS, EPOCH = 9, 6
 """22 rows in steps of 2 x 2: the sixth has two rows alone."""

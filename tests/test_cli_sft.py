@@ -719,7 +719,7 @@ def test_a_full_disk_is_not_taken_for_a_missing_model(place, tmp_path, capsys, m
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("hf_ftplus.trainer.SFTTrainer", fail)
+    monkeypatch.setattr("hf_ftplus.configured.SFTTrainer", fail)
     assert main(words(place, tmp_path / "out")) == code
     assert says in capsys.readouterr().err
 

@@ -19,7 +19,8 @@ from exact import EPOCH, STEPS, comparable, held, make
 from hf_ftplus import commit
 from hf_ftplus.cli import main
 from hf_ftplus.errors import IncompatibleError, StorageError
-from hf_ftplus.trainer import SaveOnInterrupt, SFTTrainer
+from hf_ftplus.interrupt import SaveOnInterrupt
+from hf_ftplus.trainer import SFTTrainer
 
 TRIED = ["plain", "ewc", "si", "distill", "distill + ewc", "replay + ewc"]
 TRIED += [f"{kind}, LoRA" for kind in ("plain", "ewc", "distill", "distill + ewc")]

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_ftplus import SFTTrainer, attach, commit, data, state
 from hf_ftplus.cli import main
 from hf_ftplus.errors import StorageError
-from hf_ftplus.trainer import SaveOnInterrupt
+from hf_ftplus.interrupt import SaveOnInterrupt
 
 HERE = Path(__file__).parent
 
@@ -75,7 +75,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2}
 @pytest.mark.fault("A2")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_stops_at_once_and_handlers_are_given_back(monkeypatch, number, code):
-    monkeypatch.setattr("hf_ftplus.trainer.ONE_PRESS", 0.0)
+    monkeypatch.setattr("hf_ftplus.interrupt.ONE_PRESS", 0.0)
     before, interrupt = signal.getsignal(number), SaveOnInterrupt()
     thread = threading.Thread(target=interrupt.on_step_begin, args=(None,) * 3)
     thread.start(), thread.join()

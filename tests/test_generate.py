@@ -20,7 +20,8 @@ from transformers import TopPLogitsWarper
 from hf_ftplus import generate
 from hf_ftplus.data import tokenize
 from hf_ftplus.errors import DataError, UsageError
-from hf_ftplus.generate import fingerprint, open_user_turn, self_generate, tokenizer_fingerprint
+from hf_ftplus.fingerprint import fingerprint
+from hf_ftplus.generate import open_user_turn, self_generate
 
 SHORT = {"batch_size": 4, "max_new_tokens": 12, "request_tokens": 8, "progress": False}
 
@@ -364,39 +365,6 @@ def test_a_run_killed_while_writing_leaves_no_file(model, tokenizer, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         self_generate(model, tokenizer, 5, seed=1, cache=tmp_path, **SHORT)
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- fingerprints --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_fingerprint_sees_every_bit(dtype, model):
-    model.to(dtype)
-    before = fingerprint(model)
-    assert fingerprint(tiny_llama(dtype=dtype)) == before
-    weight = model.model.layers[1].mlp.down_proj.weight
-    with torch.no_grad():
-        weight.view(-1)[-1:].view(torch.uint8)[:1].bitwise_xor_(1)
-    assert fingerprint(model) != before
-
-
-def test_the_fingerprint_sees_dtype_shape_and_sign_of_zero():
-    one, other = torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(3, 2, bias=False)
-    torch.nn.init.zeros_(one.weight), torch.nn.init.zeros_(other.weight)
-    seen = {fingerprint(one), fingerprint(other)}
-    seen.add(fingerprint(one.bfloat16()))
-    with torch.no_grad():
-        one.weight[0, 0] = -0.0
-    seen.add(fingerprint(one))
-    assert len(seen) == 4
-
-
-def test_the_tokenizer_fingerprint_sees_the_template_and_forgets_the_last_padding(tokenizer):
-    before = tokenizer_fingerprint(tokenizer)
-    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
-    assert tokenizer_fingerprint(tokenizer) == before
-    tokenizer.chat_template += " "
-    assert tokenizer_fingerprint(tokenizer) != before
 
 
 def test_no_bar_where_nobody_watches(model, tokenizer, capfd):

@@ -1,0 +1,91 @@
+"""The trainer that a run's configuration asks for; what TRL and transformers refuse of it, as one sentence each."""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import trl
+
+from .data import reason
+from .errors import DataError, StorageError, UsageError
+from .model import to_train
+from .pools import EVALUATED, together
+from .shared.hub import of_push, refusal
+from .trainer import SFTTrainer, stay_differentiable
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+
+def raised_in(error: BaseException) -> str:
+    """The module whose code raised it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "")
+
+
+def unloadable(name: str, error: Exception) -> DataError:
+    """What to say of a model that nothing can be made of."""
+    return DataError(
+        f"The model {name!r} cannot be loaded: {reason(error)} Expected a folder, a name on the Hub, or demo."
+    )
+
+
+def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrainer:
+    """The SFTTrainer that `trl sft` would build from the same arguments; strategies are installed later.
+
+    Raises:
+        DataError: the model cannot be found or loaded, or has no template for chats.
+        UsageError: it brings code that was not allowed to run; or TRL, transformers, PEFT or accelerate refuses
+            settings.
+        StorageError: the disk failed (full, or not to be read or written).
+    """
+    training, model = config.training, config.model
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    adapter = trl.get_peft_config(model)
+    if adapter is not None and model.model_revision != "main":
+        adapter.revision = model.model_revision  # or whoever loads the adapter puts it on another base
+    try:
+        trainer = SFTTrainer(
+            model=to_train(model.model_name_or_path),
+            args=training,
+            train_dataset=learn,
+            eval_dataset=held_out if training.eval_strategy != "no" else None,
+            quantization_config=trl.get_quantization_config(model),
+            peft_config=adapter,
+        )
+    except OSError as error:
+        if of_push(error):
+            raise StorageError(refusal(training.hub_model_id or training.output_dir, error)) from error
+        if error.errno is not None:  # of the system; what transformers raises about a model has no number
+            raise StorageError(f"Preparing the run failed: {error}. Free some space, or mind who may write.") from error
+        raise unloadable(model.model_name_or_path, error) from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"The model {model.model_name_or_path!r} brings code of its own, which may do anything. Read it, then "
+                "type --trust_remote_code to let it run."
+            ) from error
+        if "chat template" in str(error):
+            raise DataError(
+                f"The learn rows are chats, and the tokenizer of {model.model_name_or_path!r} has no chat template. "
+                "Type --chat_template_path NAME_OR_FILE (of a model that has one, or a Jinja file), or give rows of "
+                "text."
+            ) from error
+        module = raised_in(error)
+        if module.startswith("transformers.models.auto."):
+            raise unloadable(model.model_name_or_path, error) from error
+        if (package := module.partition(".")[0]) in ("trl", "transformers", "peft", "accelerate"):
+            raise UsageError(f"{package} refuses these settings: {error}") from error
+        raise
+    stay_differentiable(trainer.model)
+    best = (training.metric_for_best_model or "").removeprefix("eval_")
+    if isinstance(trainer.eval_dataset, dict) and best in EVALUATED:
+        trainer.eval_dataset = together(trainer.eval_dataset)  # the best model is told by one figure: of all their rows
+    return trainer
