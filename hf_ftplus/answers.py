@@ -123,7 +123,16 @@ def examples_in(batch: dict[str, Tensor]) -> list[Example]:
     """The examples of a micro-batch without padding; padding-free rows are taken apart where positions start again.
 
     An example's first label is never predicted from within it, and is left out.
+
+    Raises:
+        IncompatibleError: there is more to them than tokens, such as an image.
     """
+    more = [key for key, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    if more:
+        raise IncompatibleError(
+            f"distill tells rows apart by their tokens, and these also have {', '.join(more)}. Set distill.cache=false "
+            "and distill.on=learn, or leave that column out."
+        )
     ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     mask = (
         batch["attention_mask"].cpu().bool() if batch.get("attention_mask") is not None else torch.ones_like(ids).bool()

@@ -83,6 +83,8 @@ def key_of_answers(teacher: Teacher, run: Run, top_k: int, temperature: float) -
     kind = run.device.type
     with run.autocast():
         precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "as loaded"
-    known = [fingerprint_of(content(teacher)), architecture(teacher.model)]
+    with teacher.taking_the_chair():
+        built = architecture(teacher.model)
+    known = [fingerprint_of(content(teacher)), built]
     parts = [FORMAT, *known, precision, top_k, temperature, teacher.vocabulary]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

@@ -68,7 +68,10 @@ def tokens_of_rows(inputs: dict[str, Any]) -> Tensor:
     labels, positions = inputs["labels"], inputs.get("position_ids")
     if positions is None or inputs.get("attention_mask") is not None:
         return (labels[:, 1:] != -100).sum(1)
-    starts = (positions == 0).expand_as(labels).flatten()
+    positions = positions.expand_as(labels).flatten()
+    # behind the last token that is not the first of its row there is only padding, of position 0
+    within = (positions > 0).flip(0).cumsum(0).flip(0) > 0
+    starts = (positions == 0) & within
     owner = starts.cumsum(0) - 1
     predicted = (labels.flatten() != -100) & ~starts
     return torch.zeros(int(owner[-1]) + 1, dtype=torch.long, device=labels.device).index_add_(

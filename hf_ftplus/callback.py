@@ -232,7 +232,14 @@ class StrategyCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.run and self.around is None:
-            if not args.max_grad_norm and any(map(acts_on_gradients, self.strategies)):
+            acting = [it.name for it in self.strategies if acts_on_gradients(it)]
+            if acting and all(weight.grad is None for weight in self.run.weights.values()):
+                raise IncompatibleError(
+                    f"No weight has a gradient when {', '.join(acting)} is to act on it: something takes the "
+                    "optimizer's step within the backward pass. Expected an optimizer that steps after it, such as "
+                    "adamw_torch."
+                )
+            if acting and not args.max_grad_norm:
                 unscale(optimizer)
             self._before_step(args, state, lr_scheduler)
 

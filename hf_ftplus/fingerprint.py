@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -37,8 +38,9 @@ def fingerprint_of(tensors: dict[str, Any]) -> str:
 
 
 def architecture(model: nn.Module) -> str:
-    """How a model computes with its weights, as JSON: its configuration without names, versions and dtypes. Models of
-    the same weights differ in it, by another scaling of positions or logits.
+    """How a model computes with its weights, as JSON: its configuration without names, versions and dtypes, and the
+    scaling of LoRA adapters that act. Models of the same weights differ in it, by another scaling of positions or
+    logits.
     """
 
     def told(value: Any) -> Any:
@@ -49,7 +51,13 @@ def architecture(model: nn.Module) -> str:
         )
 
     config = getattr(model, "config", None)
-    return json.dumps(told(config.to_dict()) if config is not None else {}, sort_keys=True, default=str)
+    found = told(config.to_dict()) if config is not None else {}
+    scaled = {
+        name: [layer.scaling.get(adapter) for adapter in layer.active_adapters]
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and not layer.disable_adapters
+    }
+    return json.dumps({**found, **({"scaling": scaled} if scaled else {})}, sort_keys=True, default=str)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -96,9 +96,10 @@ def fisher(
     # Around all batches: autocast drops its copies of the weights when its outermost block ends. Shards come and go.
     once = nullcontext if sharded else autocast
     with once(), _undisturbed(model), row_column_sums(adapters, generator) as sums:
-        for index, batch in progress(_shares(batches, rank, world, sharded, apart=estimator == "empirical")):
+        mine = progress(_shares(batches, rank, world, sharded, apart=estimator == "empirical"))
+        for number, (index, batch) in enumerate(mine):
             generator.manual_seed(seed * 1_000_003 + index)  # of the batch: the same on any number of ranks
-            tokens += backward_logits(model, batch, estimator, generator, autocast)
+            tokens += backward_logits(model, batch, estimator, generator, autocast, check=number == 0)
             for name, weight in weights.items():
                 if weight.grad is not None:
                     gradient = local(weight.grad).float()
@@ -120,11 +121,15 @@ def backward_logits(
     estimator: str,
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    check: bool = False,
 ) -> Tensor:
-    """Back-propagate the estimator's v through the summed batch into `.grad`; returns the supervised tokens' number."""
+    """Back-propagate the estimator's v through the summed batch into `.grad`; returns the supervised tokens' number.
+
+    `check`: see before that the LM head gives the model's own logits.
+    """
     batch = {key: value.to(generator.device) for key, value in batch.items()}
     with torch.enable_grad(), autocast():
-        hidden, labels = hidden_states(model, batch)
+        hidden, labels = hidden_states(model, batch, check)
         stay_whole(model)
         leaf, head = hidden.detach().requires_grad_(), lm_head(model)
         if not len(labels):

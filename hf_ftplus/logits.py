@@ -8,7 +8,7 @@ a supervised token, as many at a time as fit.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -101,7 +101,12 @@ def lm_head(model: nn.Module) -> Head:
     if scale is None and getattr(config, "logits_scaling", None) is not None:
         # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by
         scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
-    softcap = getattr(config, "final_logit_softcapping", None)
+    caps = (
+        "final_logit_softcapping",
+        "logits_soft_cap",
+        "output_logit_soft_cap",
+    )  # the last two: RecurrentGemma, xLSTM
+    softcap = next((cap for cap in (getattr(config, key, None) for key in caps) if cap is not None), None)
     return Head(layer.weight, getattr(layer, "bias", None), 1.0 if scale is None else scale, softcap)
 
 
@@ -125,20 +130,58 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def hidden_states(model: nn.Module, batch: dict[str, Tensor], check: bool = False) -> tuple[Tensor, Tensor]:
     """Last hidden states that predict a supervised token, and those tokens: ([N, d], [N]).
 
     `batch` holds `input_ids` [B, T], `labels` [B, T] (unshifted, -100 where unsupervised) and whatever else the
     forward pass takes (`attention_mask`, or `position_ids` for padding-free rows). Keeps the graph unless the caller
     turned gradients off; before a backward pass from here call `stay_whole`.
+
+    Args:
+        check: whether to see that the LM head gives the model's own logits.
+
+    Raises:
+        IncompatibleError: it does not, or the model saw more positions than there are labels.
     """
+    states, logits = forward(model, batch)
+    if check:
+        refuse_other_logits(model, lm_head(model), states, logits)
+    return supervised(states, batch["labels"])
+
+
+def forward(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Last hidden states [B, T, d], and the model's own logits at the last position [B, V]."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    inputs["use_cache"] = False
     if "logits_to_keep" in inspect.signature(type(causal_lm(model)).forward).parameters:
         inputs["logits_to_keep"] = 1  # the full logits would only be thrown away
-    with captured(model) as seen:
-        model(**inputs)
-    return supervised(seen[-1], batch["labels"])
+    seen: list[Tensor] = []
+    with captured(model, seen.append):
+        output = model(**inputs, use_cache=False)
+    if not seen:
+        raise IncompatibleError(
+            f"No hidden states were seen of {type(causal_lm(model)).__name__}: its forward pass goes by its backbone, "
+            "or something replaced it (Unsloth, Liger). Expected an AutoModelForCausalLM as transformers makes it."
+        )
+    return seen[-1], output.logits[:, -1]
+
+
+@torch.no_grad()
+def refuse_other_logits(model: nn.Module, head: Head, states: Tensor, logits: Tensor) -> None:
+    """Raise where head(hidden) is not what the model says: what is made of a head that is scaled, adapted or left out
+    unseen would mislead."""
+    ours, own = head(states[:, -1].to(head.weight.device)), logits.float().to(head.weight.device)
+    known = own.isfinite() & ours.isfinite()
+    own, ours = own[known], ours[known]
+    if not own.numel():  # a broken model is reported as such, from its loss
+        return
+    off = (own - ours).abs().max()
+    # 5 %: far above what bf16 and autocast round away (0.4 % each), far below any factor or adapter that was missed
+    if off > 0.05 * own.abs().max() + 1e-3:
+        raise IncompatibleError(
+            f"The LM head of {type(causal_lm(model)).__name__} does not give the model's own logits (off by "
+            f"{off.item():.3g}): the model changes them in a way that is not known here, or an adapter sits on the "
+            "head. Expected a plain LM head; leave lm_head out of the adapter's target_modules."
+        )
 
 
 def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,21 +213,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def captured(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the backbone's last hidden states of every forward pass inside the block."""
+def captured(model: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """Give `keep` the last hidden states of every forward pass inside the block; those that it gets last in a pass are
+    what the LM head reads.
+
+    Raises:
+        IncompatibleError: there is no backbone to look at.
+    """
     inner = causal_lm(model)
-    backbone = inner.base_model
-    if backbone is inner:
+    if inner.base_model is inner:
         raise IncompatibleError(
             f"{type(inner).__name__} has no backbone below its LM head; expected an AutoModelForCausalLM."
         )
-    seen: list[Tensor] = []
+    # OPT asks the decoder below its backbone, and the backbone never; what others call so may be the LM head
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    below = any(module is decoder for module in inner.base_model.modules())
+    places = [inner.base_model, *([decoder] if below and decoder is not inner.base_model else [])]
 
-    def keep(module: nn.Module, args: object, output: object) -> None:
-        seen.append(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])
+    def look(module: nn.Module, args: object, output: object) -> None:
+        keep(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])
 
-    hook = backbone.register_forward_hook(keep)
+    hooks = [place.register_forward_hook(look) for place in places]
     try:
-        yield seen
+        yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

@@ -86,6 +86,11 @@ class MixingMixin:
             self._mixture.set_epoch(epoch)
         super()._run_epoch(model, epoch, *args, **kwargs)
 
+    def num_examples(self, dataloader: Any) -> int:
+        """Rows of an epoch: of a mixture those that are drawn, not all that there are."""
+        found = super().num_examples(dataloader)
+        return len(self._mixture) if self._mixture is not None and found == len(self.train_dataset) else found
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return self._mixture if self._mixture is not None else super()._get_train_sampler(*args, **kwargs)
 

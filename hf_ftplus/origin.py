@@ -24,7 +24,7 @@ from .errors import IncompatibleError
 from .fingerprint import tokenizer_fingerprint
 from .sketch import sketch
 from .state import identity, same_identity
-from .weights import canonical, sharded, trainable
+from .weights import canonical, sharded
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -70,11 +70,11 @@ def origin(trainer: Any) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(tokenizer) if hasattr(tokenizer, "special_tokens_map") else None,
         "rows": rows(trainer.train_dataset, getattr(trainer.ftplus, "learn_rows", None)),
         "seed": [args.seed, args.data_seed],
-        "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "dtype": _as_loaded(trainer, dtypes),
         "protect": protected(trainer.ftplus.protect if trainer.ftplus else None),
         "arguments": arguments(args),
-        "split": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
+        "split": [args.train_batch_size, args.gradient_accumulation_steps, args.world_size],
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
 
@@ -106,7 +106,8 @@ def frozen(model: torch.nn.Module) -> str | None:
 
 def dtypes(model: torch.nn.Module) -> dict[str, int]:
     """Number of trainable weights of each dtype."""
-    return dict(Counter(str(weight.dtype).removeprefix("torch.") for weight in trainable(model).values()))
+    trained = (weight for weight in model.parameters() if weight.requires_grad)
+    return dict(Counter(str(weight.dtype).removeprefix("torch.") for weight in trained))
 
 
 def arguments(args: Any) -> dict[str, Any]:

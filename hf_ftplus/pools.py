@@ -95,14 +95,19 @@ def endless(streams: Streams) -> Streams:
 
 
 def supervised_tokens(rows: Dataset) -> np.ndarray:
-    """Tokens of each row that carry loss: labels other than -100, but the first, which nothing predicts: [rows]."""
-    counts = [np.empty(0, dtype=np.int64)]
-    for batch in rows.select_columns(["labels"]).with_format("arrow").iter(CHUNK):
+    """Tokens of each row that carry loss: labels other than -100, but the first of the row, or of each document that is
+    packed into it, which nothing predicts: [rows]."""
+    counts, packed = [np.empty(0, dtype=np.int64)], "seq_lengths" in rows.column_names
+    columns = ["labels", *(["seq_lengths"] if packed else [])]
+    for batch in rows.select_columns(columns).with_format("arrow").iter(CHUNK):
         labels = batch["labels"].combine_chunks()
         lengths = labels.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
         ends = lengths.cumsum()
         carries = labels.flatten().to_numpy(zero_copy_only=False) != -100
         carries[(ends - lengths)[lengths > 0]] = False
+        if packed:
+            inside = batch["seq_lengths"].combine_chunks().flatten().to_numpy(zero_copy_only=False).cumsum()
+            carries[inside[inside < len(carries)]] = False
         before = np.concatenate([[0], carries.cumsum()])
         counts.append(before[ends] - before[ends - lengths])
     return np.concatenate(counts)

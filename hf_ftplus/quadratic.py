@@ -5,7 +5,10 @@ target W [d, k] moves by scale * B A, so it is that change which is held, with i
 of rows, through r x r products only:
 
     1/2 sum_ij importance_ij (L R)_ij^2 = 1/2 tr[(L^T diag(rows) L) (R diag(columns / sum) R^T)]
-    L = [scale * B, -scale * B_start]  [d, 2r]        R = [A; A_start]  [2r, k]
+    L = [scale * (B - B_start), scale * B_start]  [d, 2r]        R = [A; A - A_start]  [2r, k]
+
+which is scale * (B A - B_start A_start) without the difference of two large products, of which nothing is left after
+rounding (TF32, and fp32 near the start).
 
 All arithmetic is in fp32 whatever the weights are in, on this rank's shards, without waiting for the device.
 """
@@ -25,8 +28,9 @@ from .weights import Adapter, canonical, local, over_shards, place, sharded
 
 logger = logging.getLogger("hf_ftplus")
 
-PIECE = 2**17
-"""Weights handled at a time on a CPU, so that temporaries stay in its cache."""
+PIECE, DEVICE_PIECE = 2**17, 2**26
+"""Weights handled at a time: on a CPU few enough that temporaries stay in its cache, elsewhere that they take no more
+than a quarter of a GB each."""
 
 
 @dataclass
@@ -71,7 +75,9 @@ class AdapterWell:
         if self.adapter.B.grad is not None:
             yield local(self.adapter.B.grad), weighed_left @ (scale * (weighed_right @ right.T)[:, :rank])
         if self.adapter.A.grad is not None:
-            yield local(self.adapter.A.grad), (left.T @ weighed_left)[:rank] @ weighed_right
+            inner_left = left.T @ weighed_left
+            inner_left = inner_left if self.start is None else inner_left[:rank] + inner_left[rank:]  # scale * B
+            yield local(self.adapter.A.grad), inner_left @ weighed_right
 
     def add(self, strength: float, measure: bool) -> list[Tensor]:
         """Add strength * pull to the gradients of A and B; return their figures (see `pull`)."""
@@ -89,11 +95,11 @@ class AdapterWell:
         return 0.5 * torch.sum((left.T @ (self.rows.unsqueeze(1) * left)) * ((right * self.columns) @ right.T).T)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        left, right = self.adapter.scale * self.adapter.B.detach().float(), self.adapter.A.detach().float()
+        B, A, scale = self.adapter.B.detach().float(), self.adapter.A.detach().float(), self.adapter.scale
         if self.start is None:
-            return left, right
-        start_A, start_B = self.start
-        return torch.cat([left, -self.adapter.scale * start_B.float()], 1), torch.cat([right, start_A.float()])
+            return scale * B, A
+        start_A, start_B = (tensor.float() for tensor in self.start)
+        return scale * torch.cat([B - start_B, start_B], 1), torch.cat([A, A - start_A])
 
 
 def starting(plain: dict[str, nn.Parameter], adapters: dict[str, Adapter]) -> dict[str, Tensor]:
@@ -209,7 +215,7 @@ def beside_task(strength: float, pull_square: float, task_square: float) -> dict
 
 
 class Cut:
-    """The same stretches of tensors of one shape that stay where they are: sized for a CPU's cache, whole elsewhere.
+    """The same stretches of tensors of one shape that stay where they are; whole where they are not contiguous.
 
     The views are made once. Making them anew at every step took as long as a fifth of the arithmetic.
     """
@@ -217,6 +223,8 @@ class Cut:
     def __init__(self, *tensors: Tensor) -> None:
         self._tensors = tensors
         self._found: tuple[int, bool] | None = None
+        self._size = 0
+        """Of a stretch; 0 where tensors are taken whole."""
         self._views: list[tuple[Tensor | None, ...]] = []
 
     def along(self, passing: Tensor) -> Iterator[tuple[Tensor | None, ...]]:
@@ -226,16 +234,19 @@ class Cut:
         found = local(self._tensors[0]).data_ptr(), passing.is_contiguous()
         if found != self._found:
             self._found, self._views = found, self._made(passing)
-        stretches = (passing,) if self._views[0][0] is None else passing.view(-1).split(PIECE)
+        stretches = passing.view(-1).split(self._size) if self._size else (passing,)
         for stretch, views in zip(stretches, self._views, strict=True):
             yield stretch, *views
 
     def _made(self, passing: Tensor) -> list[tuple[Tensor | None, ...]]:
         tensors = [local(tensor) for tensor in self._tensors]
-        if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in (passing, *tensors)):
+        if not all(tensor.is_contiguous() for tensor in (passing, *tensors)):
+            self._size = 0
             return [(None, *tensors)]
-        cut = zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
-        return [(scratch()[: len(views[0])], *views) for views in cut]
+        on_cpu = all(tensor.device.type == "cpu" for tensor in (passing, *tensors))
+        self._size = PIECE if on_cpu else DEVICE_PIECE
+        cut = zip(*(tensor.view(-1).split(self._size) for tensor in tensors), strict=True)
+        return [(scratch()[: len(views[0])] if on_cpu else None, *views) for views in cut]
 
 
 @functools.cache

@@ -35,6 +35,13 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
             "enable_jit_checkpoint saves within a step, from which no run goes on as it would have. Leave it out: "
             "ftplus sft saves after the step when it is told to stop."
         )
+    acting = [it.name for it in strategies if acts_on_gradients(it)]
+    optimizer = getattr(args.optim, "value", args.optim)
+    if acting and ("lomo" in optimizer or optimizer.endswith("layerwise")):
+        raise IncompatibleError(
+            f"{', '.join(acting)} acts on whole gradients before the optimizer's step, and --optim {optimizer} moves "
+            "each weight as soon as its gradient is there. Choose another optimizer, such as adamw_torch."
+        )
     looking = looking_inside(strategies)
     if looking and offloads(args):
         raise IncompatibleError(

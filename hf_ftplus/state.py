@@ -23,7 +23,7 @@ from . import tensorfile
 from .disk import read_format, replace, sha256
 from .errors import FTPlusError, IncompatibleError, StorageError
 from .sketch import compare, sketch
-from .weights import canonical, full_shape, local, match, trainable
+from .weights import canonical, full_shape, local, match
 
 if TYPE_CHECKING:
     from .strategy import Run, Strategy
@@ -201,10 +201,14 @@ def reshaped(manifest: dict[str, Any], model: nn.Module) -> str:
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
-    """Trainable weights by canonical name with their shapes, and the adapter's settings that shapes do not show."""
+    """Trainable weights by canonical name with their shapes, and the adapter's settings that shapes do not show.
+
+    Two adapters that train at once share names; only strategies must tell them apart, and refuse them (`trainable`).
+    """
     adapters = getattr(model, "peft_config", {})
+    trained = {canonical(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
     return {
-        "weights": {name: list(full_shape(weight)) for name, weight in trainable(model).items()},
+        "weights": {name: list(full_shape(weight)) for name, weight in trained.items()},
         "adapters": {name: _adapter_facts(config) for name, config in adapters.items()},
     }
 
@@ -241,18 +245,18 @@ def _write(
     folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None = None
 ) -> None:
     """All tensors, if they are finite, then the manifest; all ranks call, rank 0 writes, and all fail if one does."""
-    if broken := _agreed(_not_finite(files)):
+    if broken := agreed(_not_finite(files)):
         raise IncompatibleError(
             f"{broken} is not finite at step {facts['step']}, so nothing is written to {folder}; what was written "
             "before is intact. Lower the strength or the learning rate, or train in bf16 or fp32 instead of fp16."
         )
-    if failed := _agreed(_written(folder, files, facts, kept)):
+    if failed := agreed(_written(folder, files, facts, kept)):
         raise StorageError(
             f"Could not write strategy state to {folder}: {failed}. Free some space or choose another --output_dir."
         )
 
 
-def _agreed(said: str) -> str:
+def agreed(said: str) -> str:
     """What this rank says went wrong, or the first that any of them says."""
     if not torch.distributed.is_initialized():
         return said

@@ -35,6 +35,8 @@ class Teacher:
 
     vocabulary: int | None = None
     """Tokens that teacher and student both know, where one of them pads its LM head; None: all."""
+    checked: bool = False
+    """Whether its LM head was seen to give its own logits."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -49,7 +51,8 @@ class Teacher:
         device = next(self.model.parameters()).device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         with evaluating(self.model), self.taking_the_chair():
-            hidden, _ = hidden_states(self.model, batch)
+            hidden, _ = hidden_states(self.model, batch, check=not self.checked)
+            self.checked = True
             return hidden, first_tokens(lm_head(self.model).whole(), self.vocabulary)
 
     @contextmanager

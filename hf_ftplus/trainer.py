@@ -28,12 +28,13 @@ from .callback import StrategyCallback
 from .disk import locked
 from .errors import FTPlusError, IncompatibleError, UsageError
 from .hidden import hide
-from .logits import causal_lm, lm_head, supervised
+from .logits import captured, causal_lm, lm_head, supervised
 from .mixing import MixingMixin, TasksMixin
 from .origin import origin, refuse_other
 from .refusals import refuse
+from .state import agreed
 from .strategy import Batch, Strategy
-from .weights import local, trainable
+from .weights import local
 from .zero import under_deepspeed
 
 compat.check()
@@ -115,14 +116,12 @@ class StrategyMixin(MixingMixin):
             yield
             return
         self._hidden = []
-        backbone = causal_lm(self.model).base_model  # hooked before training compiles: later hooks would not be seen
-        hook = backbone.register_forward_hook(
-            lambda module, args, output: self._hidden.append(output[0]) if module.training else None
-        )
+        inner = causal_lm(self.model)
         try:
-            yield
+            # before training compiles: later hooks would not be seen
+            with captured(inner, lambda hidden: self._hidden.append(hidden) if inner.training else None):
+                yield
         finally:
-            hook.remove()
             self._hidden.clear()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -175,7 +174,7 @@ class StrategyMixin(MixingMixin):
                 f"{extra[0].name} saw no forward pass of {type(causal_lm(self.model).base_model).__name__}. Something "
                 "replaced the model's forward (Unsloth, Liger): train without it, or without this strategy."
             )
-        hidden, targets = supervised(self._hidden[0], labels)
+        hidden, targets = supervised(self._hidden[-1], labels)
         self._hidden.clear()
         head = lm_head(self.model).whole()
         batch = Batch(inputs=given, hidden=hidden, labels=targets, logits=head)
@@ -294,12 +293,13 @@ def stay_differentiable(model: torch.nn.Module) -> None:
 
 def refuse_not_finite(model: torch.nn.Module, step: int) -> None:
     """Raise rather than put a broken model among the checkpoints, where it would take the place of a good one."""
-    broken = [name for name, weight in trainable(model).items() if not torch.isfinite(local(weight)).all()]
-    if broken:
+    trained = ((name, local(weight)) for name, weight in model.named_parameters() if weight.requires_grad)
+    broken = [name for name, weight in trained if not torch.isfinite(weight).all()]
+    said = f"{len(broken)} weights are not finite at step {step} (the first is {broken[0]})" if broken else ""
+    if found := agreed(said):
         raise IncompatibleError(
-            f"{len(broken)} weights are not finite at step {step} (the first is {broken[0]}), so they are not written; "
-            "the last checkpoint is intact. Lower the learning rate or the strength, or train in bf16 or fp32 instead "
-            "of fp16."
+            f"{found}, so they are not written; the last checkpoint is intact. Lower the learning rate or the "
+            "strength, or train in bf16 or fp32 instead of fp16."
         )
 
 

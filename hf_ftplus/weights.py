@@ -7,6 +7,7 @@ penalty of zero in silence, so anything below a full match is an error (`match`)
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import IncompatibleError
+
+logger = logging.getLogger("hf_ftplus")
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _BASE_LAYER = re.compile(r"\.base_layer(?!(\.base_layer)*\.lora_)(?=\.|$)")
@@ -31,6 +34,17 @@ def canonical(name: str) -> str:
     while parts and (parts[0] == "module" or parts[:2] == ["base_model", "model"]):
         parts = parts[1:] if parts[0] == "module" else parts[2:]
     return _SAVED_MODULE.sub("", _ADAPTER_NAME.sub(r"\1", ".".join(parts)))
+
+
+def warn_of_16_bits(weights: dict[str, nn.Parameter], who: str, what: str) -> None:
+    """Say what is lost where weights, and so their gradients, have no fp32 master."""
+    half = sum(weight.dtype in (torch.bfloat16, torch.float16) for weight in weights.values())
+    if half:
+        logger.warning(
+            "%s: %d of %d weights are kept in 16 bits, where %s; load the model in fp32 (--dtype float32), --bf16 can "
+            "stay",
+            *(who, half, len(weights), what),
+        )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -38,7 +38,7 @@ from transformers import (
 from hf_ftplus import EWC, Replay, StrategyCallback, attach, divergence, logits
 from hf_ftplus.answers import Answers, examples_in, key_of
 from hf_ftplus.batches import learn_batches
-from hf_ftplus.beside import Examples, beside
+from hf_ftplus.beside import Examples, beside, tokens_of_rows
 from hf_ftplus.divergence import bucketed_kl, forward_kl, likeliest
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
 from hf_ftplus.logits import Head, captured, hidden_states, lm_head, supervised
@@ -284,6 +284,13 @@ def test_a_sure_teacher_and_a_sure_student_leave_no_rounding_error():
     p, q = ((states.double() @ head.weight.double().T).softmax(-1) for states in (said, hidden))
     assert kl.item() == pytest.approx(bucketed(p, q, answers[0]).item(), rel=0.05)
     assert torch.autograd.grad(total, leaf)[0].isfinite().all()
+
+
+def test_rows_that_are_more_than_tokens_are_not_told_apart_by_them():
+    """Two images with one question would share an answer."""
+    (batch,) = padded(random_rows(2, VOCAB), 2)
+    with pytest.raises(IncompatibleError, match=r"these also have pixel_values.*cache=false"):
+        examples_in({**batch, "pixel_values": torch.zeros(2, 3, 4, 4)})
 
 
 def test_an_example_has_the_same_key_in_any_batch():
@@ -700,6 +707,20 @@ def test_what_a_micro_batch_adds_is_strength_times_the_kl_of_the_rows_beside_it(
         expected = expected + 5.0 / 0.5 * learn_tokens * distillation(start, model, alone) / mean
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     close(gradients(found, model), gradients(expected, model), rel=1e-3)
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 64])
+def test_padding_behind_padding_free_rows_is_no_row(multiple):
+    """TRL gives it position 0, like the first token of a row."""
+    rows = random_rows(3, VOCAB, seed=6)
+    (inputs,) = padding_free(rows, 3)
+    pad = -inputs["input_ids"].shape[1] % multiple
+    inputs = {
+        key: torch.nn.functional.pad(value, (0, pad), value=-100 if key == "labels" else 0)
+        for key, value in inputs.items()
+        if key != "attention_mask"
+    }
+    assert tokens_of_rows(inputs).tolist() == tokens_of_rows(padded(rows, 3)[0]).tolist()
 
 
 def test_padding_free_rows_have_the_same_rows_beside_them_as_padded_ones():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 
-from hf_ftplus.fingerprint import fingerprint, tokenizer_fingerprint
+from hf_ftplus.fingerprint import architecture, fingerprint, tokenizer_fingerprint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -37,3 +38,13 @@ def test_the_tokenizer_fingerprint_sees_the_template_and_forgets_the_last_paddin
     assert tokenizer_fingerprint(tokenizer) == before
     tokenizer.chat_template += " "
     assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_the_architecture_sees_how_an_adapter_is_scaled_while_it_acts():
+    def adapted(alpha):
+        return get_peft_model(tiny_llama(), LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"]))
+
+    one, other = adapted(2), adapted(4)
+    assert architecture(one) != architecture(other)
+    with one.disable_adapter(), other.disable_adapter():
+        assert architecture(one) == architecture(other) == architecture(tiny_llama())

@@ -14,13 +14,22 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from hf_ftplus import logits as module
 from hf_ftplus.errors import IncompatibleError
+from hf_ftplus.fisher import fisher
 from hf_ftplus.logits import captured, causal_lm, hidden_states, lm_head, supervised
+from hf_ftplus.teacher import Teacher
+from hf_ftplus.weights import split
 
 VOCAB = 24
 SIZE = {
@@ -40,6 +49,12 @@ MODELS = {
     "soft-capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZE, head_dim=8, final_logit_softcapping=0.05)),
     "multiplied": lambda: Cohere2ForCausalLM(Cohere2Config(**SIZE, logit_scale=0.25)),
     "divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZE, logits_scaling=4.0)),
+    "capped under another name": lambda: RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(**SIZE, head_dim=8, lru_width=16, logits_soft_cap=0.05, block_types=("attention",))
+    ),
+    "below a decoder of its own": lambda: OPTForCausalLM(
+        OPTConfig(**SIZE, ffn_dim=16, word_embed_proj_dim=8, max_position_embeddings=64)
+    ),
     "with a bias": lambda: PhiForCausalLM(PhiConfig(**SIZE)),
     "under an adapter": lambda: get_peft_model(
         tiny_llama(layers=1, vocab=VOCAB), LoraConfig(r=2, target_modules=["q_proj"])
@@ -68,7 +83,7 @@ def test_head_of_hidden_states_is_what_the_model_says(kind):
 
 def test_the_tests_models_do_scale():
     """Guards the test above: without the rule the answer would differ."""
-    for kind in ("soft-capped", "multiplied", "divided"):
+    for kind in ("soft-capped", "capped under another name", "multiplied", "divided"):
         head = lm_head(MODELS[kind]())
         assert head.scale != 1 or head.softcap
 
@@ -131,14 +146,40 @@ def test_wrappers_are_looked_through():
 
 def test_hooks_are_gone_even_after_an_error():
     model = tiny_llama(layers=1)
-    with pytest.raises(ZeroDivisionError), captured(model):
+    with pytest.raises(ZeroDivisionError), captured(model, print):
         _ = 1 / 0
     assert not model.model._forward_hooks
 
 
 def test_a_model_without_a_backbone_is_refused_by_name():
-    with pytest.raises(IncompatibleError, match="LlamaModel has no backbone"), captured(tiny_llama(layers=1).model):
+    with (
+        pytest.raises(IncompatibleError, match="LlamaModel has no backbone"),
+        captured(tiny_llama(layers=1).model, print),
+    ):
         pass
+
+
+def test_a_backbone_that_the_forward_pass_goes_by_is_refused_by_name():
+    class Alone(type(tiny_llama())):
+        def forward(self, input_ids, **kwargs):
+            return self.model.embed_tokens(input_ids)
+
+    model = tiny_llama(layers=1, vocab=VOCAB)
+    model.__class__ = Alone
+    with pytest.raises(IncompatibleError, match="No hidden states were seen of Alone"):
+        hidden_states(model, batch())
+
+
+def test_a_head_that_is_not_the_models_own_is_refused_where_it_is_asked():
+    """ModernBertDecoder has a layer between the hidden states and what it calls its output embeddings."""
+    small = {**SIZE, "classifier_activation": "gelu", "global_attn_every_n_layers": 1}
+    model = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**small)).eval()
+    hidden_states(model, batch())
+    with pytest.raises(IncompatibleError, match="ModernBertDecoderForCausalLM does not give the model's own logits"):
+        hidden_states(model, batch(), check=True)
+    for use in (lambda: fisher(model, [batch()], split(model)[0]), lambda: Teacher(model)(batch())):
+        with pytest.raises(IncompatibleError, match="does not give the model's own logits"):
+            use()
 
 
 def test_virtual_tokens_are_refused_in_words():

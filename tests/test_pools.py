@@ -36,6 +36,13 @@ def test_supervised_tokens_are_those_that_something_predicts(monkeypatch):
     assert supervised_tokens(small).tolist() == slowly
 
 
+def test_the_first_token_of_each_document_packed_into_a_row_is_not_predicted_either():
+    labels = [[1, 2, 3, 4, 5], [6, 7], [8, -100, 9]]
+    data = Dataset.from_dict({"input_ids": labels, "labels": labels, "seq_lengths": [[2, 1, 2], [2], [2, 1]]})
+    assert supervised_tokens(data).tolist() == [2, 1, 0]
+    assert supervised_tokens(data.select([2, 0])).tolist() == [0, 2]
+
+
 def test_what_there_is_of_each_task():
     learn = rows(10, task=["a"] * 4 + ["b"] * 6)
     pools = Pools(learn, {"chat": protect()})

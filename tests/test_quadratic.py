@@ -49,6 +49,22 @@ def test_the_pull_on_an_adapter_is_autograds_through_the_change_written_out(fres
     )
 
 
+@pytest.mark.parametrize("moved", [1e-4, 1e-2])
+def test_the_pull_on_an_adapter_that_has_hardly_moved_is_not_lost_in_rounding(moved):
+    """A difference of two large products is all rounding error near the start, where there is most to keep."""
+    start = (random(16, 256), random(256, 16, seed=1))
+    A, B = (torch.nn.Parameter(it + moved * random(*it.shape, seed=2) * it.std()) for it in start)
+    rows, columns = random(256, seed=4).abs(), random(256, seed=5).abs()
+    wide = Adapter(torch.nn.Identity(), A.detach().double().requires_grad_(), B.detach().double().requires_grad_(), 1.7)
+    penalty = lora_penalty(wide, tuple(it.double() for it in start), rows.double(), columns.double())
+    penalty.backward()
+    A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+    figures = pull([AdapterWell(Adapter(torch.nn.Identity(), A, B, 1.7), start, rows, columns)], 1.0, True)
+    assert figures[0].item() == pytest.approx(penalty.item(), rel=1e-4)
+    for ours, exact in ((A.grad, wide.A.grad), (B.grad, wide.B.grad)):
+        assert (ours - exact).norm() < 1e-4 * exact.norm()
+
+
 def test_the_penalty_of_an_adapter_does_not_depend_on_how_its_change_is_split():
     A, B, S = random(3, 8), random(5, 3, seed=1), random(3, 3, seed=2)
     rows, columns = random(5, seed=4).abs(), random(8, seed=5).abs()

@@ -86,6 +86,15 @@ def test_one_row_in_eight_of_every_step_and_each_learn_row_once(tmp_path):
     assert all(log["replay/share_of_rows"] == 0.125 for log in logged)
 
 
+def test_rows_per_second_are_those_that_were_drawn(tmp_path):
+    """Of 2000 protect rows an epoch draws four."""
+    many = [{"prompt": f"Question {i}? ", "completion": "Yes."} for i in range(2000)]
+    it = trainer(tmp_path, Replay(share=0.125), protect=many, max_steps=-1, num_train_epochs=1)
+    found = it.train().metrics
+    rows = found["train_samples_per_second"] / found["train_steps_per_second"]
+    assert rows == pytest.approx(28 / it.state.global_step, abs=0.5)
+
+
 @pytest.mark.parametrize("layout", [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_every_optimizer_step_holds_its_share_whatever_the_accumulation(tmp_path, layout):
     """The rows that reach the model, not those that the sampler means to give."""

@@ -17,7 +17,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from held import held
 from lawful import Sorry
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama, tiny_mixtral, tiny_tokenizer
 from training import LEARN, PROTECT, Diary, arguments, far, moved, same, trainer, weights_of
 from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trainer, TrainingArguments
@@ -916,6 +916,46 @@ def test_two_callbacks_would_share_a_folder_and_are_refused(tmp_path):
 def test_ewc_without_anything_to_protect_says_what_to_type(tmp_path):
     with pytest.raises(DataError, match="self:256"):
         trainer(tmp_path, "ewc", protect=None).train()
+
+
+def test_without_strategies_any_adapters_are_trained_as_trl_trains_them(tmp_path):
+    """A strategy would have to tell the two apart; without one nobody asks."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]), "one")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["one", "other"])
+    it = trainer(tmp_path, model=model, save_strategy="steps", save_steps=3, max_steps=3)
+    it.train()
+    assert sum(weight.requires_grad for weight in model.parameters()) == 8
+    assert (tmp_path / "checkpoint-3" / "other" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("optimizer", ["galore_adamw_layerwise", "adalomo"])
+def test_an_optimizer_that_steps_layer_by_layer_is_refused_where_gradients_are_acted_on(tmp_path, optimizer):
+    args = arguments(tmp_path, optim=optimizer)
+    refuse([Distill()], args)
+    for strategy in (EWC(), SI()):
+        with pytest.raises(IncompatibleError, match=f"{strategy.name} acts on whole gradients.*--optim {optimizer}"):
+            refuse([strategy], args)
+
+
+def test_a_step_within_the_backward_pass_is_refused_where_gradients_are_acted_on(tmp_path):
+    """What frees each gradient as soon as it is used would leave a strategy nothing to act on, in silence."""
+
+    def hooked(*strategies):
+        it = trainer(tmp_path, *strategies, protect=None)
+        for weight in it.model.parameters():
+            weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+        return it
+
+    with pytest.raises(IncompatibleError, match=r"No weight has a gradient when si is to act on it"):
+        hooked(SI()).train()
+    hooked().train()
+
+
+@pytest.mark.parametrize("strategy", [EWC(rows=8), SI()])
+def test_weights_in_16_bits_are_said_to_lose_what_is_small(tmp_path, strategy, caplog):
+    trainer(tmp_path, strategy, model=tiny_llama().bfloat16(), max_steps=1).train()
+    assert f"{strategy.name}: 20 of 20 weights are kept in 16 bits" in caplog.text
 
 
 @pytest.mark.fault("A9")

@@ -6,7 +6,6 @@ means, intervals and pairs can be made of them later.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..errors import IncompatibleError
 from ..examples import Example, collate
-from ..logits import Head, captured, causal_lm, lm_head, reshard, supervised
+from ..logits import Head, forward, lm_head, refuse_other_logits, reshard, supervised
 from .drift import kl, placed, same_vocabulary
 from .found import device_of
 
@@ -76,9 +74,10 @@ def score(
     with tqdm(total=len(examples), desc=label, unit="row", disable=None, leave=False) as bar:
         for n, batch in enumerate(collate([examples[i] for i in order], 0, batch_size)):
             batch = {key: value.to(device) for key, value in batch.items()}
-            states, logits = _forward(model, batch, autocast)
+            with autocast():
+                states, logits = forward(model, batch)
             if n == 0:
-                _agree(model, head, states, logits)
+                refuse_other_logits(model, head, states, logits)
             states, targets = supervised(states, batch["labels"].to(states.device))
             figures = _figures(head, states, targets, now, start.hidden[n] if start else None)
             rows = (batch["labels"][:, 1:] != -100).nonzero()[:, 0].cpu()
@@ -88,16 +87,6 @@ def score(
             bar.update(len(batch["labels"]))
     nll, tokens, correct, divergence = sums.numpy().T
     return Scores(nll, tokens.astype(np.int64), correct.astype(np.int64), divergence if start else None, hidden)
-
-
-def _forward(model: nn.Module, batch: dict[str, Tensor], autocast: Autocast) -> tuple[Tensor, Tensor]:
-    """Last hidden states [B, T, d], and the model's own logits at the last position [B, V]."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    if "logits_to_keep" in inspect.signature(type(causal_lm(model)).forward).parameters:
-        inputs["logits_to_keep"] = 1
-    with captured(model) as seen, autocast():
-        output = model(**inputs, use_cache=False)
-    return seen[-1], output.logits[:, -1]
 
 
 def _figures(head: Head, hidden: Tensor, targets: Tensor, then: Head | None, old: Tensor | None) -> Tensor:
@@ -110,20 +99,3 @@ def _figures(head: Head, hidden: Tensor, targets: Tensor, then: Head | None, old
         moved = kl(then(old[part].to(logp.device)).log_softmax(-1), logp) if then else torch.zeros_like(nll)
         parts.append(torch.stack([nll, torch.ones_like(nll), correct, moved], -1))
     return torch.cat(parts)
-
-
-def _agree(model: nn.Module, head: Head, states: Tensor, logits: Tensor) -> None:
-    """Compare head(hidden) with the model's own logits once: a head that is scaled or adapted unseen would mislead."""
-    ours, own = head(states[:, -1].to(head.weight.device)), logits.float().to(head.weight.device)
-    known = own.isfinite() & ours.isfinite()
-    own, ours = own[known], ours[known]
-    if not own.numel():  # a broken model is reported as such, from its loss
-        return
-    off = (own - ours).abs().max()
-    # 5 %: far above what bf16 and autocast round away (0.4 % each), far below any factor or adapter that was missed
-    if off > 0.05 * own.abs().max() + 1e-3:
-        raise IncompatibleError(
-            f"The LM head of {type(causal_lm(model)).__name__} does not give the model's own logits (off by "
-            f"{off.item():.3g}): the model changes them in a way that is not known here, or an adapter sits on the "
-            "head. Expected a plain LM head; leave lm_head out of the adapter's target_modules."
-        )

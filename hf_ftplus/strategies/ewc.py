@@ -92,6 +92,7 @@ class EWC(Strategy):
     def prepare(self, run: Run) -> None:
         """Note the starting weights and estimate how much the protect data depends on each."""
         from ..quadratic import fitted, no_importance, placed, starting, state_bytes
+        from ..weights import warn_of_16_bits
 
         self.refuse(run)
         self._bind(run)
@@ -102,7 +103,7 @@ class EWC(Strategy):
         if self.remember and run.memory.write:
             self._check_learnt(run.learn(self.rows))
         memory = fitted(memory or {}, self.plain, self.adapters, run.model)
-        importance = {name: self.decay * tensor for name, tensor in memory.items()}
+        importance = memory if self.decay == 1 else {name: self.decay * tensor for name, tensor in memory.items()}
         importance = placed(importance, self.plain, self.adapters, "diagonal.")
         if run.protect:
             tasks = {task: _first(batches, self.rows) for task, batches in run.protect.items()}
@@ -112,6 +113,7 @@ class EWC(Strategy):
                 sum(map(_rows, tasks.values())),
             )
             importance = _added(importance, self._importance(run, tasks))
+        warn_of_16_bits(run.weights, "ewc", "a pull that is small beside its gradient is rounded away")
         self._hold(starting(self.plain, self.adapters), importance)
 
     def before_step(self, run: Run) -> None:

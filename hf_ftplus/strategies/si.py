@@ -83,7 +83,7 @@ class SI(Strategy):
         """Note the starting weights, and take the importances that earlier runs left."""
         import torch
 
-        from ..weights import local, match, place
+        from ..weights import local, match, place, warn_of_16_bits
 
         self._bind(run)
         memory = run.memory.load(self.name, run) if self.decay else None
@@ -98,14 +98,7 @@ class SI(Strategy):
                 "si: %s adds to the loss, so importances also count what lowered that, not only what was learnt",
                 ", ".join(adding),
             )
-        half = sum(weight.dtype in (torch.bfloat16, torch.float16) for weight in run.weights.values())
-        if half:
-            logger.warning(
-                "si: %d of %d weights are kept in 16 bits, where small steps are lost and never counted; load the "
-                "model in fp32 (--dtype float32), --bf16 can stay",
-                half,
-                len(run.weights),
-            )
+        warn_of_16_bits(run.weights, "si", "small steps are lost and never counted")
         importance = {}
         if memory is not None:
             importance = {name: place(self.decay * memory[name], weight) for name, weight in run.weights.items()}
