@@ -50,7 +50,7 @@ class SelfText:
         Raises:
             StorageError: the run is resumed, and the text is not there.
         """
-        file = self.output / "ftplus" / f"self-{quote(name, safe='')}.jsonl"
+        file = self.output / "_self" / f"{quote(name, safe='')}.jsonl"  # what begins so is not pushed to the Hub
         if not self.again:
             rows = write()
             if args.process_index == 0:

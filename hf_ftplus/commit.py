@@ -9,8 +9,8 @@ Older checkpoints are deleted only when the commit of the new one is on the disk
 that can be resumed. `save_total_limit` is taken at its word and counts whole ones alone: two would outlive a disk that
 spoils one, but who asks for 1 has room for 1, and what transformers keeps is what is expected. Resuming with `true`
 takes the newest that is whole; what is not is set aside under a name that no Trainer reads
-(`.incomplete-checkpoint-N`), and said. Whole ones that another program wrote are never deleted: written again, they
-stand as `.replaced-checkpoint-N`, and once more as `.foreign-TIME-checkpoint-N`. Whoever names a checkpoint gets that
+or pushes (`_incomplete-checkpoint-N`), and said. What another program wrote is never deleted: written again, it stands
+as `_replaced-checkpoint-N`, and once more as `_foreign-TIME-checkpoint-N`. Whoever names a checkpoint gets that
 one or an error. Links are never followed. What a power failure leaves was never tried: everything is flushed, in this
 order.
 """
@@ -45,7 +45,8 @@ MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
 """Format -> what makes a commit of the next one of it. There is one so far."""
 COMMIT = "ftplus/commit.json"
 WRITING = "ftplus/writing"
-INCOMPLETE, DAMAGED, REPLACED, DELETED, FOREIGN = ".incomplete-", ".damaged-", ".replaced-", ".deleted-", ".foreign-"
+INCOMPLETE, DAMAGED, REPLACED, DELETED, FOREIGN = "_incomplete-", "_damaged-", "_replaced-", "_deleted-", "_foreign-"
+"""Begin the names of what no Trainer reads, nor pushes to the Hub."""
 UNFINISHED = "it was being written when the run ended"
 SAFE_TORCH = "2.10"
 """First whose torch.load(weights_only=True), by which the Trainer reads optimizer and generators, has no known hole."""
@@ -319,7 +320,7 @@ def _fault_of_uncommitted(checkpoint: Path) -> str:
                 pass
         except (OSError, SafetensorError) as error:
             return f"{file.name} is damaged: {error}"
-    if not weights and not any(checkpoint.glob("*model*")):
+    if not weights and not any(any(checkpoint.glob(name)) for name in ("*model*", "global_step*")):  # DeepSpeed's
         return "it holds no weights"
     return ""
 
@@ -370,13 +371,16 @@ def _step(checkpoint: Path) -> int:
 
 
 def _set_aside(checkpoint: Path, why: str) -> None:
-    """Rename a broken checkpoint; of those that were never finished only the last is kept."""
+    """Rename a broken checkpoint; of those of ours that were never finished only the last is kept."""
     was_whole = (checkpoint / COMMIT).is_file()
     aside = checkpoint.with_name(f"{DAMAGED if was_whole else INCOMPLETE}{checkpoint.name}")
-    for old in checkpoint.parent.glob(f"{INCOMPLETE}checkpoint-*"):
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
+    for old in {aside, *checkpoint.parent.glob(f"{INCOMPLETE}checkpoint-*")}:
+        ours = any((old / mark).is_file() for mark in (COMMIT, WRITING))
+        if ours:
+            shutil.rmtree(old, ignore_errors=True)
     try:
+        if aside.is_dir():
+            os.replace(aside, aside.with_name(f"{FOREIGN}{time.time_ns()}-{checkpoint.name}"))
         os.replace(checkpoint, aside)
         now = f"It is now {aside.name}."
     except OSError as error:

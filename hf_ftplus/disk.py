@@ -24,7 +24,7 @@ MOST = 64 * 2**20
 """Bytes of a manifest; that of a model with a million weights is smaller."""
 BLOCK = 2**22
 """Bytes read at a time."""
-LOCK = ".ftplus.lock"
+LOCK = "_ftplus.lock"
 _held: set[Path] = set()
 """Folders that this process has locked."""
 
@@ -67,10 +67,16 @@ def refuse_full(folder: Path, flag: str = "--out") -> None:
 
 
 def flush(path: Path) -> None:
-    """What was written to a file, or the names in a folder, out of the system's memory and onto the disk."""
+    """What was written to a file, or the names in a folder, out of the system's memory and onto the disk.
+
+    Some file systems (shared folders of virtual machines, old network ones) know no such thing for a folder.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(handle)
 
@@ -143,11 +149,11 @@ def _no_number(text: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Nobody else writes to `folder` meanwhile; it is made if need be. The system lets go of it when a process dies.
 
     Where this process has it already, it keeps it. Where the file system knows no locks (some network ones), a warning
-    says so.
+    says so. `flag` is what the user calls it.
 
     Raises:
         StorageError: another run has it, which is named; or it cannot be made or written.
@@ -161,12 +167,11 @@ def locked(folder: Path) -> Iterator[None]:
         handle = _take(path)
     except BlockingIOError:
         raise StorageError(
-            f"{folder} is in use by another run ({_holder(path)}). Wait for it, stop it, or choose another "
-            "--output_dir."
+            f"{folder} is in use by another run ({_holder(path)}). Wait for it, stop it, or choose another {flag}."
         ) from None
     except OSError as error:
         reason = "it is a file" if folder.is_file() else error.strerror
-        raise StorageError(f"--output_dir {folder} cannot be written: {reason}. Choose another.") from None
+        raise StorageError(f"{flag} {folder} cannot be written: {reason}. Choose another.") from None
     _held.add(mine)
     try:
         yield

@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .callback import STATE_FOLDER
 from .config import RunConfig
 from .errors import StorageError
 from .origin import APPLIED, OVERRULED, REFUSED
+from .output import REPORT
 from .report import Report
 from .report.record import strict
 from .state import settings_in
@@ -37,7 +37,7 @@ def finished(config: RunConfig) -> Report | None:
         StorageError: another run ended there; names what differs.
     """
     training = config.training
-    file = Path(training.output_dir) / STATE_FOLDER / "report.json"
+    file = Path(training.output_dir) / REPORT
     if not training.resume_from_checkpoint or not os.path.isfile(file):
         return None
     report = Report.load(file, "Remove it, and type the same again: the run goes on from its last checkpoint.")

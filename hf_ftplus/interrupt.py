@@ -69,6 +69,8 @@ class SaveOnInterrupt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._over = control.should_training_stop or state.global_step >= state.max_steps
+        if self._over and not self.agreed:  # told since the last step ended
+            self.on_step_end(args, state, control)
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

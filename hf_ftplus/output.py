@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_ftplus")
 
+REPORT = f"{STATE_FOLDER}/report.json"
+"""Written last of all: a run with one is done."""
 OUTPUTS = (
     "checkpoint-*",
     "*.safetensors",
     "config.json",
     "adapter_config.json",
-    f"{STATE_FOLDER}/report.json",
+    REPORT,
     f"{STATE_FOLDER}/memory",
 )
 """What a run leaves, ours or `trl sft`'s."""
@@ -43,14 +45,7 @@ def claim(config: RunConfig, probe: bool = True) -> None:
         StorageError: it is not so; says how to go on.
     """
     folder = Path(config.training.output_dir)
-    if folder.exists() and folder.resolve() == Path(config.model.model_name_or_path).expanduser().resolve():
-        raise StorageError(f"--output_dir {folder} is the model that is to be trained. Choose another, to keep it.")
-    found = [path for name in OUTPUTS for path in folder.glob(name)]
-    if found and resume_point(config) is None:
-        raise StorageError(
-            f"{folder} holds another run ({found[0].relative_to(folder)}). Go on: --resume_from_checkpoint true. "
-            "Or choose another --output_dir."
-        )
+    commit.on_first_rank(lambda: _refuse_taken(config, folder))  # soon it will rename things there
     if not probe:
         return
     try:
@@ -60,6 +55,17 @@ def claim(config: RunConfig, probe: bool = True) -> None:
         trial.unlink()
     except OSError as error:
         raise StorageError(f"--output_dir {folder} cannot be written: {error.strerror}. Choose another.") from None
+
+
+def _refuse_taken(config: RunConfig, folder: Path) -> None:
+    if folder.exists() and folder.resolve() == Path(config.model.model_name_or_path).expanduser().resolve():
+        raise StorageError(f"--output_dir {folder} is the model that is to be trained. Choose another, to keep it.")
+    found = [path for name in OUTPUTS for path in folder.glob(name)]
+    if found and resume_point(config) is None:
+        raise StorageError(
+            f"{folder} holds another run ({found[0].relative_to(folder)}). Go on: --resume_from_checkpoint true. "
+            "Or choose another --output_dir."
+        )
 
 
 @contextmanager
@@ -110,20 +116,25 @@ def resume_point(config: RunConfig) -> str | bool | None:
 def settle(config: RunConfig) -> None:
     """Choose the checkpoint to go on from, before anything is made of it: `true` and `auto` become a path, or None.
 
+    The first rank looks for all: a later one would see what is broken set aside already.
+
     Raises:
         StorageError: `true`, and no checkpoint is whole.
     """
-    if resume_point(config) is not True:
-        config.training.resume_from_checkpoint = resume_point(config)
-        return
+    config.training.resume_from_checkpoint = commit.on_first_rank(lambda: _settled(config))
+
+
+def _settled(config: RunConfig) -> str | None:
+    if (point := resume_point(config)) is not True:
+        return point
     folder = Path(config.training.output_dir)
-    found = commit.on_first_rank(lambda: commit.newest(folder))
+    found = commit.newest(folder)
     if found is None and str(config.training.resume_from_checkpoint).lower() != "auto":
         raise StorageError(
             f"{folder} holds no whole checkpoint: the run ended before its first was written. Start again without "
             "--resume_from_checkpoint, or with auto."
         )
-    config.training.resume_from_checkpoint = None if found is None else str(found)
+    return None if found is None else str(found)
 
 
 def refuse_full_disk(trainer: SFTTrainer, folder: Path) -> None:

@@ -35,6 +35,11 @@ def refuse(strategies: list[Strategy], args: TrainingArguments) -> None:
             "enable_jit_checkpoint saves within a step, from which no run goes on as it would have. Leave it out: "
             "ftplus sft saves after the step when it is told to stop."
         )
+    if strategies and args.save_on_each_node:
+        raise IncompatibleError(
+            "save_on_each_node: what strategies remember is written once, by the first node, and would be missing on "
+            "the others. Leave it out, and let --output_dir be a folder that all nodes see."
+        )
     acting = [it.name for it in strategies if acts_on_gradients(it)]
     optimizer = getattr(args.optim, "value", args.optim)
     if acting and ("lomo" in optimizer or optimizer.endswith("layerwise")):

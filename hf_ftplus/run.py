@@ -30,6 +30,7 @@ from .interrupt import SaveOnInterrupt
 from .measured import keep_apart, tasks
 from .model import resolve, to_train
 from .output import (
+    REPORT,
     alone,
     claim,
     no_empty_folder,
@@ -95,7 +96,7 @@ def _sft(config: RunConfig) -> Report:
         results = start.evaluation.after(trainer.model)
     report = Report(results, facts(config, trainer, seconds))
     if trainer.is_world_process_zero():
-        file = report.save(Path(config.training.output_dir) / STATE_FOLDER / "report.json")
+        file = report.save(Path(config.training.output_dir) / REPORT)
         report.show()
     with warned("no tracker got the figures after training"):  # all is saved; a network may fail after hours
         track(trainer, results, "after")
@@ -218,6 +219,7 @@ class Start(TrainerCallback):
     ) -> None:
         if not self.begun and state.is_world_process_zero:  # strategies have prepared: what they will save is there
             warn_of_little_room(self.trainer, Path(args.output_dir))
+            (Path(args.output_dir) / REPORT).unlink(missing_ok=True)  # of a shorter run: it would call this one done
         self.begun = True
 
 
@@ -321,7 +323,7 @@ def already_done(config: RunConfig) -> Report | None:
     if report is None:
         return None
     if config.training.process_index == 0:
-        file = Path(config.training.output_dir) / STATE_FOLDER / "report.json"
+        file = Path(config.training.output_dir) / REPORT
         click.echo(f"Already complete: {report.facts.get('steps')} steps, {file}. More: --max_steps N.", err=True)
         if other := measured_otherwise(config, report):
             command = f"ftplus eval BASE {config.training.output_dir} {' '.join(MEASURING[key] for key in other)}"

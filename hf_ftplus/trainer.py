@@ -57,6 +57,8 @@ class StrategyMixin(MixingMixin):
     _origin: dict[str, Any]
     """Which run this is, as its checkpoints say it."""
     _hidden: list[Tensor]
+    _limit: int | None = None
+    """Checkpoints that are kept, as the user said."""
 
     def install(
         self,
@@ -94,6 +96,7 @@ class StrategyMixin(MixingMixin):
             if self.ftplus is not None:
                 during.callback(self.ftplus.release)
             during.enter_context(self._watching())
+            during.enter_context(self._rotating())
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _verified(self, checkpoint: str | bool) -> str | bool:
@@ -123,6 +126,18 @@ class StrategyMixin(MixingMixin):
                 yield
         finally:
             self._hidden.clear()
+
+    @contextmanager
+    def _rotating(self) -> Iterator[None]:
+        """Hide the limit on checkpoints from the Trainer, which also deletes at the end of training, when what follows
+        may fail yet; on a node with a disk of its own, where there are no commits, it is left to it."""
+        self._limit = self.args.save_total_limit
+        if not self.args.save_on_each_node or self.args.process_index == 0:
+            self.args.save_total_limit = None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = self._limit
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Resumed at its end, a run takes no further step; the Trainer itself takes one before it looks."""
@@ -211,17 +226,13 @@ class StrategyMixin(MixingMixin):
         refuse_not_finite(self.model, self.state.global_step)
         folder = Path(self._get_output_dir(trial=trial))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with commit.writing(checkpoint):
-                if self.ftplus is not None:
-                    self.ftplus.save(checkpoint, self.state.global_step, again=True)
-                super()._save_checkpoint(model, trial)
-                self._commit(checkpoint)
-        finally:
-            self.args.save_total_limit = limit
+        with commit.writing(checkpoint):
+            if self.ftplus is not None:
+                self.ftplus.save(checkpoint, self.state.global_step, again=True)
+            super()._save_checkpoint(model, trial)
+            self._commit(checkpoint)
         if self.args.should_save:
-            commit.rotate(checkpoint, limit, best=self.state.best_model_checkpoint)
+            commit.rotate(checkpoint, self._limit, best=self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._commit(Path(checkpoint_folder))  # the Hub gets it, too

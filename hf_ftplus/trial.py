@@ -81,12 +81,7 @@ def arguments(folder: str, accelerator: Accelerator) -> TrainingArguments:
     config = deepspeed(args)
     for key in config.keys() & {"optimizer", "scheduler"}:
         del config[key]
-    for key in (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ):
+    for key in GIVING_WAY:
         config[key] = "auto"
     return args
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import same_file
+from held import held
 from sequences import make_sequence_place
 
 from hf_ftplus.cli import main
@@ -97,6 +98,27 @@ def first(place):
     killer.join()
     (place / "slowly").unlink()
     return code, out, json.loads((out / "compare.json").read_text())
+
+
+@pytest.mark.parametrize("taken", ["out", "out/probe"])
+def test_a_folder_that_another_process_writes_to_is_left_alone(place, tmp_path, capsys, taken):
+    (tmp_path / "out" / "probe").mkdir(parents=True)
+    (tmp_path / "out" / "probe" / "precious").touch()
+    with held(tmp_path / taken):
+        assert main(options(place, tmp_path / "out", "none")) == 6
+    assert "in use by another run (pid 1 on elsewhere)" in capsys.readouterr().err
+    assert (tmp_path / "out" / "probe" / "precious").is_file()
+
+
+def test_the_home_in_output_dir_is_where_its_cells_are(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    given = yaml.safe_load((place / "run.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**given, "output_dir": "~/it"}))
+    with held(tmp_path / "it-compare"):
+        assert main(["compare", "--config", "run.yaml", "--plugins", "none"]) == 6
+    assert f"{tmp_path}/it-compare is in use" in capsys.readouterr().err
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_cell_that_fails_is_said_and_the_others_go_on(first):

@@ -504,7 +504,7 @@ def test_the_same_command_with_auto_begins_goes_on_and_then_has_nothing_to_do(pl
     (out / "checkpoint-4" / "trainer_state.json").unlink()
     assert main(again) == 0
     assert same_file(weights, out / "model.safetensors")
-    assert (out / ".incomplete-checkpoint-4").is_dir()
+    assert (out / "_incomplete-checkpoint-4").is_dir()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     capsys.readouterr()
     assert main(again) == 0
@@ -512,6 +512,24 @@ def test_the_same_command_with_auto_begins_goes_on_and_then_has_nothing_to_do(pl
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert main([*again, "--max_steps", "5"]) == 0
     assert (out / "checkpoint-5").is_dir()
+
+
+@pytest.mark.fault("A1", "A8")
+def test_a_run_that_goes_on_is_not_complete_by_the_report_of_its_shorter_self(place, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    again = words(place, out, "--save_steps", "2", "--resume_from_checkpoint", "auto", "--measure_rows", "0")
+    assert main([*again, "--max_steps", "2"]) == 0
+
+    def killed(*args):
+        raise KeyboardInterrupt(130)
+
+    monkeypatch.setattr("hf_ftplus.evaluation.Evaluation.after", killed)
+    assert main([*again, "--max_steps", "4"]) == 130
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert not (out / "ftplus" / "report.json").exists()
+    assert main([*again, "--max_steps", "4"]) == 0
+    assert json.loads((out / "ftplus" / "report.json").read_text())["facts"]["steps"] == 4
 
 
 @pytest.fixture(scope="module")

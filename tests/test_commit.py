@@ -11,6 +11,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from tiny import tiny_llama
 from training import LEARN, PROTECT, same, trainer, weights_of
@@ -123,7 +124,7 @@ def test_a_file_that_is_not_what_was_written_is_seen(run, name, harm):
         file.unlink()
     assert name in commit.fault(run / "checkpoint-6")
     assert commit.newest(run) == run / "checkpoint-4"
-    assert (run / ".damaged-checkpoint-6").is_dir()
+    assert (run / "_damaged-checkpoint-6").is_dir()
     assert not commit.fault(run / "checkpoint-4")
 
 
@@ -132,8 +133,47 @@ def test_what_was_never_finished_is_set_aside_and_one_of_it_kept(run, caplog):
     for step in (4, 6):
         unfinished(run / f"checkpoint-{step}")
     assert commit.newest(run) == run / "checkpoint-2"
-    assert sorted(path.name for path in run.glob(".*")) == [".incomplete-checkpoint-4"]
+    assert sorted(path.name for path in run.glob("_*")) == ["_incomplete-checkpoint-4"]
     assert "checkpoint-6 is not whole: it was being written when the run ended" in caplog.text
+
+
+@pytest.mark.fault("A1")
+def test_what_another_program_left_unfinished_is_set_aside_and_all_of_it_stays(run):
+    """Its own reader may make something of it; ours deletes only what we began."""
+    theirs = shutil.copytree(run / "checkpoint-6", run / "theirs")
+    foreign(theirs)
+    (theirs / "trainer_state.json").unlink()
+    for _ in range(2):
+        for step in (2, 4, 6):
+            shutil.rmtree(run / f"checkpoint-{step}", ignore_errors=True)
+            shutil.copytree(theirs, run / f"checkpoint-{step}")
+        assert commit.newest(run) is None
+        assert len(list(run.glob("_incomplete-checkpoint-*/model.safetensors"))) == 3
+    assert len(list(run.glob("_foreign-*/model.safetensors"))) == 3
+
+
+def test_what_deepspeed_wrote_without_gathering_it_has_weights(run):
+    foreign(run / "checkpoint-6")
+    (run / "checkpoint-6" / "model.safetensors").unlink()
+    assert commit.fault(run / "checkpoint-6") == "it holds no weights"
+    (run / "checkpoint-6" / "global_step6").mkdir()
+    assert not commit.fault(run / "checkpoint-6")
+
+
+def test_a_push_to_the_hub_leaves_out_what_is_set_aside_and_who_has_the_folder(run):
+    """transformers leaves out what begins so; what begins with a dot it takes along."""
+    unfinished(run / "checkpoint-4")
+    flip(run / "checkpoint-6" / "model.safetensors")
+    with disk.locked(run):
+        assert commit.newest(run) == run / "checkpoint-2"
+        found = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()]
+        pushed = filter_repo_objects(found, ignore_patterns=["_*", "checkpoint-*"])
+        assert {Path(name).parts[0] for name in pushed} == {"README.md", "ftplus"}
+        assert {Path(name).parts[0] for name in found} >= {
+            disk.LOCK,
+            "_damaged-checkpoint-6",
+            "_incomplete-checkpoint-4",
+        }
 
 
 def test_what_cannot_be_set_aside_is_said_to_stay(run, caplog, monkeypatch):
@@ -190,7 +230,7 @@ def test_however_often_it_is_written_again_another_programs_checkpoint_stays(tmp
         with commit.writing(checkpoint):
             (checkpoint / "model.safetensors").write_text("ours")
             commit.commit(checkpoint, 2, True, {})
-    theirs = [path for path in tmp_path.glob(".*/model.safetensors") if path.read_text() == "theirs"]
+    theirs = [path for path in tmp_path.glob("_*/model.safetensors") if path.read_text() == "theirs"]
     assert len(theirs) == 1
     assert (checkpoint / "model.safetensors").read_text() == "ours"
 
@@ -458,11 +498,11 @@ def test_a_checkpoint_that_is_written_again_stays_until_the_new_one_is_whole(run
         it.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     if moment == "killed":
         assert "was being written" in commit.fault(run / "checkpoint-4")
-        assert not commit.fault(run / ".replaced-checkpoint-4")
+        assert not commit.fault(run / "_replaced-checkpoint-4")
     assert commit.newest(run) == run / "checkpoint-6"
     assert commit.read_commit(run / "checkpoint-4") == before
     assert not commit.fault(run / "checkpoint-4")
-    assert not (run / ".replaced-checkpoint-4").exists()
+    assert not (run / "_replaced-checkpoint-4").exists()
 
 
 @pytest.mark.fault("A1")
@@ -496,8 +536,8 @@ def test_a_whole_checkpoint_of_another_program_is_gone_on_from_and_never_destroy
     weights = (tmp_path / "checkpoint-8" / "model.safetensors").read_bytes()
     it = trainer(tmp_path, save_total_limit=1, **plain)
     it.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert "checkpoint-8 is of another program, and is written again: it is now .replaced-checkpoint-8" in caplog.text
-    assert (tmp_path / ".replaced-checkpoint-8" / "model.safetensors").read_bytes() == weights
+    assert "checkpoint-8 is of another program, and is written again: it is now _replaced-checkpoint-8" in caplog.text
+    assert (tmp_path / "_replaced-checkpoint-8" / "model.safetensors").read_bytes() == weights
     os.truncate(tmp_path / "checkpoint-10" / "model.safetensors", 1000)
     assert commit.newest(tmp_path) == tmp_path / "checkpoint-8"
     assert (tmp_path / "checkpoint-8" / "model.safetensors").read_bytes() == weights
@@ -538,7 +578,7 @@ def test_what_is_not_whole_neither_counts_nor_goes(run):
     foreign(run / "checkpoint-2")
     os.truncate(run / "checkpoint-4" / "optimizer.pt", 10)
     shutil.copytree(run / "checkpoint-6", run / "checkpoint-5")
-    (run / ".deleted-checkpoint-1").mkdir()  # a kill came in between
+    (run / "_deleted-checkpoint-1").mkdir()  # a kill came in between
     commit.rotate(run / "checkpoint-6", 2)
     assert sorted(path.name for path in run.glob("*checkpoint*")) == [f"checkpoint-{step}" for step in (2, 4, 5, 6)]
     commit.rotate(run / "checkpoint-6", 1)

@@ -1095,7 +1095,8 @@ def sharded_gradients(rank=0, world=1):
             if isinstance(module, FSDPModule):
                 module.reshard()  # as after a step: what was gathered for `prepare` is of before
         run.step = 3
-        with captured(model) as seen:
+        seen: list[torch.Tensor] = []
+        with captured(model, seen.append):
             out = model(**{key: tensor for key, tensor in mine.items() if key != "labels"}, use_cache=False)
         hidden, labels = supervised(seen[-1], mine["labels"])
         loss = strategy.token_loss(run, Batch(mine, hidden, labels, lm_head(model).whole()))

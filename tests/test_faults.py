@@ -25,7 +25,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tiny import tiny_llama
 from training import LEARN, PROTECT, arguments, same, trainer, weights_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_ftplus import SFTTrainer, attach, commit, data, state
 from hf_ftplus.cli import main
@@ -89,6 +89,26 @@ def test_a_second_signal_stops_at_once_and_handlers_are_given_back(monkeypatch, 
     finally:
         interrupt.restore()
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.fault("A2")
+@pytest.mark.parametrize("steps", [2, 3], ids=["saved with it", "not saved with it"])
+def test_a_signal_after_the_last_step_is_heard_and_what_it_trained_is_saved(tmp_path, steps):
+    class Late(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    interrupt = SaveOnInterrupt()
+    it = trainer(tmp_path, **SAVING, max_steps=steps, callbacks=[interrupt, Late()])
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised:
+            it.train()
+    finally:
+        interrupt.restore()
+    assert raised.value.args == (143,)
+    assert interrupt.saved
+    assert commit.newest(tmp_path) == tmp_path / f"checkpoint-{steps}"
 
 
 @pytest.mark.fault("A2")

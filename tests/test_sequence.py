@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from commands import same_file
+from held import held
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 from sequences import make_sequence_place, sequence_yaml
@@ -447,6 +448,18 @@ def test_whatever_a_kill_left_half_made_is_made_again(place, whole, tmp_path, ca
     hf_ftplus.sequence(given)
     assert "on from checkpoint-4" in capsys.readouterr().err
     same_outcome(out, whole[0])
+
+
+@pytest.mark.parametrize("taken", ["out", "out/02-fruits"])
+def test_what_another_process_writes_to_is_not_cleared(place, tmp_path, taken):
+    """The same command twice, or a stage whose sequence was killed and that trains on by itself."""
+    given = sequence_yaml(place, tmp_path / "out", stages=2, save_strategy="no", max_steps=2)
+    hf_ftplus.sequence(given)
+    (tmp_path / "out" / "02-fruits" / "ftplus" / "report.json").unlink()  # as if it were being measured
+    with held(tmp_path / taken), pytest.raises(StorageError, match=r"in use by another run \(pid 1 on elsewhere\)"):
+        hf_ftplus.sequence(given)
+    assert (tmp_path / "out" / "02-fruits" / "model.safetensors").is_file()
+    hf_ftplus.sequence(given)
 
 
 def test_without_a_checkpoint_a_stage_starts_anew(place, tmp_path, capsys):

@@ -56,7 +56,7 @@ def test_after_a_storm_of_kills_weights_and_state_are_those_of_a_run_that_nobody
             commit.read_commit(last)["files"][name]["sha256"]
             == commit.read_commit(whole / last.name)["files"][name]["sha256"]
         ), name
-    assert len(list(out.glob(".incomplete-*"))) <= 1
-    assert not list(out.glob(".damaged-*"))
+    assert len(list(out.glob("_incomplete-*"))) <= 1
+    assert not list(out.glob("_damaged-*"))
     assert not list(out.glob("checkpoint-*/**/.*"))
-    assert not (out / ".ftplus.lock").exists()
+    assert not (out / "_ftplus.lock").exists()

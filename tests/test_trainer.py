@@ -207,6 +207,25 @@ def test_a_script_keeps_out_of_a_folder_that_another_run_writes_to(tmp_path, str
         assert (tmp_path / LOCK).is_file()
 
 
+@pytest.mark.fault("A4")
+def test_the_last_checkpoint_stays_although_another_is_the_best_and_one_is_asked_for(tmp_path):
+    """What follows training may fail yet, and has it to go on from; the Trainer would have deleted it."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # the first
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    it = trainer(tmp_path, held_out=Dataset.from_list(LEARN), save_total_limit=1, **saving, **best)
+    it.train()
+    assert it.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}
+    assert it.args.save_total_limit == 1
+
+
+def test_nodes_with_disks_of_their_own_are_refused_to_strategies(tmp_path):
+    args = arguments(tmp_path, save_on_each_node=True)
+    refuse([], args)
+    with pytest.raises(IncompatibleError, match="save_on_each_node: what strategies remember"):
+        refuse([EWC()], args)
+
+
 def test_a_callback_is_not_fooled_by_a_checkpoint_elsewhere(tmp_path):
     def make(folder, lr):
         callback = StrategyCallback("ewc", protect=PROTECT)
@@ -752,8 +771,8 @@ def test_a_resumed_run_protects_what_the_starting_model_wrote(tmp_path, monkeypa
     again = make("empty", LlamaForCausalLM.from_pretrained(checkpoint), max_steps=1)
     again.train()  # a new run in the same folder writes its own
     assert protected(again) != protected(whole)
-    (tmp_path / "out" / "ftplus" / "self-mine%2Fown.jsonl").unlink()
-    with pytest.raises(StorageError, match=r"self-mine%2Fown\.jsonl is missing: the text that the model wrote"):
+    (tmp_path / "out" / "_self" / "mine%2Fown.jsonl").unlink()
+    with pytest.raises(StorageError, match=r"_self/mine%2Fown\.jsonl is missing: the text that the model wrote"):
         make("empty").train(resume_from_checkpoint=str(checkpoint))
 
 

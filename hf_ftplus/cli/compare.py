@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ..config import read_yaml
-from ..disk import writable
+from ..disk import locked, writable
 from ..errors import UsageError
 from .sft import take_environment
 
@@ -70,7 +70,7 @@ def compare(
 
     limit = None if budget is None else seconds_of(budget)
     words = ["ftplus", "compare", *ctx.meta["words"]]
-    out = out or Path(f"{str(given.get('output_dir', '')).rstrip('/')}-compare".lstrip("-"))
+    out = out or Path(f"{str(given.get('output_dir', '')).rstrip('/')}-compare".lstrip("-")).expanduser()
 
     from rich.console import Console
 
@@ -85,7 +85,8 @@ def compare(
     with no_empty_folder(out, unless_done=True):
         out = writable(out, "--out")
         asked = Asked(given, plugins, out, seeds, strengths, learning_rates, limit, yes, again)
-        found = compare(asked, console.print, lambda said: click.echo(said, err=True))
+        with locked(out, "--out"):
+            found = compare(asked, console.print, lambda said: click.echo(said, err=True))
     facts = save(found, out, shlex.join(words))
     if as_json:
         click.echo(json.dumps(facts, indent=1))

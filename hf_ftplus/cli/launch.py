@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..strategy import Strategy
 
 ONE_PRESS = 1.0
-"""Seconds within which signals are one and the same Ctrl-C, as in the ranks (trainer.py)."""
+"""Seconds within which signals are one and the same Ctrl-C, as in the ranks (interrupt.py)."""
 
 Endings = list[tuple[int, str]]
 """Exit code and sentence of each rank that left any, lowest rank first."""

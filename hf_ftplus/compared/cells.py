@@ -143,6 +143,9 @@ def look(cell: Cell) -> None:
                 f"it still runs as process {pid}, which an earlier `ftplus compare` left behind. Wait for its end, or "
                 f"type kill {pid}, then the same command."
             )
+        if cell.stage.folder.is_dir() and not cell.stage.report.is_file():
+            with disk.locked(cell.stage.folder, "--out"):  # by whomever it was started
+                pass
         refuse_changed(cell.stage, without_secrets(cell.stage.yaml))
         refuse_other_data(cell.stage)
         if cell.stage.report.is_file():

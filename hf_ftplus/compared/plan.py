@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .. import disk
 from ..config import without_secrets
 from ..errors import FTPlusError, UsageError
 from .cells import Cell, cell
@@ -82,7 +83,9 @@ def probed(firsts: Sequence[Cell], out: Path, given: dict[str, Any], config: Run
     for first in firsts:
         found = cell(first.row, first.seed, out / "probe", given, config, **told, load_best_model_at_end=False)
         if not _same(found):
-            shutil.rmtree(found.stage.folder, ignore_errors=True)
+            if found.stage.folder.is_dir():
+                with disk.locked(found.stage.folder, "--out"):
+                    shutil.rmtree(found.stage.folder, ignore_errors=True)
             runner.run(found)
             for file in found.stage.folder.glob("*"):
                 if file.is_file():  # the model of three steps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from .. import disk
 from ..config import without_secrets
 from ..errors import StorageError
 from ..stages.digests import note_data, refuse_other_data
-from ..stages.resuming import last_checkpoint, outputs
+from ..stages.resuming import last_checkpoint, outputs, remove
 from .cells import Cell, created, within
 
 LOOKS = 0.25
@@ -55,15 +54,18 @@ class Runner:
             line = [sys.executable, "-m", "hf_ftplus", "sft", "--config", str(cell.stage.file), *more]
             begin = time.monotonic()
             with cell.log.open("wb") as log:
-                process = subprocess.Popen(
-                    line,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=self._environment(device),
-                    start_new_session=True,  # Ctrl-C reaches it through `end` alone, once
-                )
-                self.processes.add(process)
+                with self.lock:
+                    if self.ended:
+                        return
+                    process = subprocess.Popen(
+                        line,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        env=self._environment(device),
+                        start_new_session=True,  # Ctrl-C reaches it through `end` alone, once
+                    )
+                    self.processes.add(process)
                 known = {"pid": process.pid, "created": created(process.pid), "resumed": checkpoint is not None}
                 cell.keep(**known)
                 peak = watch(process)
@@ -74,15 +76,16 @@ class Runner:
 
     def _place(self, cell: Cell) -> Path | None:
         """Its folder with what it is told, cleared of what cannot be gone on from; the checkpoint to go on from."""
-        stage, checkpoint = cell.stage, last_checkpoint(cell.stage)
-        if not checkpoint:
-            for path in outputs(stage):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            note_data(stage)
-        refuse_other_data(stage)
-        self.know(cell)
-        text = yaml.safe_dump(without_secrets(stage.yaml), sort_keys=False, allow_unicode=True)
-        disk.replace(stage.file, lambda file: file.write_text(text, encoding="utf-8"))
+        stage = cell.stage
+        with disk.locked(stage.folder, "--out"):
+            checkpoint = last_checkpoint(stage)
+            if not checkpoint:
+                remove(*outputs(stage))
+                note_data(stage)
+            refuse_other_data(stage)
+            self.know(cell)
+            text = yaml.safe_dump(without_secrets(stage.yaml), sort_keys=False, allow_unicode=True)
+            disk.replace(stage.file, lambda file: file.write_text(text, encoding="utf-8"))
         return checkpoint
 
     def know(self, cell: Cell) -> None:
@@ -115,9 +118,14 @@ class Runner:
             cell.state, cell.error = "failed", last_words(cell.log, code)
 
     def end(self, signals: int = signal.SIGINT) -> None:
-        """Pass a signal on: the cells save and end."""
-        self.ended = True
-        for process in list(self.processes):
+        """Pass a signal on: the cells save and end. One that none survives goes to their ranks, too, which would train
+        on alone."""
+        with self.lock:
+            self.ended, started = True, list(self.processes)
+        for process in started:
+            with suppress(psutil.Error):
+                for rank in psutil.Process(process.pid).children(recursive=True) if signals == signal.SIGKILL else ():
+                    rank.kill()
             with suppress(OSError):
                 process.send_signal(signals)
 

@@ -120,7 +120,12 @@ def last_checkpoint(stage: Stage) -> Path | None:
 
 def clear(plan: Plan, stage: Stage) -> None:
     """Take away what an unfinished run of ours left, and what was made of it, to start it anew."""
-    for path in (*outputs(stage), stage.folder / MERGED, plan.pool(stage)):
+    remove(*outputs(stage), stage.folder / MERGED, plan.pool(stage))
+
+
+def remove(*paths: Path) -> None:
+    """Files and folders, if they are there."""
+    for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -62,6 +62,11 @@ def sequence(source: str | Path | Mapping[str, Any], dry_run: bool = False) -> M
     if dry_run:
         show(plan, counts)
         return None
+    with disk.locked(plan.out, "output_dir"):
+        return _run_all(plan)
+
+
+def _run_all(plan: Plan) -> Matrix:
     for note in plan.notes:
         click.echo(note, err=True)
     reports: list[Report] = []
@@ -191,7 +196,7 @@ def run(plan: Plan, stage: Stage) -> Report:
         )
     checkpoint = last_checkpoint(stage)
     click.echo(f"{which}: {stage.folder}{f', on from {checkpoint.name}' if checkpoint else ''}", err=True)
-    with storing(stage.file):
+    with storing(stage.file), disk.locked(stage.folder, "output_dir"):  # a stage may outlive its sequence
         if not checkpoint:
             clear(plan, stage)
         text = yaml.safe_dump(without_secrets(found), sort_keys=False, allow_unicode=True)

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from held import held
 
 from hf_ftplus.compared.candidates import Row
-from hf_ftplus.compared.cells import Cell, created, running
+from hf_ftplus.compared.cells import Cell, created, look, running
 from hf_ftplus.compared.processes import Runner, last_words, watch
 from hf_ftplus.errors import StorageError
 from hf_ftplus.stages.plan import Stage
@@ -51,6 +54,43 @@ def test_a_process_is_known_by_its_number_and_its_start(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_once_ended_nothing_starts_any_more(tmp_path, monkeypatch):
+    """Ctrl-C may come while a cell is being placed."""
+    runner, it = Runner(), cell(tmp_path, "one")
+    monkeypatch.setattr(Runner, "_place", lambda self, cell: self.end())
+    runner.run(it)
+    assert not runner.processes
+    assert it.kept == {}
+    assert it.state == "waiting"
+
+
+def test_a_kill_reaches_the_ranks_too(tmp_path):
+    nap = "import time; time.sleep(60)"
+    launch = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {nap!r}], start_new_session=True)"
+    process, runner = subprocess.Popen([sys.executable, "-c", launch]), Runner()
+    runner.processes.add(process)
+    until = time.monotonic() + 30
+    while not (ranks := psutil.Process(process.pid).children()) and time.monotonic() < until:
+        time.sleep(0.05)
+    runner.end(signal.SIGKILL)
+    runner.wait()
+    gone, alive = psutil.wait_procs(ranks, timeout=30)
+    assert len(gone) == 1
+    assert not alive
+
+
+def test_a_cell_that_another_process_writes_to_is_refused_whoever_started_it(tmp_path):
+    it = cell(tmp_path, "one")
+    (it.stage.folder / "model.safetensors").touch()
+    it.stage.file.touch()
+    it.stage.config = SimpleNamespace(model=SimpleNamespace(model_name_or_path="demo"))
+    with held(it.stage.folder):
+        for use in (lambda: look(it), lambda: Runner()._place(it)):
+            with pytest.raises(StorageError, match=r"in use by another run \(pid 1 on elsewhere\).*another --out"):
+                use()
+    assert (it.stage.folder / "model.safetensors").is_file()
 
 
 def test_the_end_reaches_all_that_run():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def everywhere(folder: Path, size: int) -> dict[str, dict[str, Tensor]]:
 def ddp(folder: Path, rank: int) -> dict[str, Tensor]:
     found = everywhere(folder, 4)
     found = {f"{part}/{name}": tensor for part, tensors in found.items() for name, tensor in tensors.items()}
-    return found | stopping(folder / "stopping", rank)
+    return found | {"settled": settled(folder, rank)} | stopping(folder / "stopping", rank)
 
 
 def held(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
@@ -146,7 +147,8 @@ def of_head(kind: str) -> dict[str, Tensor]:
     rank, world = (torch.distributed.get_rank(), 2) if torch.distributed.is_initialized() else (0, 1)
     for first, second in zip(protect()[::2], protect()[1::2], strict=False):
         for batch in (first, second)[rank::world]:
-            with captured(model) as seen:
+            seen: list[Tensor] = []
+            with captured(model, seen.append):
                 loss = model(**batch).loss
             hidden, head = supervised(seen[0], batch["labels"])[0], lm_head(model).whole()
             loss = loss + sum(head(hidden[part]).square().sum() for part in head.chunks(len(hidden)))
@@ -278,6 +280,25 @@ def below(folder: Path, rank: int) -> Tensor:
     it.train()
     assert origin.origin(it)["frozen"] is None  # accelerate may have cast it
     return torch.tensor(list(found.encode()))
+
+
+def settled(folder: Path, rank: int) -> Tensor:
+    """Whether the ranks begin anew where the only checkpoint was never finished, and the second looks later."""
+    from types import SimpleNamespace
+
+    from hf_ftplus.commit import WRITING
+    from hf_ftplus.output import claim, settle
+
+    out = folder / "settled"
+    (out / "checkpoint-2" / WRITING).parent.mkdir(parents=True, exist_ok=True)
+    (out / "checkpoint-2" / WRITING).touch()
+    torch.distributed.barrier()
+    time.sleep(rank)
+    training = SimpleNamespace(output_dir=str(out), resume_from_checkpoint="auto")
+    config = SimpleNamespace(training=training, model=SimpleNamespace(model_name_or_path="demo"))
+    claim(config, probe=False)
+    settle(config)
+    return torch.tensor(training.resume_from_checkpoint is None)
 
 
 def stopping(folder: Path, rank: int) -> dict[str, Tensor]:

@@ -58,8 +58,7 @@ def test_a_sharded_run_is_measured_as_a_whole_model_is_and_resumes_to_the_same_w
 
     whole = out.rename(tmp_path / "whole")
     shutil.copytree(whole / "checkpoint-2", out / "checkpoint-2")
-    (out / "ftplus").mkdir()
-    shutil.copy(whole / "ftplus" / "self-self.jsonl", out / "ftplus")
+    shutil.copytree(whole / "_self", out / "_self")
     resumed = {task["name"]: task for task in sharded(place, out, "--resume_from_checkpoint", "true")["tasks"]}
     assert same_file(whole / "model.safetensors", out / "model.safetensors")
     assert resumed["protect"]["before"]["loss"]["value"] is None

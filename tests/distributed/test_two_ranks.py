@@ -61,6 +61,13 @@ def test_all_ranks_stop_at_the_same_step(parallel):
     assert first["stopping/step"] == second["stopping/step"] == 3
 
 
+def test_a_rank_that_looks_later_goes_on_from_where_the_first_does(parallel):
+    """By then what was never finished has another name."""
+    (first, second), _ = parallel
+    assert first["settled"]
+    assert second["settled"]
+
+
 def test_ddp_with_reentrant_checkpointing_works_and_gives_the_same(parallel):
     """A penalty in the loss uses parameters outside the forward pass, and DDP then marks a variable ready twice."""
     (first, _), one = parallel
