@@ -170,7 +170,7 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
             f"{folder} is in use by another run ({_holder(path)}). Wait for it, stop it, or choose another {flag}."
         ) from None
     except OSError as error:
-        reason = "it is a file" if folder.is_file() else error.strerror
+        reason = "it is a file" if os.path.isfile(folder) else error.strerror
         raise StorageError(f"{flag} {folder} cannot be written: {reason}. Choose another.") from None
     _held.add(mine)
     try:

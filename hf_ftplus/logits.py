@@ -21,6 +21,10 @@ CHUNK = 2**25
 """Logits held at a time (elements): 128 MB in fp32."""
 
 
+class UnseenError(IncompatibleError):
+    """A forward pass went by the model's own layers."""
+
+
 @dataclass(frozen=True)
 class Head:
     """The LM head as a function: hidden states [n, d] -> logits [n, V] in fp32, with the model's scaling."""
@@ -142,6 +146,7 @@ def hidden_states(model: nn.Module, batch: dict[str, Tensor], check: bool = Fals
 
     Raises:
         IncompatibleError: it does not, or the model saw more positions than there are labels.
+        UnseenError: the forward pass went by the model's own layers.
     """
     states, logits = forward(model, batch)
     if check:
@@ -158,7 +163,7 @@ def forward(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
     with captured(model, seen.append):
         output = model(**inputs, use_cache=False)
     if not seen:
-        raise IncompatibleError(
+        raise UnseenError(
             f"No hidden states were seen of {type(causal_lm(model)).__name__}: its forward pass goes by its backbone, "
             "or something replaced it (Unsloth, Liger). Expected an AutoModelForCausalLM as transformers makes it."
         )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .data import reason
 from .errors import DataError, IncompatibleError, UsageError
-from .logits import Head, evaluating, hidden_states, lm_head
+from .logits import Head, UnseenError, evaluating, hidden_states, lm_head
 from .model import resolve
 from .weights import canonical, place
 
@@ -381,7 +381,7 @@ def prove(teacher: Teacher, weights: dict[str, nn.Parameter]) -> None:
     with torch.enable_grad():
         try:
             hidden, head = teacher.answer({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
-        except IndexError as error:  # no hidden state was seen
+        except UnseenError as error:
             raise IncompatibleError(
                 "The teacher of distill answers without running its own layers: something replaced its forward by "
                 "another model's, as a deep copy of a model that a trainer has patched does. Load it from its folder: "
