@@ -23,9 +23,10 @@ class Advice:
 DISTILLED = "--set distill.share=0.125 --learning_rate 1e-4 --max_grad_norm 0"
 """What the figures of distill and EWC stacked were measured with; `ftplus init` writes it, too."""
 REPLAYED = (
-    "--set replay.share=0.0625 --set ewc.strength=3000 --learning_rate 1e-4 --max_grad_norm 0 --padding_free true"
+    "--set replay.share=0.0625 --set ewc.strength=3000 --learning_rate 1e-4 --max_grad_norm 0 --padding_free true "
+    "--max_length null"
 )
-"""The same of replay and EWC."""
+"""The same of replay and EWC; TRL cuts no row that goes without padding, and wants that said."""
 
 TABLE = (
     Advice(
@@ -39,8 +40,8 @@ TABLE = (
         "none",
         "I have none",
         f"ftplus sft --plugin replay --plugin ewc --protect self:64x48 {REPLAYED}",
-        "the model writes them itself before it learns: every fact learnt, and of what plain loses 100 % kept in the "
-        "mean of chat and Python, 93 % of chat alone; asked otherwise it knows 42 % of the facts, plain 26 %. Or "
+        "the model writes them itself before it learns. It learnt every fact, and kept 100 % of what plain loses (mean "
+        "of chat and Python; 93 % of chat alone). Asked in other words it knew 42 % of the facts, plain 26 %. Or "
         "`ftplus memory pull`, if somebody published what protects your model",
     ),
     Advice(

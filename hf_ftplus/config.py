@@ -185,7 +185,8 @@ def read_yaml(path: str | None, what: str = "--config") -> dict[str, Any]:
         said = f"{what} {path} is not YAML: {' '.join(str(error).split())}"
         raise UsageError(said + (" Put templates in quotes." if "{{" in str(text) else "")) from None
     if not isinstance(content, dict):
-        raise UsageError(f"{what} {path} holds a {type(content).__name__}; expected a mapping of option: value.")
+        found = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise UsageError(f"{what} {path} {found}; expected a mapping of option: value.")
     refuse_twice(text, path)
     return content
 
@@ -286,8 +287,9 @@ def build(ours: dict[str, Any]) -> RunConfig:
     chosen = strategies(ours)
     refuse_shares(tasks, chosen)
     gate = ours.get("fail_if_retention_below")
-    if gate is not None and not 0 < gate < float("inf"):
-        raise UsageError(f"--fail-if-retention-below {gate}; expected a share above 0, such as 0.95.")
+    if gate is not None and not 0 < gate <= 1:
+        meant = f" {gate:g} looks like percent: type {gate / 100:g}." if 1 < gate <= 100 else ""
+        raise UsageError(f"--fail-if-retention-below {gate:g}; expected a share above 0 and up to 1.{meant}")
     stop_when, unmeasured = ours.get("stop_when", []), [task.name for task in tasks if task.measure is False]
     judges = ["--fail-if-retention-below"] if gate is not None else []
     judges += [f"--stop-when {conditions.RETENTION}"] if conditions.read(stop_when).retention is not None else []
@@ -331,7 +333,8 @@ def _memory(path: Any) -> Path | None:
         inside = folder / "ftplus" / "memory"
         if os.path.isfile(inside / "manifest.json"):
             return inside
-        raise UsageError(f"--memory {path} holds no manifest.json; expected OUTPUT/ftplus/memory of a finished run.")
+        found = "holds no manifest.json" if Path(path).is_dir() else "is no folder"
+        raise UsageError(f"--memory {path} {found}; expected OUTPUT/ftplus/memory of a finished run.")
     return folder
 
 

@@ -72,6 +72,11 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
                 f"The model {model.model_name_or_path!r} brings code of its own, which may do anything. Read it, then "
                 "type --trust_remote_code to let it run."
             ) from error
+        if "padding_free" in str(error) and "max_length" in str(error):
+            raise UsageError(
+                "Rows that go without padding are not cut, and TRL wants that said: type --max_length null beside "
+                "--padding_free true; or --packing true, which cuts them."
+            ) from error
         if "chat template" in str(error):
             raise DataError(
                 f"The learn rows are chats, and the tokenizer of {model.model_name_or_path!r} has no chat template. "

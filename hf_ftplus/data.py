@@ -342,7 +342,9 @@ def sliced(splits: Mapping[str, Dataset], split: str, where: str) -> Dataset:
 def reason(error: Exception) -> str:
     """What an exception of another library says, on one line; its name if it says nothing."""
     error = _cause(error)
-    return escape(str(error).strip().partition("\n")[0], 300) or type(error).__name__
+    first, *more = str(error).strip().splitlines() or [""]
+    goes_on = first.endswith(":") or len(first.split()) < 4  # "Couldn't cast", and then what
+    return escape(" ".join([first, *map(str.strip, more[:2])]) if goes_on else first, 300) or type(error).__name__
 
 
 def _cause(error: Exception) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,7 +82,8 @@ def merge(
         StorageError: `out` holds something, or cannot be written.
     """
     if base_of(name) is None:
-        raise UsageError(f"{name} holds no adapter (adapter_config.json): nothing to merge.")
+        found = "holds no adapter (adapter_config.json)" if os.path.isdir(name) or "/" in name else "is no folder"
+        raise UsageError(f"{name} {found}: nothing to merge. Expected what `ftplus sft --use_peft` wrote.")
     refuse_full(out)
     it = load(name, dtype, device)
     if getattr(it.model.config, "quantization_config", None):

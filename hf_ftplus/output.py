@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shutil
 import time
@@ -60,8 +61,10 @@ def claim(config: RunConfig, probe: bool = True) -> None:
 def _refuse_taken(config: RunConfig, folder: Path) -> None:
     if folder.exists() and folder.resolve() == Path(config.model.model_name_or_path).expanduser().resolve():
         raise StorageError(f"--output_dir {folder} is the model that is to be trained. Choose another, to keep it.")
+    if os.path.isfile(folder):
+        raise StorageError(f"--output_dir {folder} cannot be written: it is a file. Choose another.")
     found = [path for name in OUTPUTS for path in folder.glob(name)]
-    if found and resume_point(config) is None:
+    if resume_point(config) is None and found:
         raise StorageError(
             f"{folder} holds another run ({found[0].relative_to(folder)}). Go on: --resume_from_checkpoint true. "
             "Or choose another --output_dir."

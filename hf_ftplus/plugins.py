@@ -128,7 +128,8 @@ def _refuse_odd(name: str) -> None:
             f"{name!r} names {len(parts)} plugins; expected one each: {' '.join(f'--plugin {part}' for part in parts)}."
         )
     if "/" in name or os.sep in name:
-        kind = "a folder" if os.path.isdir(os.path.expanduser(name)) else "not there"
+        path = os.path.expanduser(name)
+        kind = "a folder" if os.path.isdir(path) else "no .py file" if os.path.exists(path) else "not there"
         raise UsageError(
             f"{name} is {kind}; expected a Python file with a Strategy in it, such as ./my_idea.py, or, for `ftplus "
             "plugin test`, also the folder of a distribution."
@@ -290,6 +291,10 @@ def _search(name: str, known: list[Offer]) -> type[Strategy]:
     raise MissingPluginError(said, name)
 
 
+OURS = ("kfac", "l2sp", "osf", "tokenweight", "wise")
+"""Offered by the distributions in plugins/, which are on no index."""
+
+
 def _what_to_type(name: str, available: list[str]) -> str:
     listing = f"Available: {', '.join(available) or 'none'}."
     if not any(_canonical(offer.distribution) == hookspecs.HOST for offer in offers()):
@@ -298,6 +303,10 @@ def _what_to_type(name: str, available: list[str]) -> str:
         return f"{listing} {ALONE} is set: unset it to see what else is installed."
     if not NAME.fullmatch(name):
         return f"{listing} For a file of your own, give its path: --plugin ./my_idea.py."
+    if name in OURS:
+        return f"{listing} In a clone of hf-ftplus: pip install ./plugins/ftplus-{name}."
+    if nearest(name, available):
+        return listing
     return f"{listing} If somebody published it: pip install ftplus-{name}."
 
 

@@ -55,6 +55,7 @@ def dry_run(config: RunConfig) -> None:
             for row in first(part, max(1, SHOWN // len(found))):
                 of = f"{data.escape(name)}: " if len(found) > 1 else ""
                 say(f"row       {of}{marked(row, tokenizer_of(trainer))}")
+        say(f"training  {training(trainer)}")
         for strategy in config.strategies:
             say(f"strategy  {strategy!r}")
         for condition in config.stop_when:
@@ -102,6 +103,16 @@ def count(trainer: SFTTrainer) -> str:
     trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in trainer.model.parameters())
     return f"{total / 1e6:.1f} M weights, {trained / 1e6:.1f} M trained, on {trainer.args.device}"
+
+
+def training(trainer: SFTTrainer) -> str:
+    """How long, how many rows at once and at which rate."""
+    args, learn = trainer.args, trainer.train_dataset
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps
+    if steps <= 0 and hasattr(learn, "__len__"):
+        steps = math.ceil(args.num_train_epochs * math.ceil(len(learn) / rows))
+    return f"{steps if steps > 0 else '?'} steps of {rows} rows, learning rate {args.learning_rate:g}"
 
 
 # ---- without the model -----------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> Trained:
         DataError: there is no such model, or no tokenizer beside it.
     """
     path, base = placed(name), base_of(name)
-    model = weights(base or path, dtype)
+    with _below(name, base):
+        model = weights(base or path, dtype)
     if base:
         from peft import PeftModel
 
@@ -86,7 +87,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
         DataError: as `load`, as far as can be told without weights.
     """
     path, base = placed(name), base_of(name)
-    with _said_of(name):
+    with _below(name, base), _said_of(base or name):
         there, revision = at(base or path)
         AutoConfig.from_pretrained(there, revision=revision)
     return _tokenizer(path, base)
@@ -193,6 +194,17 @@ def _tokenizer(path: str, base: str | None) -> PreTrainedTokenizerBase:
         except (OSError, ValueError) as error:
             last = error
     raise DataError(f"{path} has no tokenizer that can be loaded: {reason(last)}") from last
+
+
+@contextmanager
+def _below(name: str, base: str | None) -> Iterator[None]:
+    """Say whose base it is that cannot be had."""
+    try:
+        yield
+    except DataError as error:
+        if base is None:
+            raise
+        raise DataError(f"{name} is an adapter of {base!r}. {error}") from error
 
 
 @contextmanager

@@ -56,7 +56,8 @@ def test_every_line_that_it_prints_in_an_empty_folder_works_there(here, monkeypa
     (bin / "ftplus").write_text(f'#!/bin/sh\nexec {sys.executable} -m hf_ftplus "$@"\n')
     (bin / "ftplus").chmod(0o755)
     environment = {**os.environ, "FTPLUS_CACHE": str(cache), "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}"}
-    lines = [re.split(r" {3,}", line.strip())[0] for line in NOTHING_YET.splitlines() if line.startswith("  ")]
+    text = re.sub(r" *\\\n *", " ", NOTHING_YET)
+    lines = [re.split(r" {3,}", line.strip())[0] for line in text.splitlines() if line.startswith("  ")]
     assert len(lines) == 8
     for line in lines:
         typed = line + " --learn learn.jsonl --model demo --protect self:8 --hardware cpu" * (line == "ftplus init")
@@ -197,6 +198,15 @@ def test_advise_answers_one_situation(capsys):
     assert "--protect self:64" in said
     assert "sequence" not in said
     assert main(["advise", "nothing"]) == 2
+
+
+@pytest.mark.parametrize("item", [item for item in TABLE if item.take.startswith("ftplus sft")], ids=lambda it: it.key)
+def test_what_is_advised_passes_a_dry_run(item, tmp_path, capsys):
+    place, out = make_place(tmp_path / "place"), tmp_path / "out"
+    typed = item.take.replace("self:64x48", "self:2x4").replace("FILE", str(place / "protect.jsonl"))
+    more = ["--model", str(place / "model"), "--dataset_name", str(place / "learn.jsonl"), "--output_dir", str(out)]
+    assert main([*typed.split()[1:], *more, "--dry-run"]) == 0, capsys.readouterr().err
+    assert "steps of 8 rows, learning rate" in capsys.readouterr().out
 
 
 def test_what_is_advised_can_be_typed():

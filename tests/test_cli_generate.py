@@ -57,6 +57,7 @@ def adapted(place):
 def asked(place, tmp_path, *flags):
     """Rows that `ftplus generate` writes."""
     out = tmp_path / "answers.jsonl"
+    out.unlink(missing_ok=True)
     assert main(["generate", "--out", str(out), "--max_new_tokens", "12", *map(str, flags)]) == 0
     return [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -74,6 +75,22 @@ def test_a_torch_that_was_built_for_cuda_does_without_a_gpu(place, tmp_path, mon
     (row,) = asked(place, tmp_path, "--model", place / "model", "--prompt", "Name a colour.")
     assert row["model"].endswith("model")
     assert main(["eval", str(place / "model"), "--measure", f"a={place / 'learn.jsonl'}", "--measure_rows", "2"]) == 0
+
+
+def test_a_file_that_is_there_is_not_written_over(place, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x"}\n')
+    assert main(["generate", "--model", str(place / "model"), "--file", str(file), "--out", str(file)]) == 6
+    assert f"--out {file} is there already. Choose another file, or remove it." in capsys.readouterr().err
+    assert file.read_text() == '{"prompt": "x"}\n'
+
+
+def test_the_base_that_an_adapter_misses_is_named(place, tmp_path, capsys):
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "gone"}))
+    assert main(["generate", "--model", str(tmp_path / "adapter"), "--prompt", "x"]) == 3
+    assert "adapter is an adapter of 'gone'. There is no folder gone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", ["base", "model"])

@@ -186,7 +186,7 @@ def test_every_setting_is_shown_with_default_unit_range_and_help(capsys, idea):
     assert "mode = a one of 'a', 'b' which way" in text
     assert "cap = None rows, a whole number or none at most so many rows" in text
     assert "loud = False true or false say more" in text
-    assert "ftplus sft --plugin idea --set idea.strength=0.5" in out
+    assert "ftplus sft --plugin ./idea.py --set idea.strength=0.5" in out
 
 
 def test_text_of_a_plugin_is_shown_as_it_is_written(capsys, idea):

@@ -57,8 +57,51 @@ def test_one_command_trains_measures_and_reports(place, tmp_path, capsys):
 def test_settings_that_trl_refuses_end_in_its_sentence(place, tmp_path, capsys):
     assert main(words(place, tmp_path / "out", "--padding_free", "true", plugin=None, protect=None)) == 2
     said = capsys.readouterr().err
-    assert "trl refuses these settings: When `padding_free=True` without packing" in said
+    assert "type --max_length null beside --padding_free true; or --packing true" in said
+    assert main(words(place, tmp_path / "out", "--eos_token", "<none>", plugin=None, protect=None)) == 2
+    said = capsys.readouterr().err
+    assert "trl refuses these settings: The specified `eos_token` ('<none>') is not found" in said
     assert "traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("--learning_rate nan", "--learning_rate is nan; expected 0 or above."),
+        ("--learning_rate -1", "--learning_rate is -1.0; expected 0 or above."),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0; expected 1 or above."),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps is 0; expected 1 or above."),
+        ("--max_steps -1 --num_train_epochs 0", "--num_train_epochs is 0.0; expected above 0, or nothing is trained."),
+        ("--max_steps 0", "--max_steps is 0; expected above 0, or -1 for --num_train_epochs; 0 trains nothing."),
+        ("--fail-if-retention-below 95", "expected a share above 0 and up to 1. 95 looks like percent: type 0.95."),
+        ("--lr 1e-4", "Unknown flag --lr. Did you mean '--learning_rate'?"),
+        ("--batch_size 4", "Unknown flag --batch_size. Did you mean '--per_device_train_batch_size'?"),
+        ("--strategy ewc", "Unknown flag --strategy. Did you mean '--plugin'?"),
+        ("--output out", "Unknown flag --output. Did you mean '--output_dir'?"),
+        ("--data x", "Unknown flag --data. Did you mean '--dataset_name'?"),
+    ],
+)
+def test_what_nobody_means_is_refused_with_what_to_type(place, tmp_path, capsys, typed, says):
+    assert main([*words(place, tmp_path / "out", plugin=None), *typed.split(), "--dry-run"]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("--resume_from_checkpoint nosuch", "--resume_from_checkpoint nosuch: no such folder"),
+        ("--output_dir {file}", "learn.jsonl cannot be written: it is a file. Choose another."),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(place, tmp_path, capsys, typed, says):
+    more = typed.format(file=place / "learn.jsonl").split()
+    assert main([*words(place, tmp_path / "out", plugin=None), *more, "--dry-run"]) == 6
+    assert says in capsys.readouterr().err
+
+
+def test_protect_rows_that_nothing_holds_are_said(place, tmp_path, caplog):
+    assert main(words(place, tmp_path / "out", "--dry-run", plugin=None)) == 0
+    assert "--protect: protect is measured, and held by nothing" in caplog.text
 
 
 def test_a_model_of_an_unknown_kind_is_named(place, tmp_path, capsys):

@@ -112,7 +112,7 @@ def test_every_command_is_in_the_readme(name):
 
 
 LEFT_TO_HELP = {
-    *("--help-all", "--json", "--no-plugin", "--dtype", "--device", "--bf16", "--batch_size", "--max_length"),
+    *("--help-all", "--json", "--no-plugin", "--dtype", "--device", "--bf16", "--batch_size"),
     *("--rows", "--max_new_tokens", "--top_p", "--hardware", "--author", "--law", "--seed", "--debug", "--version"),
 }
 """Flags of whose meaning their help says all."""

@@ -114,7 +114,7 @@ def cli(ctx: click.Context) -> None:
     """Fine-tune without forgetting, on the trainer you already use.
 
     \b
-    ftplus sft --plugin ewc --model_name_or_path demo --dataset_name learn.jsonl --protect old.jsonl
+    ftplus sft --plugin ewc --model demo --dataset_name learn.jsonl --protect old.jsonl --max_grad_norm 0
 
     Without a command: what to type next.
     """

@@ -85,6 +85,8 @@ def generate(
     typed = list(_typed(prompts, ask_stdin=not prompts and not file))
     if out and out.is_dir():
         raise StorageError(f"--out {out} is a folder; expected a file to write, such as answers.jsonl.")
+    if out and out.exists():
+        raise StorageError(f"--out {out} is there already. Choose another file, or remove it.")
     if out:
         _make_room(out)
     if how["temperature"] and not 0.01 <= how["temperature"] <= 100:  # less divides logits by next to nothing

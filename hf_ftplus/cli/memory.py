@@ -26,7 +26,7 @@ def memory() -> None:
     ftplus memory make --model demo --protect self:256 --out memory
     ftplus memory push memory YOU/NAME
     ftplus memory pull YOU/NAME --out memory
-    ftplus sft --plugin ewc --memory memory --model_name_or_path demo --dataset_name learn.jsonl
+    ftplus sft --plugin ewc --memory memory --model demo --dataset_name learn.jsonl --max_grad_norm 0
     """
 
 
@@ -108,4 +108,4 @@ def _next(base: Base, folder: Path) -> None:
 
     words = f"--memory {folder} --model_name_or_path {plain(base.name)}"
     words += " --use_peft" if base.form == "lora" else ""
-    click.echo(f"Train with it: ftplus sft --plugin ewc {words} --dataset_name YOUR_DATA")
+    click.echo(f"Train with it: ftplus sft --plugin ewc {words} --max_grad_norm 0 --dataset_name YOUR_DATA")

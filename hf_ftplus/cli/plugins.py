@@ -90,7 +90,7 @@ def show(ctx: click.Context, name: str, blocked: tuple[str, ...], as_json: bool)
     if as_json or before["as_json"]:
         click.echo(json.dumps(facts, indent=2, default=str))
     else:
-        _show_strategy(strategy, facts)
+        _show_strategy(strategy, facts, name if name.endswith(".py") else strategy.name)
 
 
 def describe(strategy: type[Strategy], distribution: str, version: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _show_table(rows: list[Plugin], commands: list[Offer]) -> None:
     click.echo("One of them: ftplus plugins NAME\nYour own: ftplus plugin new NAME, ftplus plugin test NAME|PATH")
 
 
-def _show_strategy(strategy: type[Strategy], facts: dict[str, Any]) -> None:
+def _show_strategy(strategy: type[Strategy], facts: dict[str, Any], typed: str) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
@@ -174,7 +174,7 @@ def _show_strategy(strategy: type[Strategy], facts: dict[str, Any]) -> None:
     if example:
         console.print()
         setting = f"{strategy.name}.{example['name']}={example['default']}"
-        console.print(plain(f"ftplus sft --plugin {strategy.name} --set {setting} ..."), soft_wrap=True)
+        console.print(plain(f"ftplus sft --plugin {typed} --set {setting} ..."), soft_wrap=True)
 
 
 def reflow(text: str) -> str:

@@ -21,6 +21,17 @@ from ..errors import IncompatibleError, MissingPluginError, UsageError, nearest
 from . import launch
 from .doctor import cpu_bf16_units
 
+CALLED = {
+    "lr": "learning_rate",
+    **dict.fromkeys(("batch", "batch_size", "bs", "train_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("strategy", "strategies", "method"), "plugin"),
+    **dict.fromkeys(("output", "out"), "output_dir"),
+    **dict.fromkeys(("data", "dataset", "train_file"), "dataset_name"),
+    "steps": "max_steps",
+}
+"""What other programs call it -> what TRL does."""
+
 TEXTS = (
     *("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_train_split"),
     *("dataset_test_split", "dataset_text_field", "output_dir", "chat_template_path", "run_name", "hub_model_id"),
@@ -76,7 +87,7 @@ def sft(
     """Fine-tune as `trl sft` does, and keep what the model knows.
 
     \b
-    ftplus sft --plugin ewc --model_name_or_path demo --dataset_name learn.jsonl --protect old.jsonl
+    ftplus sft --plugin ewc --model demo --dataset_name learn.jsonl --protect old.jsonl --max_grad_norm 0
     """
     if help_all:
         click.echo(ctx.get_help())
@@ -174,6 +185,7 @@ def parse_trl(
         value = getattr(training, key)
         if value is not None and (type(value) is not int or not 0 <= value < 2**32):
             raise UsageError(f"{key} is {value!r}; expected a whole number from 0 to {2**32 - 1}.")
+    _check_numbers(training)
     if str(training.resume_from_checkpoint).lower() == "false":  # a word that the Trainer would take for a folder
         training.resume_from_checkpoint = None
     if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
@@ -200,6 +212,21 @@ def parse_trl(
     return {"script": script, "training": training, "model": model, "mixture": mixture}, for_launch, left
 
 
+def _check_numbers(training: Any) -> None:
+    """What nobody means, and what PyTorch would say in a traceback, or not at all."""
+    wanted = {
+        "learning_rate": (0 <= training.learning_rate < float("inf"), "0 or above"),
+        "per_device_train_batch_size": (training.per_device_train_batch_size > 0, "1 or above"),
+        "per_device_eval_batch_size": (training.per_device_eval_batch_size > 0, "1 or above"),
+        "gradient_accumulation_steps": (training.gradient_accumulation_steps > 0, "1 or above"),
+        "num_train_epochs": (training.num_train_epochs > 0 or training.max_steps > 0, "above 0, or nothing is trained"),
+        "max_steps": (training.max_steps != 0, "above 0, or -1 for --num_train_epochs; 0 trains nothing"),
+    }
+    for name, (fits, expected) in wanted.items():
+        if not fits:
+            raise UsageError(f"--{name} is {getattr(training, name)}; expected {expected}.")
+
+
 def take_environment(yaml: dict[str, Any]) -> dict[str, Any]:
     """Set the variables under `env:`, before the libraries that read them are imported; the rest of the mapping."""
     variables = yaml.get("env") or {}
@@ -218,7 +245,16 @@ def _trl_parser() -> Any:
 
 
 def _usage_error(message: str) -> None:
+    typed = message.removeprefix("ambiguous option: ").partition(" could match")[0]
+    if typed != message:
+        raise UsageError(f"Unknown flag {typed}.{_meant(typed)} See `ftplus sft --help-all`.")
     raise UsageError(f"{message}. See `ftplus sft --help-all`.")
+
+
+def _meant(name: str, known: Sequence[str] = ()) -> str:
+    """The flag that is meant by what other programs call it, else the nearest."""
+    usual = CALLED.get(name.lstrip("-").replace("-", "_"))
+    return f" Did you mean '--{usual}'?" if usual else nearest(name, known)
 
 
 def _that_work_here(given: Sequence[str], use_cpu: bool, trains: bool) -> dict[str, Any]:
@@ -281,7 +317,7 @@ def _check_words(words: Sequence[str], parser: Any) -> None:
             value = value or "".join(words[place + 1 : place + 2])
             raise UsageError(f"Unknown flag {name}. {_as_setting(name[2:], value)}")
         if name.startswith("--") and name[2:].replace("-", "_") not in accelerate:
-            raise UsageError(f"Unknown flag {name}.{nearest(name, known)} See `ftplus sft --help-all`.")
+            raise UsageError(f"Unknown flag {name}.{_meant(name, known)} See `ftplus sft --help-all`.")
     if words and not words[0].startswith("-"):
         raise UsageError(f"Unexpected {words[0]!r}; every value needs a flag before it. See `ftplus sft --help`.")
 
