@@ -30,7 +30,7 @@ CALLED = {
     **dict.fromkeys(("data", "dataset", "train_file"), "dataset_name"),
     "steps": "max_steps",
 }
-"""What other programs call it -> what TRL does."""
+"""What other programs call it -> what it is called here."""
 
 TEXTS = (
     *("model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_train_split"),
