@@ -37,4 +37,4 @@ trainer = SFTTrainer(
 )
 
 trainer.train()
-print("What the model wrote, and what was protected, is in", f"{trainer.args.output_dir}/ftplus/self-self.jsonl")
+print("What the model wrote, and what was protected, is in", f"{trainer.args.output_dir}/_self/self.jsonl")

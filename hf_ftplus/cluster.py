@@ -54,6 +54,8 @@ def check() -> Found:
     device = accelerator.device  # which is not to be asked any more once a trainer's arguments are made
     trial.see(accelerator, found)
     found.facts["wire"] = wire(device)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # its threads would abort a process that ends before them
     return found
 
 

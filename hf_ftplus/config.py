@@ -287,7 +287,7 @@ def build(ours: dict[str, Any]) -> RunConfig:
     chosen = strategies(ours)
     refuse_shares(tasks, chosen)
     gate = ours.get("fail_if_retention_below")
-    if gate is not None and not 0 < gate <= 1:
+    if gate is not None and (not 0 < gate < float("inf") or 1 < gate <= 100):  # more closes always: to try an alarm
         meant = f" {gate:g} looks like percent: type {gate / 100:g}." if 1 < gate <= 100 else ""
         raise UsageError(f"--fail-if-retention-below {gate:g}; expected a share above 0 and up to 1.{meant}")
     stop_when, unmeasured = ours.get("stop_when", []), [task.name for task in tasks if task.measure is False]

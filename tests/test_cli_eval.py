@@ -146,7 +146,10 @@ def test_models_and_adapters_of_the_hub_are_scored_as_those_of_a_folder(place, t
         assert "1 of 3 cells" in capsys.readouterr().err
         there.put("me/alone", place / "lora", base="me/nothing")
         assert main(["eval", "me/alone", *flags]) == 3
-        assert "The model 'me/alone' cannot be loaded: me/nothing is not" in capsys.readouterr().err
+        assert (
+            "me/alone is an adapter of 'me/nothing'. The model 'me/nothing' cannot be loaded: me/nothing is not"
+            in capsys.readouterr().err
+        )
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------

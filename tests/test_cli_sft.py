@@ -291,7 +291,7 @@ REFUSED = [
     (2, ["--metric", "learn=exactmatch"], "Did you mean 'exact_match'"),
     (2, ["--fail-if-retention-below", "most"], "fail-if-retention-below"),
     (2, ["--measure_rows", "-3"], "expected a whole number of 0 or more"),
-    (2, ["--memory", "nowhere"], "manifest.json"),
+    (2, ["--memory", "nowhere"], "nowhere is no folder; expected OUTPUT/ftplus/memory"),
     (3, ["--model_name_or_path", "./nothing/here"], "No model at './nothing/here'"),
     (3, ["--protect", "missing.jsonl"], "missing.jsonl does not exist"),
     (3, ["--dataset_name", "missing.jsonl"], "missing.jsonl does not exist"),

