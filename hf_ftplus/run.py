@@ -247,9 +247,7 @@ def warn_of_idle(config: RunConfig) -> None:
         logger.warning("--model_revision: nothing for %s, a folder, which has none", model.model_name_or_path)
     if config.protect and not config.strategies and not config.shares:
         names = ", ".join(spec.name for spec in config.protect)
-        logger.info(
-            "--protect: %s is measured, and held by nothing: there is no --plugin (ewc, distill, replay)", names
-        )
+        logger.info("--protect (%s): only measured, for there is no --plugin (ewc, distill, replay)", names)
     if config.memory is not None and not any(strategy.overrides("finish") for strategy in config.strategies):
         logger.warning("--memory: no strategy of this run reads one; --plugin ewc and --plugin si do")
 

@@ -101,7 +101,7 @@ def test_a_dry_run_refuses_what_the_run_would(place, tmp_path, capsys, typed, sa
 
 def test_protect_rows_that_nothing_holds_are_said(place, tmp_path, caplog):
     assert main(words(place, tmp_path / "out", "--dry-run", plugin=None)) == 0
-    assert "--protect: protect is measured, and held by nothing" in caplog.text
+    assert "--protect (protect): only measured" in caplog.text
 
 
 def test_a_model_of_an_unknown_kind_is_named(place, tmp_path, capsys):
