@@ -99,6 +99,12 @@ def test_a_dry_run_refuses_what_the_run_would(place, tmp_path, capsys, typed, sa
     assert says in capsys.readouterr().err
 
 
+def test_the_yaml_of_a_sequence_is_told_whose_it_is(place, tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text("stages: [{name: one}]")
+    assert main([*words(place, tmp_path / "out", plugin=None), "--config", str(tmp_path / "s.yaml")]) == 2
+    assert "The YAML file has stages, and this command runs one. Type ftplus sequence FILE." in capsys.readouterr().err
+
+
 def test_protect_rows_that_nothing_holds_are_said(place, tmp_path, caplog):
     assert main(words(place, tmp_path / "out", "--dry-run", plugin=None)) == 0
     assert "--protect (protect): only measured" in caplog.text

@@ -292,6 +292,8 @@ def yaml_keys(parser: Any = None) -> list[str]:
 def _check_yaml(yaml: dict[str, Any], parser: Any) -> None:
     known = yaml_keys(parser)
     for key in yaml:
+        if key == "stages":
+            raise UsageError("The YAML file has stages, and this command runs one. Type ftplus sequence FILE.")
         if key not in known:
             raise UsageError(f"Unknown key {key!r} in the YAML file.{nearest(key, known)} See `ftplus sft --help-all`.")
     lists = [action.dest for action in parser._actions if action.type is str and action.nargs == "+"]
