@@ -106,15 +106,23 @@ def test_a_flag_of_any_command_is_written_with_dashes_or_underscores(flag, capsy
 # ---- init ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hardware", ["cpu", "small", "large"])
-def test_what_init_writes_trains_as_it_is(here, capsys, hardware):
+@pytest.mark.parametrize(
+    ("hardware", "protect", "plugins"),
+    [
+        ("cpu", "protect.jsonl", {"distill", "ewc"}),
+        ("cpu", "own=self:4x8", {"replay", "ewc"}),
+        ("small", "protect.jsonl", {"ewc"}),
+        ("large", "protect.jsonl", {"distill", "ewc"}),
+    ],
+)
+def test_what_init_writes_trains_as_it_is(here, capsys, hardware, protect, plugins):
     make_place(here)
-    assert init(hardware=hardware) == 0
+    assert init(hardware=hardware, protect=protect) == 0
     assert "Next: ftplus data preview --config run.yaml" in capsys.readouterr().out
     assert main(["data", "preview", "--config", "run.yaml"]) == 0
     assert main(["sft", "--config", "run.yaml", "--max_steps", "1", "--measure_rows", "2"]) == 0
     report = json.loads((here / "out" / "ftplus" / "report.json").read_text())
-    assert "ewc" in report["facts"]["strategies"]
+    assert set(report["facts"]["strategies"]) == plugins
 
 
 def test_several_gpus_are_launched(here):
@@ -125,9 +133,10 @@ def test_several_gpus_are_launched(here):
     assert launch == ["--num_processes", "4", "--accelerate_config", "multi_gpu"]
 
 
+@pytest.mark.parametrize("protect", ["protect.jsonl", "self:64"])
 @pytest.mark.parametrize("hardware", ["cpu", "small", "large", "2"])
-def test_every_key_is_explained_or_speaks_for_itself(here, hardware):
-    assert init(hardware=hardware) == 0
+def test_every_key_is_explained_or_speaks_for_itself(here, hardware, protect):
+    assert init(hardware=hardware, protect=protect) == 0
     lines = (here / "run.yaml").read_text().splitlines()
     assert max(map(len, lines)) <= 120
     assert sum("#" in line for line in lines) >= 10
@@ -145,7 +154,7 @@ def test_it_asks_what_it_was_not_told(here):
     assert asked == ["model", "protect", "hardware"]
     assert "learn.jsonl is not there yet" in error
     found = yaml.safe_load((here / "run.yaml").read_text())
-    assert (found["model_name_or_path"], found["protect"], found["use_cpu"]) == ("some/model", ["self:64"], True)
+    assert (found["model_name_or_path"], found["protect"], found["use_cpu"]) == ("some/model", ["self:64x48"], True)
 
 
 def test_names_that_yaml_would_misread_come_back_as_typed(here):

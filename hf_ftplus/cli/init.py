@@ -16,7 +16,7 @@ HARDWARE = "cpu, small (one GPU, LoRA), large (one GPU, all weights), or the num
 QUESTIONS = {
     "model": ("Which model? A folder, a name on the Hub, or demo", "demo"),
     "learn": ("What shall it learn? A .jsonl, .json, .csv or .parquet file, or a name on the Hub", "learn.jsonl"),
-    "protect": ("What must it not forget? A file, a name on the Hub, or self:64: it writes it itself", "self:64"),
+    "protect": ("What must it not forget? A file, a name on the Hub, or self:64x48: it writes it itself", "self:64x48"),
     "hardware": (f"On what? {HARDWARE}", "small"),
 }
 """What is asked, and what is proposed."""
@@ -96,7 +96,7 @@ def written(model: str, learn: str, protect: list[str], hardware: str, file: str
         "# measured before and after, and never trained on; learn=FILE is held-out rows of what it learns",
         "# measure: { learn: learn_held_out.jsonl }",
         "",
-        *_strategies(adapter),
+        *_strategies(adapter, written=all((spec.partition("=")[2] or spec).startswith("self:") for spec in protect)),
         "",
         *_hardware(hardware),
         "",
@@ -111,18 +111,26 @@ def written(model: str, learn: str, protect: list[str], hardware: str, file: str
     return "\n".join(lines) + "\n"
 
 
-def _strategies(adapter: bool) -> list[str]:
+def _strategies(adapter: bool, written: bool) -> list[str]:
+    """What `ftplus advise` recommends: under an adapter, with rows that the model has `written` itself, with others."""
     clip = "max_grad_norm: 0.0 # clipping comes before the penalty, and would make a strength weigh more than it says"
+    ewc = "ewc holds each weight as firmly as `protect` depends on it: more strength learns less and forgets less"
     if adapter:
+        return [f"# {ewc}", "plugins:", "  - ewc: { strength: 1000 }", clip]
+    if written:
         return [
-            "# holds each weight as firmly as `protect` depends on it; more strength learns less and forgets less",
+            "# replay trains on `protect`, one of its rows beside fifteen to learn;",
+            f"# {ewc}",
             "plugins:",
-            "  - ewc: { strength: 1000 }",
+            "  - replay: { share: 0.0625 }",
+            "  - ewc: { strength: 3000 }",
             clip,
+            "padding_free: true # rows one behind another: those of `protect` are long, and padding to them would cost",
+            "max_length: null # without padding TRL cuts no row, and wants that said",
         ]
     return [
         "# distill keeps saying what the starting model says on `protect`, two of its rows beside sixteen to learn;",
-        "# ewc holds each weight as firmly as `protect` depends on it: more strength learns less and forgets less",
+        f"# {ewc}",
         "plugins:",
         "  - distill: { share: 0.125 }",
         "  - ewc: { strength: 10000 }",
