@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import inspect
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def _check_methods(item: type[Strategy], where: str) -> None:
         for name, method in vars(parent).items():
             if name in HOOKS:
                 _check_signature(name, method, where)
+                _announce(name, method)
             elif not name.startswith("_") and inspect.isfunction(method):
                 close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.8)  # `state` is no misspelt `state_dict`
                 if close:
@@ -153,6 +155,22 @@ def _check_signature(name: str, method: Callable[..., Any], where: str) -> None:
         raise PluginError(
             f"{where}: {name} takes other arguments than {name}({', '.join(wanted.parameters)})."
         ) from error
+
+
+_announced: dict[Any, Any] = {}
+"""What `warnings` has said once."""
+
+
+def _announce(name: str, method: Any) -> None:
+    """Warn, at the author's own line and once, of a moment that the next number of the contract drops."""
+    if name in hookspecs.LEAVING and inspect.isfunction(method):
+        warnings.warn_explicit(
+            f"plugin API {hookspecs.API + 1} will drop {name}(); override {hookspecs.LEAVING[name]}() instead",
+            DeprecationWarning,
+            method.__code__.co_filename,
+            method.__code__.co_firstlineno,
+            registry=_announced,
+        )
 
 
 def say(error: BaseException) -> str:

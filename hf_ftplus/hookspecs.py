@@ -39,6 +39,10 @@ API = 1
 older host of the same number keeps working. What would break one is announced by a DeprecationWarning for at least one
 minor version, and then raises the number."""
 
+LEAVING: dict[str, str] = {}
+"""Moments that the next number drops, and what to override instead. Until then they are called, with a
+DeprecationWarning; tests and `ftplus plugin test` show it."""
+
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
 

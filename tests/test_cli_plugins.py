@@ -297,6 +297,18 @@ def test_what_a_class_declares_needs_no_flag_and_an_excuse_is_printed(capsys, go
     assert "0 of 1 laws kept, 1 broken knowingly" in out
 
 
+def test_its_author_is_told_which_moments_will_go(good, tmp_path):
+    code = (
+        "import sys; from hf_ftplus import hookspecs; from hf_ftplus.cli import main; "
+        "hookspecs.LEAVING['before_step'] = 'after_step'; "
+        "sys.exit(main(['plugin', 'test', 'good.py', '--no-lora', '--law', 'travels light']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    said = "good.py:12: DeprecationWarning: plugin API 2 will drop before_step(); override after_step() instead\n"
+    assert done.stderr.count(said) == 1
+
+
 def test_each_law_is_printed_when_it_is_known(capsys, monkeypatch, good):
     from hf_ftplus import testing
 

@@ -454,6 +454,24 @@ def test_a_plugin_of_the_first_day_trains_resumes_and_is_listed_as_it_did(tmp_pa
     assert not same(weights_of(whole), weights_of(plain))
 
 
+@pytest.mark.filterwarnings("ignore:.*will drop:DeprecationWarning")
+def test_a_moment_that_will_go_is_announced_and_called_until_then(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    from training import trainer
+
+    from hf_ftplus import hookspecs
+
+    monkeypatch.syspath_prepend(Path(__file__).parent / "frozen")
+    monkeypatch.setitem(hookspecs.LEAVING, "finish", "prepare")
+    with pytest.warns(DeprecationWarning, match=r"^plugin API 2 will drop finish\(\); override prepare\(\)") as told:
+        plugins.load("frozen")
+    assert told[0].filename.endswith("ftplus_frozen.py")
+    trained = trainer(tmp_path / "out", "frozen")
+    trained.train()
+    assert "finish" in trained.ftplus.strategies[0].calls
+
+
 # ---- what a user may write -------------------------------------------------------------------------------------------
 
 
