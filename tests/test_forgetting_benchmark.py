@@ -19,6 +19,7 @@ import real  # noqa: E402
 import real_data  # noqa: E402
 from real_data import MAKERS, split  # noqa: E402
 
+from hf_ftplus.cli.sft import configured  # noqa: E402
 from hf_ftplus.stages.plan import read  # noqa: E402
 
 
@@ -128,6 +129,19 @@ def test_a_row_is_a_sequence_of_all_tasks(name, tmp_path):
     plan = read(given)
     assert plan.names == list(real.TASKS)
     assert plan.others == list(real.KEEP)
+
+
+def test_all_at_once_is_one_run_over_the_same_tasks(tmp_path):
+    given = real.described(real.CANDIDATES["joint (multitask)"], 0, tmp_path)
+    config, _, _ = configured({}, [], given)
+    assert [task.name for task in config.tasks] == list(real.TASKS)
+    assert config.training.max_steps == len(real.TASKS) * real.SHARED["max_steps"]
+    cell = real.Cell([[0.1] * 4, [0.5, 0.5, 0.7, 0.7]], [[0.5] * 3, [0.4] * 3], [[1.0] * 3, [2.0] * 3], 60.0)
+    assert cell.figures() == pytest.approx((0.6, None, None, -0.1, 1.0, 60.0))
+    assert real.table({"joint (multitask)": [cell]}).splitlines()[-1] == (
+        "| joint (multitask) | 1 | 0.600 | - | - | -0.100 | +1.000 | 60 |"
+    )
+    assert real.apart([[1, 2, 3, 4, 5, 6, 7]]) == ([[1, 2, 3, 4]], [[5, 6, 7]])
 
 
 def test_figures_are_those_of_the_definitions():

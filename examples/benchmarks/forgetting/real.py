@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,8 @@ import click
 import yaml
 
 from hf_ftplus.evaluation.matrix import accuracy, backward_transfer, learning_accuracy
+from hf_ftplus.report import Report
+from hf_ftplus.report.matrix import Matrix
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -64,6 +67,8 @@ class Candidate:
     change: dict[str, Any] = field(default_factory=dict)
     protect: tuple[str, ...] = ()
     """Of KEEP."""
+    joint: bool = False
+    """All tasks in one run, as who has them all at once would."""
 
 
 def adapter(**settings: Any) -> dict[str, Any]:
@@ -75,14 +80,17 @@ EWC = {"ewc": {"strength": 10_000, "rows": 64, "first": True}}
 EWC_LORA = {"ewc": {"strength": 1_000, "rows": 64, "first": True}}
 DISTILL = {"distill": {"share": 0.125, "cache": True}}
 REPLAY = {"replay": {"share": 0.25}}
+REPLAY_LITTLE, EWC_LITTLE = {"replay": {"share": 0.0625}}, {"ewc": {"strength": 3_000, "rows": 32, "first": True}}
+"""What `ftplus advise` recommends to who has nothing to protect with."""
 
 CANDIDATES = {
+    "joint (multitask)": Candidate({"plugins": [{"multitask": {"mode": "equal"}}], "max_steps": 120}, joint=True),
     "plain 2e-5": Candidate({"learning_rate": 2e-5}),
     "plain 5e-5": Candidate({"learning_rate": 5e-5}),
     "plain 1e-4": Candidate(),
     "LoRA": Candidate(adapter(lora_target_modules=ALL)),
     "LoRA, MLP only": Candidate(adapter(lora_target_modules=MLP)),
-    "L2-SP": Candidate({"plugins": [{"l2sp": {"strength": 100}}]}),
+    "L2-SP": Candidate({"plugins": [{"l2sp": {"strength": 0.1}}]}),
     "OSF": Candidate({"plugins": ["osf"]}),
     "SI": Candidate({"plugins": ["si"]}),
     "EWC": Candidate({"plugins": [EWC], "keep": 48}, KEEP),
@@ -91,6 +99,7 @@ CANDIDATES = {
     "distill, self-written rows only": Candidate({"plugins": [DISTILL]}, ("chat",)),
     "replay": Candidate({"plugins": [REPLAY], "keep": 48}, KEEP),
     "replay + EWC": Candidate({"plugins": [REPLAY, EWC], "keep": 48}, KEEP),
+    "replay + EWC, self-written rows only": Candidate({"plugins": [REPLAY_LITTLE, EWC_LITTLE]}, ("chat",)),
     "distill + EWC": Candidate({"plugins": [DISTILL, EWC], "keep": 48}, KEEP),
     "distill + EWC, self-written rows only": Candidate({"plugins": [DISTILL, EWC]}, ("chat",)),
 }
@@ -99,8 +108,8 @@ CANDIDATES = {
 
 @dataclass
 class Cell:
-    """One sequence. Scores R [5, 4] and [5, 3] (before, and after each stage): right answers or tokens, from 0 to 1;
-    losses of what was there before, nats per token; seconds of training in all stages."""
+    """One sequence. Scores R [5, 4] and [5, 3] (before, and after each stage; of `joint` [2, 4] and [2, 3]): right
+    answers or tokens, from 0 to 1; losses of what was there before, nats per token; seconds of training in all."""
 
     score: list[list[float]]
     kept_score: list[list[float]]
@@ -112,43 +121,74 @@ class Cell:
         """Of the loss on what was there before, mean over its three kinds."""
         return statistics.mean(self.kept_loss[-1]) - statistics.mean(self.kept_loss[0])
 
-    def figures(self) -> tuple[float, ...]:
+    @property
+    def in_a_row(self) -> tuple[float | None, ...]:
+        """ACC, LA and BWT; of tasks learnt at once only the first."""
+        if len(self.score) == 2:
+            return statistics.mean(self.score[-1]), None, None
+        return accuracy(self.score), learning_accuracy(self.score), backward_transfer(self.score)
+
+    def figures(self) -> tuple[float | None, ...]:
         return (
-            accuracy(self.score), learning_accuracy(self.score), backward_transfer(self.score),
+            *self.in_a_row,
             statistics.mean(self.kept_score[-1]) - statistics.mean(self.kept_score[0]), self.rise, self.seconds,
         )  # fmt: skip
 
 
 def measure(name: str, seed: int) -> Cell:
-    """One `ftplus sequence`, as anybody would type it."""
+    """One `ftplus sequence`, or for all tasks at once one `ftplus sft`, as anybody would type it."""
     sys.path.insert(0, str(ROOT / "examples" / "demo"))
     from real_data import make_data
     from run import ENVIRONMENT
 
     make_data(DATA)
     write_chats()
-    folder = OUT / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
-    file = OUT / f"{folder.name}.yaml"
-    file.write_text(yaml.safe_dump(described(CANDIDATES[name], seed, folder), sort_keys=False))
+    folder = OUT / f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}-{seed}"
+    file = folder.with_name(f"{folder.name}.yaml")
+    candidate = CANDIDATES[name]
+    file.write_text(yaml.safe_dump(described(candidate, seed, folder), sort_keys=False))
     click.echo(f"{name}, seed {seed}", err=True)
-    command = [str(Path(sys.executable).parent / "ftplus"), "sequence", str(file)]
+    command = [str(Path(sys.executable).parent / "ftplus"), *(["sft", "--config"] if candidate.joint else ["sequence"])]
     with file.with_suffix(".log").open("a") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})
-    found = json.loads((folder / "sequence.json").read_text())
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*/ftplus/report.json"))]
+        subprocess.run([*command, str(file)], check=True, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})
+    reports = [Report.load(path) for path in sorted(folder.rglob("ftplus/report.json"))]
+    if candidate.joint:
+        found = Matrix.of(["all"], [*TASKS, *KEEP], ["all"], reports)
+        score, kept_score = apart(found.other_score)
+        kept_loss = apart(found.other_loss)[1]
+    else:
+        found = Matrix.load(folder / "sequence.json")
+        score, kept_score, kept_loss = found.score, found.other_score, found.other_loss
     for weights in folder.rglob("*.safetensors"):  # gigabytes that nobody reads again
         weights.unlink()
-    return Cell(
-        found["score"], found["other_score"], found["other_loss"],
-        sum(report["facts"]["seconds"]["training"] for report in reports),
-    )  # fmt: skip
+    return Cell(score, kept_score, kept_loss, sum(report.facts["seconds"]["training"] for report in reports))
+
+
+def apart(table: list[list[float]]) -> tuple[list[list[float]], list[list[float]]]:
+    """Of a column for each task and each thing to keep: those of the tasks, and the others."""
+    return [row[: len(TASKS)] for row in table], [row[len(TASKS) :] for row in table]
 
 
 def described(candidate: Candidate, seed: int, folder: Path) -> dict[str, Any]:
-    """The YAML of a sequence."""
-    stages = [{"name": task, "dataset_name": str(DATA / f"{task}.jsonl")} for task in TASKS]
-    given = {**SHARED, **candidate.change, "output_dir": str(folder), "seed": seed, "stages": stages}
-    given["measure"] = {name: str(DATA / f"{name}_measure.jsonl") for name in (*TASKS, *KEEP)}
+    """The YAML of a sequence, or of one run over all tasks."""
+    given = {**SHARED, **candidate.change, "output_dir": str(folder), "seed": seed}
+    data = {task: str(DATA / f"{task}.jsonl") for task in TASKS}
+    measured = {name: str(DATA / f"{name}_measure.jsonl") for name in (*TASKS, *KEEP)}
+    if candidate.joint:
+        del given["keep"]
+        metrics = given.pop("metric")
+        given["tasks"] = [
+            {
+                "name": task,
+                "dataset": data[task],
+                "measure": measured.pop(task),
+                **({"metric": metrics[task]} if task in metrics else {}),
+            }
+            for task in TASKS
+        ]
+    else:
+        given["stages"] = [{"name": task, "dataset_name": data[task]} for task in TASKS]
+    given["measure"] = measured
     if candidate.protect:
         given["protect"] = {name: str(DATA / f"{name}.jsonl") for name in candidate.protect}
     return given
@@ -200,7 +240,9 @@ def table(cells: dict[str, list[Cell]]) -> str:
     return "\n".join(lines)
 
 
-def in_words(values: tuple[float, ...], sign: str) -> str:
+def in_words(values: tuple[float | None, ...], sign: str) -> str:
+    if None in values:
+        return "-"
     form = f"{sign}.3f" if abs(values[0]) < 10 else f"{sign}.0f"
     spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{spread}"
