@@ -67,7 +67,7 @@ class Answers:
     def add(self, batch: dict[str, Tensor], tokens: Tensor, log_probs: Tensor) -> None:
         """Keep the answers [N, k], [N, k + 1] to a micro-batch with N supervised tokens."""
         examples = examples_in(batch)
-        sizes = [supervised_tokens(example) for example in examples]
+        sizes = [supervised_in(example) for example in examples]
         _same_count(sum(sizes), len(tokens))
         for example, *answer in zip(examples, tokens.cpu().split(sizes), log_probs.cpu().split(sizes), strict=True):
             if key_of(example) not in self._where:
@@ -165,7 +165,7 @@ def bytes_per_token(count: int) -> int:
     return 4 * count + 2 * (count + 1)
 
 
-def supervised_tokens(example: Example) -> int:
+def supervised_in(example: Example) -> int:
     return sum(label != -100 for label in example["labels"])
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .answers import examples_in, supervised_tokens
+from .answers import examples_in, supervised_in
 from .errors import DataError
 from .examples import Example, collate, sent
 
@@ -31,12 +31,12 @@ class Examples:
 
     @classmethod
     def of(cls, name: str, batches: list[dict[str, Tensor]]) -> Examples:
-        examples = [example for batch in batches for example in examples_in(batch) if supervised_tokens(example)]
+        examples = [example for batch in batches for example in examples_in(batch) if supervised_in(example)]
         if not examples:
             raise DataError(
                 f"The protect task {name!r} has no supervised token; expected completions that survive truncation."
             )
-        return cls(name, examples, sum(map(supervised_tokens, examples)) / len(examples))
+        return cls(name, examples, sum(map(supervised_in, examples)) / len(examples))
 
 
 def beside(
@@ -85,6 +85,6 @@ def collated(examples: list[Example], device: torch.device) -> dict[str, Tensor]
     return {key: sent(tensor, device) for key, tensor in batch.items()}
 
 
-def seed_of(*numbers: int) -> int:
+def one_seed(*numbers: int) -> int:
     """A seed out of several numbers."""
     return random.Random(" ".join(map(str, numbers))).getrandbits(63)

@@ -15,7 +15,7 @@ take 1.6 (head trained) to 2.4 times as long (256 tokens, d 576, V 49152).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +94,7 @@ def likeliest(hidden: Tensor, head: Head, count: int, *, temperature: float = 1.
     count = min(count, head.weight.shape[0])
     tokens = torch.empty(len(hidden), count, dtype=torch.int32, device=hidden.device)
     log_probs = torch.empty(len(hidden), count + 1, dtype=torch.float16, device=hidden.device)
-    for part in _chunks(len(hidden), head):
+    for part in head.chunks(len(hidden), ELEMENTS):
         z = _tempered(head(hidden[part]), temperature)
         kept = z.topk(count, dim=-1).indices
         tokens[part], log_probs[part] = kept.int(), _outcomes(z, kept)[0].half()
@@ -151,7 +151,7 @@ class _Summed(torch.autograd.Function):
             torch.zeros(tensor.shape, device=device) if tensor is not None and needed else None
             for tensor, needed in zip((hidden, weight, bias), wanted, strict=False)
         ]
-        for part in _chunks(len(hidden), ours):
+        for part in ours.chunks(len(hidden), ELEMENTS):
             states = hidden[part].to(dtype)
             z = ours(states)
             slope = None if ours.softcap is None else 1 - (z / ours.softcap).square_()
@@ -185,11 +185,6 @@ def _in_compute_dtype(head: Head, hidden: Tensor) -> Head:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = head.bias if head.bias is None else head.bias.detach().to(dtype)
     return replace(head, weight=head.weight.detach().to(dtype), bias=bias)
-
-
-def _chunks(positions: int, head: Head) -> Iterator[slice]:
-    size = max(1, ELEMENTS // head.weight.shape[0])
-    return (slice(start, start + size) for start in range(0, positions, size))
 
 
 def _kl(p: Tensor, x: Tensor) -> Tensor:

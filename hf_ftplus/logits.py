@@ -47,9 +47,9 @@ class Head:
         """
         return replace(self, weight=_whole(self.weight), bias=_whole(self.bias))
 
-    def chunks(self, positions: int) -> Iterator[slice]:
-        """Slices over `positions` rows, each small enough to hold its logits."""
-        size = max(1, CHUNK // self.weight.shape[0])
+    def chunks(self, positions: int, elements: int | None = None) -> Iterator[slice]:
+        """Slices over `positions` rows, each with at most so many logits (left out: CHUNK)."""
+        size = max(1, (elements or CHUNK) // self.weight.shape[0])
         return (slice(start, start + size) for start in range(0, positions, size))
 
 

@@ -316,7 +316,7 @@ class Distill(Strategy):
         """The student's own pass over the protect rows that stand beside this micro-batch."""
         import torch
 
-        from ..beside import beside, collated, seed_of, tokens_of_rows
+        from ..beside import beside, collated, one_seed, tokens_of_rows
         from ..examples import sent
         from ..generate import private_rng
         from ..logits import hidden_states
@@ -329,7 +329,7 @@ class Distill(Strategy):
         if not drawn:
             return None
         inputs = collated([example for _, example, _ in drawn], device)
-        with private_rng(device, seed_of(run.seed, run.step, place)):  # dropout of its own
+        with private_rng(device, one_seed(run.seed, run.step, place)):  # dropout of its own
             hidden = states_through_output(run.model, inputs) if self._sharded else hidden_states(run.model, inputs)[0]
         rows = sent(torch.tensor([row for row, _, _ in drawn]), device)
         tokens = sent(torch.tensor([tokens for _, _, tokens in drawn]), device)
