@@ -8,10 +8,11 @@ from pathlib import Path
 
 from . import data
 from .errors import DataError, UsageError
-from .evaluation.found import as_found, positions
+from .evaluation.found import as_found
 from .evaluation.greedy import answers
 from .evaluation.tasks import asked_text, expected, opening, question
 from .formats import Row
+from .logits import positions
 from .trained import Trained
 
 

@@ -30,7 +30,7 @@ from .disk import replace
 from .errors import DataError, UsageError
 from .fingerprint import architecture, fingerprint, tokenizer_fingerprint
 from .formats import Row
-from .logits import causal_lm, evaluating, reshard
+from .logits import causal_lm, evaluating, positions, reshard
 from .weights import sharded
 
 FORMAT = 3
@@ -242,21 +242,26 @@ def _sampler(
 ) -> Iterator[Write]:
     writer = model.get_base_model() if is_peft_model(model) else model
     stops = stop_ids(model, tokenizer)
-    settings, together = writer.generation_config, sharded(model.parameters())
+    settings, together, room = writer.generation_config, sharded(model.parameters()), positions(model)
 
     def write(openings: list[str], tokens: int, stop: str) -> list[str]:
         last = stops | _first_special(tokenizer, stop)
+        ids, mask = _left_padded(
+            [tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings], tokenizer
+        )
+        if ids.shape[1] >= room:
+            raise DataError(
+                f"The model reads {room} tokens, and what it is to answer has {ids.shape[1]} already. Protect with a "
+                "file instead: --protect FILE."
+            )
         # Every setting that a checkpoint's own generation_config could bring in (top_k, penalties) is off.
         writer.generation_config = GenerationConfig(
             do_sample=False,  # `Nucleus` draws
             num_beams=1,
-            max_new_tokens=tokens,
+            max_new_tokens=min(tokens, room - ids.shape[1]),
             eos_token_id=sorted(last),
             pad_token_id=pad_id(tokenizer),
             use_cache=True,
-        )
-        ids, mask = _left_padded(
-            [tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings], tokenizer
         )
         device = next(model.parameters()).device
         draw = LogitsProcessorList([*([said] if said else []), Nucleus(how.temperature, how.top_p, together)])

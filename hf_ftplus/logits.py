@@ -8,6 +8,7 @@ a supervised token, as many at a time as fit.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -72,6 +73,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
             model = model.get_base_model()
         else:
             return model
+
+
+def positions(model: nn.Module) -> int:
+    """How many tokens the model reads, its answer included."""
+    config = causal_lm(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def lm_head(model: nn.Module) -> Head:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .data import reason
 from .disk import refuse_full
 from .errors import IncompatibleError, StorageError, UsageError
-from .evaluation.found import as_found, positions
+from .evaluation.found import as_found
+from .logits import positions
 from .trained import base_of, load, weights
 
 PROBE = 64

@@ -15,7 +15,7 @@ import numpy
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import TopPLogitsWarper
+from transformers import GPT2Config, GPT2LMHeadModel, TopPLogitsWarper
 
 from hf_ftplus import generate
 from hf_ftplus.data import tokenize
@@ -92,6 +92,22 @@ def test_a_base_model_writes_text(model):
     rows = rows_of(self_generate(model, tokenizer, 5, seed=0, **SHORT))
     assert [list(row) for row in rows] == [["text"]] * 5
     assert tokenize(rows, tokenizer, 256, "self").dropped == 0
+
+
+def test_a_model_that_reads_little_writes_as_much_as_it_can():
+    """Learned positions end where they end: one token more is an error deep inside the model."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=16, **ends)
+    model = GPT2LMHeadModel(config)
+    assert len(self_generate(model, tokenizer, 3, batch_size=4, progress=False)) == 3
+    chatty = tiny_tokenizer()
+    chatty.chat_template = (
+        "{{ bos_token }}" + "one two three " * 8 + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"reads 16 tokens, and what it is to answer has \d+ already.*--protect FILE"):
+        self_generate(model, chatty, 3, batch_size=4, progress=False)
 
 
 def test_the_template_is_opened_where_the_users_words_begin():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,12 +51,6 @@ def as_found(model: nn.Module, seed: int = 0) -> Iterator[None]:
     finally:
         inner.generation_config = settings
         reshard(model)
-
-
-def positions(model: nn.Module) -> int:
-    """How many tokens the model reads, its answer included."""
-    config = causal_lm(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def warn_of_cut(lengths: list[int], room: int, label: str) -> None:

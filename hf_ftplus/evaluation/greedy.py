@@ -11,8 +11,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..formats import Row
 from ..generate import pad_id, stop_ids
-from ..logits import causal_lm
-from .found import as_found, bare, device_of, is_sharded, positions, warn_of_cut
+from ..logits import causal_lm, positions
+from .found import as_found, bare, device_of, is_sharded, warn_of_cut
 from .scoring import Autocast
 from .tasks import answered, question
 

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..examples import tokenize
+from ..logits import positions
 from ..metric import Metric
-from .found import positions, warn_of_cut
+from .found import warn_of_cut
 from .scoring import Autocast, score
 from .tasks import EvalTask, answered, expected
 
