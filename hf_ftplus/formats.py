@@ -133,6 +133,8 @@ def _message(message: Any, where: str) -> Row:
 def _choices(value: Any) -> None:
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"'choices' is {_what(value)}; expected a list of two strings or more")
+    if twice := next((item for item in value if value.count(item) > 1), None):
+        raise ValueError(f"'choices' has {escape(twice, 40)!r} twice; expected each answer once")
 
 
 def _what(value: Any) -> str:

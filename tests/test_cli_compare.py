@@ -193,6 +193,23 @@ def test_settings_and_data_that_changed_are_refused_by_name(first, place, tmp_pa
         file.write_text(before)
 
 
+def test_another_model_or_strategy_behind_the_same_name_is_refused(first, place, capsys):
+    _, out, _ = first
+    for file, candidates in (
+        (place / "nap.py", [f"{place}/nap.py"]),
+        (place / "model" / "config.json", [RATE]),
+    ):
+        before = file.read_text()
+        file.write_text(before.replace("import os, time", "import os, time, sys") + "\n")
+        try:
+            assert main(options(place, out, *candidates)) == 6
+        finally:
+            file.write_text(before)
+        said = capsys.readouterr().err
+        assert f"{file if file.suffix == '.py' else file.parent} changed since" in said
+        assert main(options(place, out, *candidates)) == 0
+
+
 def test_a_budget_leaves_out_what_would_end_too_late_and_says_so(first, place, capsys):
     _, out, _ = first
     assert main([*options(place, out, RATE, "ewc", seeds=2), "--budget", "1s", "--json"]) == 0

@@ -294,6 +294,15 @@ def test_tasks_are_exported_without_a_model_and_what_cannot_be_is_named(place, t
     assert "t cannot be exported: row 1 has 3 messages before its answer" in capsys.readouterr().err
 
 
+def test_an_exported_task_leaves_a_model_room_to_reason_as_ours_does(place, tmp_path):
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"prompt": "6 * 7? ", "completion": "42"}))
+    line = ["eval", "--measure", f"sums={tmp_path / 'sums.jsonl'}", "--metric"]
+    for pattern, room in (("", 48), (":answer is (.+)", 256)):
+        out = tmp_path / f"tasks{len(pattern)}"
+        assert main([*line, f"sums=exact_match{pattern}", "--export", str(out)]) == 0
+        assert f"max_gen_toks: {room}\n" in (out / "ftplus_sums.yaml").read_text()
+
+
 def test_without_a_folder_it_says_how_to_keep_the_answers_and_then_measures_nothing(place, tmp_path, capsys):
     line = ["eval", str(place / "base"), "--measure", f"asked={place / 'asked.jsonl'}"]
     assert main(line) == 0

@@ -398,6 +398,7 @@ def test_bytes_that_are_not_utf8_have_a_line(name, tmp_path):
         ('{"prompt": "a", "prompt": "b", "completion": "c"}', ":2: has 'prompt' twice"),
         ('{"prompt": "a", "completion": "\\ud83d"}', ":2: has a lone surrogate"),
         ('{"prompt": "a", "completion": ' + "[" * 100_000, ":2: is nested too deep"),
+        (ROW | {"choices": ["yes", "no", "yes"]}, ":2: 'choices' has 'yes' twice; expected each answer once"),
         (ROW | {"choices": "yes"}, ":2: 'choices' is the string 'yes'; expected a list of two strings or more"),
     ],
 )

@@ -96,7 +96,15 @@ def judge(rows: Sequence[Row], cells: Sequence[Cell]) -> Judgement:
         notes.append(
             f"{max(counts)} of {FEWEST} seeds: too few to tell what another seed would give. Type --seeds {FEWEST}."
         )
+    if mixed := mixed_versions([report.facts.get("versions", {}) for report in reports.values()]):
+        notes.append(f"Cells were run with different versions, which may be part of a difference: {mixed}.")
     return Judgement(found, *recommended(found), notes)
+
+
+def mixed_versions(each: Sequence[dict[str, str]]) -> str:
+    """`torch 2.12.0 and 2.13.0`: what differs between runs; empty where nothing does."""
+    found = {name: sorted({versions.get(name, "none") for versions in each}) for versions in each for name in versions}
+    return ", ".join(f"{name} {' and '.join(seen)}" for name, seen in found.items() if len(seen) > 1)
 
 
 def _judged(row: Row, cells: list[Cell], reports: dict[int, Report], tasks: dict[str, str]) -> Judged:

@@ -72,8 +72,17 @@ def forecast(asked: Cell, cells: Sequence[Cell], probe: Probe | None) -> Forecas
     return Forecast(fmean(item.kept["seconds"] for item in found), max(peaks, default=None), source)
 
 
-def probed(firsts: Sequence[Cell], out: Path, given: dict[str, Any], config: RunConfig, runner: Runner) -> Probe:
+def probed(
+    firsts: Sequence[Cell],
+    out: Path,
+    given: dict[str, Any],
+    config: RunConfig,
+    runner: Runner,
+    device: str | None = None,
+) -> Probe:
     """Measure a cell by its first steps, or read what an earlier call measured; the next one where a cell fails.
+
+    `device` is one of those that cells will have: left to itself, a run takes all that it sees.
 
     Raises:
         FTPlusError: all of them failed; says what the first one said.
@@ -86,12 +95,12 @@ def probed(firsts: Sequence[Cell], out: Path, given: dict[str, Any], config: Run
             if found.stage.folder.is_dir():
                 with disk.locked(found.stage.folder, "--out"):
                     shutil.rmtree(found.stage.folder, ignore_errors=True)
-            runner.run(found)
+            runner.run(found, device)
             for file in found.stage.folder.glob("*"):
                 if file.is_file():  # the model of three steps
                     file.unlink()
         if found.stage.report.is_file():
-            return Probe(found, steps(config))
+            return Probe(found, steps(config, found.report().facts["processes"]))
         errors.append(found.error)
     raise FTPlusError(f"No candidate can start. The first one, {firsts[0].row.name}: {errors[0]}")
 
@@ -105,7 +114,7 @@ def _same(found: Cell) -> bool:
     return told == without_secrets(found.stage.yaml) and found.stage.report.is_file() and "seconds" in found.kept
 
 
-def steps(config: RunConfig) -> int | None:
+def steps(config: RunConfig, processes: int) -> int | None:
     """Optimizer steps of a run; with packing, and where a limit on length leaves rows out, it takes fewer."""
     training = config.training
     if training.max_steps > 0:
@@ -116,7 +125,7 @@ def steps(config: RunConfig) -> int | None:
     parts = list(learn.values()) if isinstance(learn, dict) else [learn]
     if not all(hasattr(part, "__len__") for part in parts):
         return None
-    batches = math.ceil(sum(map(len, parts)) / training.per_device_train_batch_size)
+    batches = math.ceil(sum(map(len, parts)) / (training.per_device_train_batch_size * processes))
     return math.ceil(math.ceil(batches / training.gradient_accumulation_steps) * training.num_train_epochs)
 
 

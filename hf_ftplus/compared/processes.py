@@ -35,7 +35,7 @@ class Runner:
         self.ended = False
         """Whether no cell is to start any more."""
         self.data: dict[str, str] = {}
-        """Digests of what the first cell reads."""
+        """Digests of what cells read, as the first of them found it."""
         self.lock = threading.Lock()
 
     def run(self, cell: Cell, device: str | None = None) -> None:
@@ -99,8 +99,9 @@ class Runner:
             return
         now = json.loads(file.read_text(encoding="utf-8"))
         with self.lock:
-            self.data = then = self.data or now
-        if changed := [name for name in then if now.get(name) != then[name]]:
+            then = self.data
+            self.data = {**now, **then}
+        if changed := [name for name in then if now.get(name, then[name]) != then[name]]:
             raise StorageError(
                 f"{', '.join(changed)} changed since other cells were made of it, so nothing could be compared. Put "
                 "back what it held, or choose another --out."

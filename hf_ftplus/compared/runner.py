@@ -74,7 +74,7 @@ def compare(asked: Asked, show: Callable[[Any], None], say: Callable[[str], None
         probe = None
         if not any(cell.state == "finished" for cell in all_cells):
             say("Measuring a few steps first, to say what all will take.")
-            probe = probed(all_cells[: len(table)], asked.out, asked.given, config, runner)
+            probe = probed(all_cells[: len(table)], asked.out, asked.given, config, runner, devices[0])
         show(plan(table, all_cells, probe, len(devices), asked.budget))
         left = None if asked.budget is None else asked.budget - spent(all_cells, len(devices))
         if not asked.yes and any(cell.state != "finished" for cell in all_cells):

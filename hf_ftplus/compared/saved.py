@@ -14,8 +14,6 @@ compare.json (format 1):
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 from .. import disk
 from ..errors import StorageError
 from ..report.record import strict
-from ..report.text import safe_cell
+from ..report.text import csv_text
 from .judged import FIGURES, Judged, Judgement, reproduced
 
 FORMAT = 1
@@ -71,22 +69,13 @@ def _row(item: Judged) -> dict[str, Any]:
 
 def to_csv(found: Judgement) -> str:
     """A line for each row, unrounded; what was not measured is an empty cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     ends = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
-    writer.writerow(["row", "n", *ends, "negative_flips", "seconds", "bytes", "peak_bytes", "front", "recommended"])
+    lines = [["row", "n", *ends, "negative_flips", "seconds", "bytes", "peak_bytes", "front", "recommended"]]
     for item in found.rows:
         values = [value for name in FIGURES for value in vars(getattr(item, name)).values()]
-        costs = [
-            item.negative_flips,
-            item.seconds,
-            item.bytes,
-            item.peak_bytes,
-            int(item.front),
-            int(item is found.best),
-        ]
-        writer.writerow([safe_cell(value) for value in (item.row.name, item.n, *values, *costs)])
-    return text.getvalue()
+        costs = [item.negative_flips, item.seconds, item.bytes, item.peak_bytes]
+        lines.append([item.row.name, item.n, *values, *costs, int(item.front), int(item is found.best)])
+    return csv_text(lines)
 
 
 def save(found: Judgement, out: Path, command: str) -> dict[str, Any]:

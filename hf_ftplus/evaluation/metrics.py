@@ -35,7 +35,8 @@ def picked(
     batch_size: int,
     autocast: Autocast = nullcontext,
 ) -> list[str | None]:
-    """The choice with the highest log-likelihood as the answer to each row's question; None where one is not finite.
+    """The choice with the highest log-likelihood as the answer to each row's question; None where one is not finite, or
+    several are the highest, as to a model to which all tokens are alike.
 
     The log-probabilities of a choice's tokens, its end of turn among them, are summed and not divided by their number:
     that is the probability that the model gives this very answer, and since the end counts, a choice that begins
@@ -54,9 +55,10 @@ def picked(
 
 
 def _likeliest(choices: list[str], likelihoods: list[float]) -> str | None:
-    if not all(map(math.isfinite, likelihoods)):
+    highest = max(likelihoods)
+    if not all(map(math.isfinite, likelihoods)) or likelihoods.count(highest) > 1:
         return None
-    return choices[max(range(len(likelihoods)), key=likelihoods.__getitem__)]
+    return choices[likelihoods.index(highest)]
 
 
 def right(picks: list[str | None], task: EvalTask) -> NDArray:

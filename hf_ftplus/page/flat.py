@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from ..report.matrix import Matrix
-from ..report.text import label, safe_cell
+from ..report.text import csv_text, label
 from .found import Found
 from .read import Comparison, Run, Scores
 from .tables import blocks, figures, matrix_rows, overview
@@ -22,12 +20,7 @@ MARK = "<!-- written by ftplus report -->"
 
 def to_csv(found: Found) -> str:
     """A line for each number, unrounded; shares from 0 to 1. What was not measured is an empty cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for line in _lines(found):
-        writer.writerow([safe_cell(part) for part in line])
-    return text.getvalue()
+    return csv_text([COLUMNS, *_lines(found)])
 
 
 def _lines(found: Found) -> Iterable[tuple[Any, ...]]:

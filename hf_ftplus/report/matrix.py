@@ -9,8 +9,6 @@ metrics below are means of; losses are kept beside it, in nats per token.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +23,7 @@ from ..evaluation import matrix
 from ..evaluation.results import Level, TaskResult
 from .record import Report, strict
 from .table import add, grid_of, words_of
-from .text import label, number, percent, safe_cell
+from .text import csv_text, label, number, percent
 
 FORMAT = 1
 NOTE = (
@@ -132,13 +130,12 @@ class Matrix:
 
     def to_csv(self) -> str:
         """One line for each stage and task: after,task,score,loss."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("after", "task", "score", "loss"))
-        for i, after in enumerate(("", *self.stages)):
-            for name, scores, losses in self.columns():
-                writer.writerow([safe_cell(value) for value in (after, name, scores[i], losses[i])])
-        return text.getvalue()
+        lines = [
+            (after, name, scores[i], losses[i])
+            for i, after in enumerate(("", *self.stages))
+            for name, scores, losses in self.columns()
+        ]
+        return csv_text([("after", "task", "score", "loss"), *lines])
 
     def show(self, console: Console | None = None) -> None:
         """Print the table and what follows from it."""

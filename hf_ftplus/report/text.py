@@ -6,6 +6,10 @@ turn the reading direction, are spelt out instead of being sent.
 
 from __future__ import annotations
 
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -18,6 +22,8 @@ MISSING = "n/m"
 """Not measured."""
 UNDEFINED = "undef."
 """A ratio over a baseline of zero."""
+RUNS = re.compile(r"(^|;)(\s*[=+\-@＝＋－＠|%])")
+"""What makes text a formula."""
 
 
 def shown(text: str | None, characters: int = 240, lines: int = 6) -> Text:
@@ -79,9 +85,18 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def csv_text(lines: Iterable[Sequence[Any]]) -> str:
+    """Lines of cells as CSV, of which a spreadsheet runs nothing."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for line in lines:
+        writer.writerow([safe_cell(value) for value in line])
+    return text.getvalue()
+
+
 def safe_cell(value: Any) -> Any:
-    """Numbers as they are; text that a spreadsheet would run as a formula becomes text again."""
+    """Numbers as they are; text that a spreadsheet would run as a formula becomes text again, also where it stands
+    behind a semicolon, at which half of the world's spreadsheets split."""
     if value is None or isinstance(value, (int, float)):
         return value
-    text = label(value, characters=200).plain
-    return f"'{text}" if text.lstrip()[:1] in tuple("=+-@＝＋－＠|%") and text else text
+    return RUNS.sub(r"\1'\2", label(value, characters=200).plain)

@@ -49,11 +49,12 @@ def digest(thing: Any) -> str:
 def of_model(name: str) -> str:
     """The model of a folder, of the Hub or `demo`; an adapter together with its base."""
     path, base = placed(name), base_of(name)
-    own = _of_folder(Path(path)) if Path(path).is_dir() else _of_hub(path)
+    own = of_folder(Path(path)) if Path(path).is_dir() else _of_hub(path)
     return own if base is None else digest([own, of_model(base)])
 
 
-def _of_folder(folder: Path) -> str:
+def of_folder(folder: Path) -> str:
+    """Weights, configuration and tokenizer; not what else a run leaves beside them."""
     files = [file for file in sorted(folder.iterdir()) if held(file)]
     return digest([(file.name, of_file(file)) for file in files])
 

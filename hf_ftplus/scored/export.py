@@ -23,6 +23,7 @@ import yaml
 from .. import disk
 from ..errors import DataError, StorageError, UsageError
 from ..evaluation.metrics import graded
+from ..evaluation.runner import REASONED
 from ..evaluation.tasks import expected, opening
 from ..metric import parse
 from ..rows import noting, together
@@ -120,12 +121,13 @@ def _settings(name: str, folder: Path, metric: str | None, rows: Sequence[dict[s
         return settings | choosing | {"output_type": "multiple_choice", "metric_list": [_mean("acc")]}
     if metric is None:
         return settings | {"output_type": "loglikelihood", "metric_list": [_mean("acc")]}
-    longest = max(len(row["completion"]) for row in rows)
+    asked = parse(metric, name)
+    room = max(TOKENS, 2 * max(len(row["completion"]) for row in rows), REASONED if asked.pattern else 0)
     return settings | {
         "output_type": "generate_until",
-        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": max(TOKENS, 2 * longest)},
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": room},
         "process_results": Function("ftplus_scores.process_results"),
-        "metric_list": [_mean(parse(metric, name).name)],
+        "metric_list": [_mean(asked.name)],
     }
 
 

@@ -1,7 +1,8 @@
-"""Which rows a stage has read, told by a digest of each local file: going on over others would mix two data sets.
+"""What a stage was made of, told by a digest of each local file: rows, the model that the first one starts from, and
+files of strategies. Going on over others would mix two data sets, or two models.
 
-Kept beside its settings when a stage starts, and compared when it is asked for again. Data on the Hub is known by its
-name alone, which is one of the settings.
+Kept beside its settings when a stage starts, and compared when it is asked for again. What is on the Hub is known by
+its name alone, which is one of the settings.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import contents, disk
+from ..chosen import plugins_of
 from ..errors import StorageError
 from .plan import Stage
 from .resuming import begun
@@ -66,8 +68,13 @@ def _file(stage: Stage) -> Path:
 
 
 def digests(stage: Stage) -> dict[str, str]:
-    """Of every local file, or folder, of rows that a stage reads, by its name there; pools of stages before, too."""
+    """Of every local file, or folder, that a stage reads, by its name there; pools of stages before, too."""
+    from ..scored.content import of_folder
+
     found = {name: _digest_of_all(name) for name in _sources(stage)}
+    model = str(stage.config.model.model_name_or_path)
+    if stage.number == 1 and Path(model).is_dir():  # later ones start from what the stage before left
+        found[model] = of_folder(Path(model))
     return {name: digest for name, digest in found.items() if digest}
 
 
@@ -85,6 +92,9 @@ def _sources(stage: Stage) -> Iterator[str]:
     specs = [*(task.spec for task in config.tasks), *config.protect, *config.measure]
     yield from (spec.source for spec in specs if not spec.generate)
     yield from filter(None, [config.script.dataset_name])
+    for name in plugins_of(stage.yaml.get("plugins"))[0]:
+        file, ends, _ = name.partition(".py")  # behind it may stand :Class
+        yield from [file + ends] if ends else []
     for part in config.mixture.datasets:
         files = _flat(part.data_files)
         yield from filter(None, [part.path, part.data_dir, *files])

@@ -11,7 +11,7 @@ from scipy import stats
 
 from hf_ftplus.compared.candidates import Row
 from hf_ftplus.compared.cells import Cell
-from hf_ftplus.compared.judged import Judged, allowance, judge, on_front, over_seeds, recommended
+from hf_ftplus.compared.judged import Judged, allowance, judge, mixed_versions, on_front, over_seeds, recommended
 from hf_ftplus.compared.saved import save, to_csv
 from hf_ftplus.compared.shown import table
 from hf_ftplus.evaluation.results import Level, TaskResult
@@ -192,6 +192,19 @@ def test_a_task_whose_retention_is_undefined_in_one_cell_is_in_no_mean(tmp_path)
     found = judge([row], cells)
     assert found.rows[0].retention.value == pytest.approx(0.6)
     assert any(note.startswith("empty is left out") for note in found.notes)
+
+
+def test_cells_of_different_versions_are_said(tmp_path):
+    made = [cell(tmp_path, Row("one", 1e-3), seed) for seed in (1, 2)]
+    for it, version in zip(made, ("2.12.0", "2.13.0"), strict=True):
+        report = it.report()
+        report.facts["versions"] = {"torch": version, "trl": "1.16.0"}
+        report.save(it.stage.report)
+    assert any(
+        note.endswith("part of a difference: torch 2.12.0 and 2.13.0.") for note in judge([made[0].row], made).notes
+    )
+    assert mixed_versions([{"torch": "2", "osf": "1"}, {"torch": "2"}]) == "osf 1 and none"
+    assert mixed_versions([{"torch": "2"}] * 2) == mixed_versions([{}]) == ""
 
 
 def test_files_say_what_the_table_says_and_cells_are_no_formulas(tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hf_ftplus.cli.sft import configured
 from hf_ftplus.compared.candidates import Row
 from hf_ftplus.compared.cells import Cell
 from hf_ftplus.compared.plan import Forecast, Probe, duration, forecast, refuse_long, seconds_of, spent, steps, total
@@ -93,4 +94,15 @@ def test_what_is_not_known_is_no_zero(tmp_path):
 
 
 def test_steps_are_those_of_the_config():
-    assert steps(RunConfig(training=SimpleNamespace(max_steps=7))) == 7
+    assert steps(RunConfig(training=SimpleNamespace(max_steps=7)), 4) == 7
+
+
+def test_steps_of_epochs_are_shared_by_processes(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 50)
+    config, _, _ = configured({}, [], {
+        "model_name_or_path": "m", "dataset_name": str(rows), "num_train_epochs": 3, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2, "bf16": False, "output_dir": str(tmp_path / "out"),
+    })  # fmt: skip
+    assert steps(config, 1) == 7 * 3  # 50 rows are 13 batches, 7 steps an epoch
+    assert steps(config, 4) == 2 * 3

@@ -30,7 +30,10 @@ def cell(folder, name, **digests):
 def test_data_that_changed_between_two_cells_is_refused_by_name(tmp_path):
     runner = Runner()
     runner.know(cell(tmp_path, "one", rows="a", chat="b"))
-    runner.know(cell(tmp_path, "two", rows="a", chat="b"))
+    runner.know(cell(tmp_path, "two", rows="a", chat="b", **{"idea.py": "i"}))
+    runner.know(cell(tmp_path, "plain", rows="a", chat="b"))
+    with pytest.raises(StorageError, match=r"^idea\.py changed since other cells"):
+        runner.know(cell(tmp_path, "stronger", rows="a", chat="b", **{"idea.py": "j"}))
     with pytest.raises(StorageError, match=r"^chat changed since other cells"):
         runner.know(cell(tmp_path, "three", rows="a", chat="c"))
 

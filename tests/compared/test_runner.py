@@ -87,6 +87,7 @@ def test_a_cell_sees_the_device_that_it_is_given_and_else_what_this_process_sees
     monkeypatch.setattr(sys, "executable", str(shell))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     reads = {"tasks": [], "protect": [], "measure": [], "script": Asked(dataset_name=""), "mixture": Asked(datasets=[])}
+    reads["model"] = Asked(model_name_or_path="of/the-hub")
     cells = cells_of(tmp_path, "one", "two")
     for cell, device in zip(cells, ["7", None], strict=True):
         cell.stage.config = Asked(**reads)  # no data

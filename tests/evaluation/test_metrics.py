@@ -72,6 +72,20 @@ def test_the_chosen_answer_is_the_one_with_the_highest_likelihood(tokenizer, cha
     assert metrics.right(picks, task).tolist() == truth
 
 
+def test_a_model_to_which_all_tokens_are_alike_answers_nothing(tokenizer):
+    """Answers of as many tokens are equally likely: the first, which is often the right one, is not chosen for that."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    rows = [{"prompt": "Which? ", "completion": "abc", "choices": ["abc", "cba"]}] * 2
+    assert len({len(tokenizer(choice)["input_ids"]) for choice in rows[0]["choices"]}) == 1
+    task = EvalTask.of("quiz", "protect", rows, tokenizer)
+    with as_found(model):
+        picks = metrics.picked(model, tokenizer, task, 2)
+    assert picks == [None, None]
+    assert metrics.right(picks, task).tolist() == [0, 0]
+
+
 def test_moving_the_gold_answer_to_the_chosen_one_makes_every_row_right(tokenizer):
     """The metric can be 1 and can be 0 for one and the same model."""
     model, rows = tiny_llama(), choice_rows(chat=True)

@@ -111,6 +111,20 @@ def test_intervals_of_tokens_cover_what_they_say_and_equal_models_are_rarely_cal
     assert words.count("lost") / trials <= 0.05
 
 
+@pytest.mark.parametrize(("rows", "part"), [(64, 0.1), (32, 0.15)])
+def test_equal_models_of_which_few_rows_moved_are_rarely_called_anything_else(rows, part, monkeypatch):
+    """Four of 64 that happen to move one way are no loss: a graded score, and tokens."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)
+    draw, trials = np.random.default_rng(5), 400
+    grades = [per_row(np.where(draw.random(rows) < part, draw.normal(0, 0.3, rows), 0)) for _ in range(trials)]
+    flips = (np.where(draw.random(rows) < part, draw.choice([-2, -1, 1, 2], rows), 0) for _ in range(trials))
+    sides = [per_token(moved, draw.integers(5, 60, rows)) for moved in flips]
+    for found in (grades, sides):
+        words = [verdict(HALF, item, 0.0, rows) for item in found]
+        assert words.count("lost") / trials <= 0.03
+        assert words.count("gained") / trials <= 0.03
+
+
 def test_a_loss_is_seen_and_the_same_model_in_other_batches_is_none():
     draw = np.random.default_rng(3)
     moved, length = tokens(draw, 64, -0.15)

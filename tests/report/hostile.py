@@ -34,6 +34,7 @@ PAYLOADS = [
     "--- ---",
     "===",
     "\t=HYPERLINK(1)",
+    "a;=HYPERLINK(B1);b",
     "＝1+1",
     "a | b\n| --- | --- |\n| c | d |\n\n# heading\n```\ncode",
     "left\u202eright\u2066\u200b\u200d\ufeffinvisible",

@@ -104,7 +104,7 @@ def test_a_cell_of_the_csv_is_a_number_or_plain_text(payload):
         for cell in row[3:4] + row[6:]:
             assert cell == "" or float(cell) is not None
         for cell in row[:3] + row[4:6]:
-            assert cell.lstrip()[:1] not in tuple("=+-@＝＋－＠")
+            assert all(part.lstrip()[:1] not in tuple("=+-@＝＋－＠") for part in cell.split(";"))
             assert cell.isprintable()
 
 
