@@ -45,6 +45,10 @@ class Hub:
             self.repos.setdefault(name, {})
             return http.Response(200, json={"url": f"https://huggingface.co/{name}"})
         if path == "/api/validate-yaml":
+            base = re.search(r"^base_model: (.*)", json.loads(request.content)["content"], re.M)
+            if base and not re.fullmatch(r"[\w.-]+/[\w.-]+", base[1].strip("'\"")):
+                said = '"base_model" must be the name of a model on the Hub'
+                return http.Response(400, json={"errors": [{"message": said}], "warnings": []})
             return http.Response(200, json={"errors": [], "warnings": []})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|tree|revision)/(.+)", path):
             return getattr(self, found[2])(self.at(found[1], found[3]), request)

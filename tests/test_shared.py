@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import sys
 
@@ -19,7 +21,7 @@ from hf_ftplus.cli import main
 from hf_ftplus.errors import IncompatibleError, StorageError
 from hf_ftplus.shared import base
 from hf_ftplus.shared.base import Base, content_hash
-from hf_ftplus.shared.hub import card, verify
+from hf_ftplus.shared.hub import card, refusal, verify
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +131,9 @@ def test_the_same_model_in_another_precision_is_taken(place, made, tmp_path):
 
 
 def test_it_goes_to_the_hub_with_a_card_and_comes_back_verified(place, made, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(made, tmp_path / "memory")
     with hub(monkeypatch, tmp_path / "cache") as there:
-        assert main(["memory", "push", str(made), "me/velmora"]) == 0
+        assert main(["memory", "push", str(folder), "me/velmora", "--base", "me/model"]) == 0
         assert capsys.readouterr().out.strip() == "https://huggingface.co/me/velmora"
         files = there.repos["me/velmora"]
         assert files.keys() == {"manifest.json", "base.json", "ewc.safetensors", "README.md"}
@@ -138,23 +141,28 @@ def test_it_goes_to_the_hub_with_a_card_and_comes_back_verified(place, made, tmp
         assert content_hash(str(place / "model"))[0] in text
         assert "ftplus memory pull me/velmora" in text
         assert main(["memory", "pull", "me/velmora", "--out", str(tmp_path / "back")]) == 0
-        assert f"--model_name_or_path {place / 'model'}" in capsys.readouterr().out
+        assert "--model_name_or_path me/model" in capsys.readouterr().out
     assert verify(tmp_path / "back") == verify(made)
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == sorted(files)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "cache"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "cache", "memory"]
 
 
-def test_a_memory_of_a_folder_is_pushed_under_the_name_that_others_know(made, tmp_path, monkeypatch):
+def test_a_memory_of_a_folder_is_pushed_under_the_name_that_others_know(made, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(made, tmp_path / "memory")
     with hub(monkeypatch, tmp_path / "cache") as there:
+        assert main(["memory", "push", str(folder), "me/velmora"]) == 2
+        assert "which others have by no such name. Type --base OWNER/NAME" in capsys.readouterr().err
+        assert main(["memory", "push", str(folder), "me/velmora", "--base", "demo"]) == 2
+        assert there.repos == {}
         assert main(["memory", "push", str(folder), "me/velmora", "--base", "me/model"]) == 0
         about = json.loads(there.repos["me/velmora"]["base.json"])
     assert about == json.loads((made / "base.json").read_text()) | {"name": "me/model"}
 
 
 def test_what_arrives_damaged_is_not_kept(made, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(made, tmp_path / "memory")
     with hub(monkeypatch, tmp_path / "cache") as there:
-        assert main(["memory", "push", str(made), "me/velmora"]) == 0
+        assert main(["memory", "push", str(folder), "me/velmora", "--base", "me/model"]) == 0
         content = there.repos["me/velmora"]["ewc.safetensors"]
         there.repos["me/velmora"]["ewc.safetensors"] = content[:-1] + bytes([content[-1] ^ 1])
         assert main(["memory", "pull", "me/velmora", "--out", str(tmp_path / "back")]) == 6
@@ -188,9 +196,64 @@ def test_what_a_run_left_is_published_and_found_beside_its_model(place, tmp_path
     assert main(line) == 0
 
 
+def test_nothing_of_the_users_disk_is_published(place, made, tmp_path, monkeypatch):
+    folder = shutil.copytree(made, tmp_path / "memory")
+    with hub(monkeypatch, tmp_path / "cache") as there:
+        assert main(["memory", "push", str(folder), "me/velmora", "--base", "me/model"]) == 0
+        files = there.repos["me/velmora"]
+    assert "| protects | chat=protect.jsonl, 16 rows |" in files["README.md"].decode()
+    assert not any(str(place).encode() in content for content in files.values())
+
+
+def test_what_the_hub_says_against_a_card_is_shown(made, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(made, tmp_path / "memory")
+    monkeypatch.setattr("hf_ftplus.shared.hub.refuse_local", lambda name, folder: None)
+    with hub(monkeypatch, tmp_path / "cache"):
+        assert main(["memory", "push", str(folder), "me/velmora"]) == 6
+        assert '"base_model" must be the name of a model on the Hub' in capsys.readouterr().err
+
+
+def test_what_the_hub_says_against_a_request_is_shown():
+    import huggingface_hub.errors
+
+    response = type("Response", (), {"status_code": 400, "headers": {}, "request": None})()
+    error = huggingface_hub.errors.BadRequestError("no", response=response, server_message="Too\n long")
+    assert refusal("me/x", error) == "The Hub refused me/x (BadRequestError, 400): Too long"
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_the_line_of_the_card_and_that_of_pull_work_as_they_stand(place, tmp_path, monkeypatch, capsys, form):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "model", tmp_path / "me" / "model")  # where the Hub's name leads, for the run
+    assert make(place, "made", "--for", form) == 0
+    with hub(monkeypatch, tmp_path / "cache") as there:
+        (tmp_path / "me").rename(tmp_path / "away")
+        assert main(["memory", "push", "made", "me/velmora", "--base", "me/model"]) == 0
+        (tmp_path / "away").rename(tmp_path / "me")
+        card = there.repos["me/velmora"]["README.md"].decode()
+        pull, train = re.findall(r"^\$ ftplus (.*)", card, re.M)
+        capsys.readouterr()
+        assert main(shlex.split(pull)) == 0
+    assert f"Train with it: ftplus {train}" in capsys.readouterr().out
+    line = shlex.split(train.replace("YOUR_DATA", str(place / "learn.jsonl")))
+    few = ["--max_steps", "2", "--logging_steps", "1", "--report_to", "none", "--gradient_checkpointing", "false"]
+    assert main([*line, *few, "--learning_rate", "1e-3", "--output_dir", "out"]) == 0
+    assert penalty(tmp_path / "out")[-1] > 0
+
+
+def test_a_memory_for_adapters_is_refused_where_all_weights_are_trained_also_in_a_dry_run(place, tmp_path, capsys):
+    assert make(place, tmp_path / "memory", "--for", "lora") == 0
+    line = words(place, tmp_path / "out", "--memory", str(tmp_path / "memory"), "--dry-run", protect=None)
+    assert main(line) == 4
+    assert "was made for adapters alone (--for lora), and this run trains all weights. Type --use_peft" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
+        (["push", "nix", "me/new"], 2, "nix does not exist; expected what `ftplus memory make`, or a run, left"),
         (["pull", "me/nothing", "--out", "x"], 6, "The Hub refused me/nothing (RepositoryNotFoundError, 404)"),
         (["pull", "me/empty", "--out", "x"], 6, "me/empty holds no memory: neither manifest.json nor ftplus/memory/"),
         (["pull", "a//b", "--out", "x"], 2, "expected OWNER/NAME"),

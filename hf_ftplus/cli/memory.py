@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .generate import device_option, dtype_option
-
-if TYPE_CHECKING:
-    from ..shared.base import Base
 
 FORMS = ("full", "lora")
 out_option = click.option(
@@ -73,15 +70,15 @@ def make(model: str, protect: tuple[str, ...], out: Path, **how: Any) -> None:
         transformers_logging.disable_progress_bar()
     logging.getLogger("hf_ftplus").setLevel(logging.WARNING)
     base = make(model, list(protect), out, **how)
-    size = sum(verify(out).values()) / 1e6
-    click.echo(f"{size:.1f} MB in {out}: {'; '.join(base.protect)}.")
-    _next(base, out)
+    sizes = verify(out)
+    click.echo(f"{sum(sizes.values()) / 1e6:.1f} MB in {out}: {'; '.join(base.protect)}.")
+    click.echo(f"Train with it: {base.command(str(out), sizes)}")
 
 
 @memory.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/NAME")
-@click.option("--base", metavar="NAME", help="Name on the Hub of the model that it is of, or that the run saved.")
+@click.option("--base", metavar="OWNER/NAME", help="Name on the Hub of the model that it is of, or that the run saved.")
 @click.option("--private", is_flag=True, help="Make the repository private.")
 def push(folder: Path, repo: str, base: str | None, private: bool) -> None:
     """Upload a memory to the Hub, with a card that says what it is of."""
@@ -99,13 +96,6 @@ def pull(repo: str, out: Path, revision: str | None) -> None:
     from ..shared.hub import pull, verify
 
     base = pull(repo, out, revision=revision)
-    click.echo(f"{sum(verify(out).values()) / 1e6:.1f} MB in {out}, verified.")
-    _next(base, out)
-
-
-def _next(base: Base, folder: Path) -> None:
-    from .plugins import plain
-
-    words = f"--memory {folder} --model_name_or_path {plain(base.name)}"
-    words += " --use_peft" if base.form == "lora" else ""
-    click.echo(f"Train with it: ftplus sft --plugin ewc {words} --max_grad_norm 0 --dataset_name YOUR_DATA")
+    sizes = verify(out)
+    click.echo(f"{sum(sizes.values()) / 1e6:.1f} MB in {out}, verified.")
+    click.echo(f"Train with it: {base.command(str(out), sizes)}")

@@ -127,6 +127,10 @@ def configured(
     ours, rest = merge(flags, yaml)
     config = _built(ours, words, rest)
     trl, launch_yaml, launch_words = parse_trl(words, rest, bool(config.tasks), no_data)
+    if config.memory is not None:
+        from ..shared.base import check_form
+
+        check_form(config.memory, adapter=trl["model"].use_peft)
     return replace(config, **trl), launch_yaml, launch_words
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +38,13 @@ class Base:
     """What it protects, in words: `chat=self:64, 64 rows`."""
     version: str = ""
     """Of hf-ftplus."""
+
+    def command(self, memory: str, strategies: Iterable[str]) -> str:
+        """What to type to train with the memory that lies in `memory`."""
+        words = ["ftplus", "sft", *(word for name in strategies for word in ("--plugin", name)), "--memory", memory]
+        words += ["--model_name_or_path", "".join(c for c in self.name if c.isprintable())]
+        words += [*(["--use_peft"] if self.form == "lora" else []), "--max_grad_norm", "0"]
+        return shlex.join([*words, "--dataset_name", "YOUR_DATA"])
 
 
 def look(name: str, where: str | None = None, **facts: Any) -> Base:
@@ -97,6 +106,20 @@ def check(folder: Path, model: str) -> None:
         f"(sha256 {digest[:12]}). Start from that model: --model_name_or_path {base.name}. Or make a memory of yours: "
         f"ftplus memory make --model {model} --protect DATA --out DIR"
     )
+
+
+def check_form(folder: Path, adapter: bool) -> None:
+    """Refuse a memory that was made for adapters alone where all weights are trained.
+
+    Raises:
+        IncompatibleError: says how to go on.
+    """
+    base = read(folder)
+    if base is not None and base.form == "lora" and not adapter:
+        raise IncompatibleError(
+            f"The memory in {folder} was made for adapters alone (--for lora), and this run trains all weights. Type "
+            "--use_peft as well. Or make one for all weights: ftplus memory make --for full"
+        )
 
 
 def content_hash(name: str) -> tuple[str, tuple[str, ...]] | None:

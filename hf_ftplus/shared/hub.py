@@ -14,9 +14,11 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from .. import disk
 from ..errors import StorageError, UsageError
+from ..model import DEMO
 from . import base as bases
 from .base import Base
 
@@ -32,14 +34,18 @@ def push(folder: Path, repo: str, *, base: str | None = None, private: bool = Fa
 
     Args:
         folder: what `make` wrote, or OUTPUT/ftplus/memory of a run.
-        base: the name under which others get the model that it is of; what a run left needs it.
+        base: the name under which others get the model that it is of; what a run left, or is of a folder, needs it.
 
     Raises:
-        UsageError: a run's memory, and no `base`.
+        UsageError: no folder there; or a model that others know by no name.
         StorageError: a damaged memory, or the Hub refused it.
     """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} does not exist; expected what `ftplus memory make`, or a run, left.")
     sizes = verify(folder)
     known = bases.read(folder)
+    if base or known:
+        refuse_local(base or known.name, folder)
     if known is None:
         known = _of_output(folder, base)
     elif base and base != known.name:
@@ -53,6 +59,24 @@ def push(folder: Path, repo: str, *, base: str | None = None, private: bool = Fa
     return f"https://huggingface.co/{name}"
 
 
+def refuse_local(name: str, folder: Path) -> None:
+    """Refuse to publish a memory of a model that nobody else can get by its name.
+
+    Raises:
+        UsageError: says what to type.
+    """
+    try:
+        validate_repo_id(name.partition("@")[0])
+        local = name == DEMO or Path(name).expanduser().exists()
+    except HFValidationError:
+        local = True
+    if local:
+        raise UsageError(
+            f"{folder} is of {name!r}, which others have by no such name. Type --base OWNER/NAME: the name on the Hub "
+            "of the same weights."
+        )
+
+
 def _of_output(folder: Path, name: str | None) -> Base:
     """The base of what a run left: the model that it saved two folders above."""
     if name is None:
@@ -61,8 +85,9 @@ def _of_output(folder: Path, name: str | None) -> Base:
             "the model that the run saved."
         )
     whole = folder.resolve()
-    inside = whole.as_posix().endswith(OF_RUN)
-    known = bases.look(name, str(whole.parents[1]) if inside else None)
+    out = whole.parents[1] if whole.as_posix().endswith(OF_RUN) else None
+    form = "lora" if out and (out / "adapter_config.json").is_file() else ""
+    known = bases.look(name, str(out) if out else None, form=form)
     bases.write(folder, known)
     return known
 
@@ -137,6 +162,8 @@ def said_of(repo: str, then: str = "") -> Iterator[None]:
         raise StorageError(f"HF_HUB_OFFLINE is set, so the Hub cannot be asked. Unset it.{then}") from error
     except HfHubHTTPError as error:
         raise StorageError(refusal(repo, error) + then) from error
+    except ValueError as error:  # of a card whose head the Hub does not take
+        raise StorageError(f"The Hub refused {repo}: {' '.join(str(error).split())}{then}") from error
     except OSError as error:  # no network, no space
         raise StorageError(f"{repo}: {' '.join(str(error).split())} Look after network and disk.{then}") from error
 
@@ -144,6 +171,8 @@ def said_of(repo: str, then: str = "") -> Iterator[None]:
 def refusal(repo: str, error: HfHubHTTPError) -> str:
     """What a refusal of the Hub means, and what to try."""
     code = getattr(error.response, "status_code", "no code")
+    if code == 400:
+        return f"The Hub refused {repo} ({type(error).__name__}, 400): {' '.join(str(error.server_message).split())}"
     unknown = code in (401, 403, 404)
     hint = "Look whether the name is right, and type `hf auth login`." if unknown else "Try again in a while."
     return f"The Hub refused {repo} ({type(error).__name__}, {code}). {hint}"

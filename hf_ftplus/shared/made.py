@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from ..callback import StrategyCallback
-from ..data import parse_all
+from ..data import TaskSpec, parse_all
 from ..disk import refuse_full
 from ..model import to_train
 from ..strategies.ewc import EWC
@@ -66,10 +67,16 @@ def make(
     importance = {name: tensor.to(STORED[form]) for name, tensor in ewc.importance.items()}
     Memory(write=folder).save(ewc.name, importance, run)
     used = {name: min(rows, sum(len(batch["labels"]) for batch in part)) for name, part in run.protect.items()}
-    words = tuple(f"{spec}, {used[spec.name]} rows" for spec in specs)
+    words = tuple(f"{public(spec)}, {used[spec.name]} rows" for spec in specs)
     known = base.look(model, form=form, protect=words)
     base.write(folder, known)
     return known
+
+
+def public(spec: TaskSpec) -> TaskSpec:
+    """What protects, as others may read it: of a file of one's own only the name."""
+    source = Path(spec.source).expanduser()
+    return replace(spec, source=source.name) if source.exists() else spec
 
 
 def adapted(model: Any) -> Any:
