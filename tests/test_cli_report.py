@@ -140,6 +140,22 @@ def test_a_comparison_says_which_to_take_and_shows_the_answers_of_each(runs):
     assert ["none", "", "", "0", "seconds", "", "", "", ""] in lines
 
 
+def test_the_candidates_of_a_comparison_are_shown_with_a_seed_that_all_have(runs):
+    """Those of one seed were asked the same."""
+    found = compared(runs)
+    for name, seeds, row in zip(("ewc", "none"), ((42, 43), (43,)), found["rows"], strict=True):
+        row["cells"] = []
+        for seed in seeds:
+            folder = f"cells/{name}/seed-{seed}"
+            Report([result("facts", "learn")]).save(runs / folder / "ftplus/report.json")
+            row["cells"].append({"seed": seed, "state": "finished", "folder": folder, "error": None})
+    (runs / "compare.json").write_text(json.dumps(found))
+    assert main(["report", "out"]) == 0
+    html = (runs / "report.html").read_text()
+    assert "1 ewc, seed 43" in html
+    assert "2 none, seed 43" in html
+
+
 def test_a_comparison_that_lacks_something_is_one_sentence(runs, capsys):
     found = compared(runs)
     del found["rows"][0]["learning"]["low"]
@@ -149,10 +165,13 @@ def test_a_comparison_that_lacks_something_is_one_sentence(runs, capsys):
 
 
 def test_the_models_of_an_eval_stand_beside_each_other(runs):
-    (runs / "eval.json").write_text(json.dumps(evaluated("base", "tuned", "other")))
+    found = evaluated("base", "tuned", "other")
+    found["models"][1]["tokens_per_second"] = 1234.4
+    (runs / "eval.json").write_text(json.dumps(found))
     assert main(["report", "out"]) == 0
     text = (runs / "report.md").read_text()
-    assert "| 1 tuned | 0.500 [0.410, 0.580] |" in text
+    assert "| 1 tuned | 0.500 [0.410, 0.580] | 1234 |" in text
+    assert "| 2 other | 0.500 [0.410, 0.580] | n/m |" in text
     assert "2 other" in text
     assert "| quiz | 48 | 50.0 | 1.0 | lost -25.0 [-40.0, -10.0] | lost -25.0 [-40.0, -10.0] |" in text
     html = (runs / "report.html").read_text()

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import click
 
+from hf_ftplus.disk import replace
 from hf_ftplus.report import Report
 
 HERE = Path(__file__).parent
@@ -225,9 +226,15 @@ def main(seeds: int, only: tuple[str, ...], out: Path, show: bool) -> None:
     cells = known()
     for name, seed in missing(cells, [] if show else only or ROWS, seeds):
         cells.setdefault(name, {})[str(seed)] = measure(name, seed, out)
-        kept = {row: {seed: asdict(cell) for seed, cell in found.items()} for row, found in cells.items()}
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+        keep(cells)
     click.echo(whole())
+
+
+def keep(cells: dict[str, dict[str, Cell]]) -> None:
+    text = json.dumps(
+        {row: {seed: asdict(cell) for seed, cell in found.items()} for row, found in cells.items()}, indent=1
+    )
+    replace(KEPT, lambda file: file.write_text(text + "\n"))
 
 
 def known() -> dict[str, dict[str, Cell]]:

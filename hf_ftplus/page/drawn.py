@@ -103,7 +103,7 @@ def _mixture(runs: list[Run]) -> list[dict[str, Any]]:
         return []
     parts = [(name, [100 * shares.get(task, 0.0) for task in tasks]) for name, shares in rows]
     svg = plots.bars(parts, "% of the training stream", "Share of each task in what was trained on")
-    return [_figure(svg, "share of each task, counted exactly", "mixture", keys=tasks)]
+    return [_figure(svg, "share of each task", "mixture", f"n = {len(runs)} runs, every row counted", tasks)]
 
 
 def _costs(runs: list[Run]) -> list[dict[str, Any]]:
@@ -113,4 +113,4 @@ def _costs(runs: list[Run]) -> list[dict[str, Any]]:
         return []
     rows = [(str(place), [of.get(stage, 0.0) for stage in stages]) for place, of in enumerate(seconds, start=1)]
     svg = plots.bars(rows, "seconds", "Seconds of each stage of each run")
-    return [_figure(svg, "seconds of each stage, timed once", "seconds", keys=stages)]
+    return [_figure(svg, "seconds of each stage", "seconds", f"n = {len(runs)} runs, each timed once", stages)]

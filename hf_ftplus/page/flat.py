@@ -134,7 +134,8 @@ def _comparison(found: Comparison) -> list[str]:
     ]
     heads = ["candidate", "seeds", "front", "learnt, points", "kept %", *keys[:3], "state", "memory"]
     again = [f"`{view['again'].replace('`', '')}`"] if view["again"] else []
-    return [escaped(view["reason"]), *again, _table(heads, rows), *map(escaped, view["notes"])]
+    made = f"Made by {escaped(view['command'])}; {view['n']}, 95 % intervals over seeds."
+    return [escaped(view["reason"]), *again, _table(heads, rows), made, *map(escaped, view["notes"])]
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

@@ -98,7 +98,7 @@ class Comparison:
     command: str
     notes: list[str]
     runs: list[Run] = field(default_factory=list)
-    """Of each row the first cell that is still there."""
+    """Of each row a cell that is still there, of one seed for all where there is one: they were asked the same."""
 
 
 def whole(reader: Callable[[Path], T]) -> Callable[[Path], T]:
@@ -126,13 +126,14 @@ def scores(file: Path) -> Scores:
     found = _of_kind(file, "eval")
     facts = {key: found[key] for key in ("command", "versions", "plan")}
     models = [_text(model["name"]) for model in found["models"]]
+    speeds = [_number(model.get("tokens_per_second")) for model in found["models"]]
     floors = {name: _number(floor["score"]) for name, floor in found["noise_floor"].items()}
     calls, runs = [], []
-    for model, results in zip(models, found["results"], strict=True):
+    for model, speed, results in zip(models, speeds, found["results"], strict=True):
         entries = [
             (TaskResult.from_dict({item.name: one[item.name] for item in fields(TaskResult)}), one) for one in results
         ]
-        runs.append(Run(model, Report([task for task, _ in entries], facts), file, models[0]))
+        runs.append(Run(model, Report([task for task, _ in entries], facts | {"tokens_per_second": speed}), file, models[0]))
         check(runs[-1].report)
         calls.append([_call(model, task, one) for task, one in entries])
     return Scores(models, found["plan"]["margin"], floors, calls[1:], runs[1:] or runs)
@@ -164,17 +165,23 @@ def comparison(file: Path) -> Comparison:
         for value in (row["n"], *(row[name] for name in ("negative_flips", "seconds", "bytes", "peak_bytes"))):
             _number(value)
         notes += [f"{row['name']}, seed {cell['seed']}: {cell['error']}" for cell in row["cells"] if cell["error"]]
-        runs += _first(row, file.parent)
+    each = {row["name"]: _finished(row, file.parent) for row in found["rows"]}
+    shared = set.intersection(*map(set, filter(None, each.values()))) if any(each.values()) else set()
+    for name, reports in each.items():
+        if reports:
+            seed = min(shared or reports)
+            runs.append(Run(f"{name}, seed {seed}", Report.load(reports[seed]), reports[seed]))
     return Comparison(rows, best["row"], best["reason"], best["command"], _text(found["command"]), notes, runs)
 
 
-def _first(row: dict[str, Any], folder: Path) -> list[Run]:
-    """The first finished cell of a row, wherever the whole folder has gone since; none where it was thrown away."""
+def _finished(row: dict[str, Any], folder: Path) -> dict[int, Path]:
+    """Reports of a row's finished cells by seed, wherever the whole folder has gone since."""
+    found = {}
     for cell in row["cells"]:
         report = folder.joinpath("cells", *Path(cell["folder"]).parts[-2:], "ftplus", "report.json")
         if cell["state"] == "finished" and report.is_file():
-            return [Run(f"{row['name']}, seed {cell['seed']}", Report.load(report), report)]
-    return []
+            found[cell["seed"]] = report
+    return found
 
 
 def _of_kind(file: Path, kind: str) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def blocks(runs: list[Run]) -> list[dict[str, Any]]:
 ORDER = ["metric", "token_accuracy", "loss", "drift", "retention"]
 
 
-COSTS = {"steps": "steps", "seconds": "seconds", "bytes": "state"}
+COSTS = {"steps": "steps", "seconds": "seconds", "bytes": "state", "speed": "tokens/s"}
 """Columns of an overview by their keys."""
 
 
@@ -150,12 +150,13 @@ def _headline(task: TaskResult | None, role: str) -> Cell:
 
 
 def costs(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Steps, seconds and bytes of state in words."""
+    """Steps, seconds and bytes of state in words, and how fast a model was scored."""
     seconds, held = spent(facts), list(of_strategies(facts, "bytes").values())
-    steps = facts.get("steps")
+    steps, speed = facts.get("steps"), facts.get("tokens_per_second")
     return {
         "steps": str(steps) if is_number(steps) else MISSING,
         "seconds": number(sum(seconds.values()), 1) if seconds else MISSING,
+        "speed": number(speed, 0) if is_number(speed) else MISSING,
         "bytes": size(sum(held)) if held else "0 B" if facts.get("strategies") == {} else MISSING,
     }
 

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from .. import disk
 from ..errors import StorageError
 from ..formats import escape
+from ..report.table import by_prompt
 from ..report.text import MISSING, label, number
 from . import drawn, plots
 from .answers import differences, plain
@@ -28,6 +28,7 @@ from .tables import blocks, mapping, matrix_rows, mixture, of_strategies, of_tas
 from .verdicts import called, compared, flips, lengths
 
 if TYPE_CHECKING:
+    from ..evaluation.results import Completion
     from ..trainer import SFTTrainer
 
 HERE = Path(__file__).parent
@@ -175,20 +176,20 @@ def answers(runs: list[Run], characters: int) -> list[dict[str, Any]]:
     """By task, each prompt with what was expected and what every model said; marked is what training changed."""
     found = []
     for first in tasks_of(runs):
-        rows = [(place, run, task.completions) for place, run, task in of_task(runs, first.name) if task.completions]
-        items = [_item(rows, said, characters) for said in zip_longest(*(said for _, _, said in rows))]
+        rows = [(place, run, task) for place, run, task in of_task(runs, first.name) if task.completions]
+        items = [_item(rows, said, characters) for said in by_prompt([task for _, _, task in rows])]
         if items:
             found.append({"name": label(first.name).plain, "role": label(first.role).plain, "items": items})
     return found
 
 
-def _item(rows: list[Any], said: tuple[Any, ...], characters: int) -> dict[str, Any]:
-    """One prompt. The start stands there once where all runs start from the same answer, else before each run."""
+def _item(rows: list[Any], said: list[Completion | None], characters: int) -> dict[str, Any]:
+    """One prompt, and the runs that were asked it. The start stands there once where all runs start from the same answer, else before each run."""
     first = next(item for item in said if item)
-    same = all(item is None or (item.prompt, item.before) == (first.prompt, first.before) for item in said)
+    same = all(item is None or item.before == first.before for item in said)
     cells = []
     for (place, run, _), item in zip(rows, said, strict=True):
-        if item is None or item.prompt != first.prompt:
+        if item is None:
             continue
         name = label(run.name).plain if len(rows) > 1 or run.against else "after"
         began = label(run.against).plain or "start"

@@ -69,11 +69,17 @@ def joined_completions(runs: Mapping[str, Results]) -> RenderableType:
     for task in ordered(first):
         others = {run: {r.name: r for r in results}.get(task.name) for run, results in runs.items()}
         grid = grid_of(task.name, "start", *runs, lines=True, ratio=True)
-        for i, item in enumerate(task.completions):
-            ends = [r.completions[i].after if r and i < len(r.completions) else None for r in others.values()]
-            add(grid, shown(item.prompt), shown(item.before), *map(shown, ends))
-        parts += [grid] if task.completions else []
+        for said in by_prompt(list(others.values())):
+            asked = next(item for item in said if item)
+            add(grid, shown(asked.prompt), shown(asked.before), *(shown(item and item.after) for item in said))
+        parts += [grid] if grid.row_count else []
     return Group(*parts)
+
+
+def by_prompt(results: Sequence[TaskResult | None]) -> list[list[Completion | None]]:
+    """Every prompt that any of several runs was asked, with what each answered; None where it was not asked."""
+    each = [{(item.prompt, item.expected): item for item in result.completions} if result else {} for result in results]
+    return [[of.get(asked) for of in each] for asked in dict.fromkeys(asked for of in each for asked in of)]
 
 
 # ---- cells ---------------------------------------------------------------------------------------------------------

@@ -162,10 +162,10 @@ def said_of(repo: str, then: str = "") -> Iterator[None]:
         raise StorageError(f"HF_HUB_OFFLINE is set, so the Hub cannot be asked. Unset it.{then}") from error
     except HfHubHTTPError as error:
         raise StorageError(refusal(repo, error) + then) from error
-    except ValueError as error:  # of a card whose head the Hub does not take
-        raise StorageError(f"The Hub refused {repo}: {' '.join(str(error).split())}{then}") from error
     except OSError as error:  # no network, no space
         raise StorageError(f"{repo}: {' '.join(str(error).split())} Look after network and disk.{then}") from error
+    except ValueError as error:  # of a card whose head the Hub does not take
+        raise StorageError(f"The Hub refused {repo}: {' '.join(str(error).split())}{then}") from error
 
 
 def refusal(repo: str, error: HfHubHTTPError) -> str:

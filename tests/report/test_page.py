@@ -193,6 +193,18 @@ def test_answers_stand_beside_the_start_that_they_share():
     assert terms[:5] == ["expected", "1 plain: start", "1 plain", "2 ewc: start", "2 ewc"]
 
 
+def test_runs_that_were_asked_other_questions_stand_under_their_own():
+    """Which rows are asked follows from the seed of a run."""
+    asked = {"one": ("A?", "B?"), "other": ("B?", "C?")}
+    runs = [
+        Run(name, Report([result(completions=[Completion(q, "", f"start {q}", f"{name} {q}") for q in each])]), Path(name))
+        for name, each in asked.items()
+    ]
+    html = page(Found(runs), COMMAND)
+    said = [re.findall(r"<dt>\d (one|other)</dt>", part) for part in html.split('class="prompt"')[1:]]
+    assert said == [["one"], ["one", "other"], ["other"]]
+
+
 def test_200_rows_of_20_models_fit_into_3_mb():
     said = "A <b>long</b> & tedious answer in 海, " * 12
     runs = []

@@ -133,6 +133,9 @@ def test_joined_runs_stand_beside_each_other_with_their_costs():
 
 def test_joined_answers_stand_beside_each_other():
     ewc = [result(completions=[Completion("Tell me a story.", "Once.", "Once there was a dog.", "A dog slept.")])]
+    other = [result(completions=[Completion("Another?", "No.", "a", "b"), *ewc[0].completions])]
+    text = words(drawn(joined_completions({"ewc": ewc, "other": other}), 120))
+    assert text.index("A dog slept. A dog slept.") < text.index("Another?")  # whatever place it has in each
     text = words(drawn(joined_completions({"plain": [result()], "ewc": ewc}), 120))
     assert "Tell me a story. Once there was a dog. Maximize A dog slept." in text
 

@@ -37,6 +37,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from hf_ftplus.disk import replace
 from hf_ftplus.fisher import logit_gradient
 from hf_ftplus.quadratic import pull, starting, wells
 
@@ -169,7 +170,7 @@ def main(show: bool) -> None:
             for seed in SEEDS:
                 key = f"{how} {strength:g} {seed}"
                 kept[key] = kept.get(key) or run(how, strength, seed, learn, test)
-            KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+            replace(KEPT, lambda file: file.write_text(json.dumps(kept, indent=1) + "\n"))
     Console(width=160).print(table(kept))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 import click
 import yaml
 
+from hf_ftplus.disk import replace
 from hf_ftplus.evaluation.matrix import accuracy, backward_transfer, learning_accuracy
 from hf_ftplus.report import Report
 from hf_ftplus.report.matrix import Matrix
@@ -35,8 +37,9 @@ OUT = Path("demo_output") / "forgetting"
 DATA = OUT / "data"
 TASKS = ("sentiment", "code", "translation", "arithmetic")
 KEEP = ("chat", "python", "prose")
-SELF_WRITTEN = {"chat": 48, "chat_measure": 48}
-"""Rows that the model writes before anything: to protect with, and others to measure."""
+SELF_WRITTEN = {"chat_measure": 48, "chat": 48}
+"""Rows that the model writes before anything: to measure, and others to protect with, whose file tells that both are
+there."""
 
 SHARED = {
     "model_name_or_path": "demo",
@@ -146,6 +149,8 @@ def measure(name: str, seed: int) -> Cell:
     folder = OUT / f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}-{seed}"
     file = folder.with_name(f"{folder.name}.yaml")
     candidate = CANDIDATES[name]
+    if candidate.joint:  # saves nothing on its way: stopped, it begins anew
+        shutil.rmtree(folder, ignore_errors=True)
     file.write_text(yaml.safe_dump(described(candidate, seed, folder), sort_keys=False))
     click.echo(f"{name}, seed {seed}", err=True)
     command = [str(Path(sys.executable).parent / "ftplus"), *(["sft", "--config"] if candidate.joint else ["sequence"])]
@@ -196,18 +201,18 @@ def described(candidate: Candidate, seed: int, folder: Path) -> dict[str, Any]:
 
 def write_chats() -> None:
     """What the starting model says to requests of its own: fixed, so that all stages are measured on the same rows."""
-    if all((DATA / f"{name}.jsonl").is_file() for name in SELF_WRITTEN):
+    if (DATA / "chat.jsonl").is_file():
         return
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_ftplus.generate import self_generate
+    from hf_ftplus.generate import self_generate, store
     from hf_ftplus.model import demo
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(demo()), AutoTokenizer.from_pretrained(demo())
     rows = list(self_generate(model, tokenizer, sum(SELF_WRITTEN.values()), progress=False))
     for name, count in SELF_WRITTEN.items():
         mine, rows = rows[:count], rows[count:]
-        (DATA / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine))
+        store(DATA / f"{name}.jsonl", mine)
 
 
 @click.command()
@@ -223,7 +228,7 @@ def main(seeds: int, only: tuple[str, ...], show: bool) -> None:
         for name in () if show else only or CANDIDATES:
             if str(seed) not in kept.setdefault(name, {}):
                 kept[name][str(seed)] = asdict(measure(name, seed))
-                KEPT.write_text(json.dumps(kept) + "\n")
+                replace(KEPT, lambda file: file.write_text(json.dumps(kept) + "\n"))
     click.echo(table({name: [Cell(**cell) for cell in kept[name].values()] for name in CANDIDATES if kept.get(name)}))
 
 

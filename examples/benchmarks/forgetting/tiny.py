@@ -45,6 +45,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
 import hf_ftplus
+from hf_ftplus.disk import replace
 from hf_ftplus.evaluation.matrix import accuracy, backward_transfer, learning_accuracy
 
 KEPT = Path(__file__).with_suffix(".json")
@@ -225,7 +226,7 @@ def measure(kept: dict, name: str, key: str, rate: float, seed: int, scored_on: 
     mine = kept.setdefault(name, {})
     if key not in mine:
         mine[key] = run(CANDIDATES[name], rate, seed, scored_on)
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+        replace(KEPT, lambda file: file.write_text(json.dumps(kept, indent=1) + "\n"))
         print(name, key, *(f"{value:.3f}" for value in figures(mine[key]) if value is not None), flush=True)
 
 
