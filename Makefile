@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test plugins benchmark exact storm fuzz deepspeed lint compat clean
+.PHONY: demo test plugins benchmark exact storm fuzz deepspeed page lint compat clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo/run.py
@@ -40,6 +40,12 @@ benchmark: .venv/demo .venv/test
 	$(BIN)/python examples/benchmarks/forgetting/digits.py
 	$(BIN)/python examples/benchmarks/forgetting/tiny.py
 	$(BIN)/python examples/benchmarks/forgetting/real.py --seeds 3
+
+# the page in Chromium (apt install chromium) with axe-core (npm), and pictures of it in demo_output/page
+page: .venv/test
+	mkdir -p demo_output/page && cd demo_output/page && npm pack --silent axe-core && tar xzf axe-core-*.tgz
+	FTPLUS_AXE=demo_output/page/package/axe.min.js FTPLUS_PICTURES=demo_output/page \
+		$(BIN)/python -m pytest -q -rs tests/report/test_page_browser.py $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

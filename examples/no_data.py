@@ -2,8 +2,9 @@
 
     python examples/no_data.py                    from the top of the repository; MODEL=... chooses another model
 
-"self:32" opens the chat template at the user's turn, lets the model ask, then answer. `distill` and `ewc` stacked kept
-most on a real model, and there without a row of the user's (examples/benchmarks).
+"self:64x48" opens the chat template at the user's turn, lets the model ask, then answer in at most 48 tokens, 64 times. The
+strategies are those that `ftplus advise none` names: stacked, they were among those that kept most on a real model
+(examples/benchmarks).
 """
 
 import os
@@ -23,6 +24,7 @@ trainer = SFTTrainer(
         os.environ.get("OUT", "out/no_data"),
         max_steps=6,
         per_device_train_batch_size=4,
+        learning_rate=1e-4,
         max_grad_norm=0,
         logging_steps=2,
         save_strategy="no",
@@ -32,8 +34,8 @@ trainer = SFTTrainer(
     ),
     train_dataset=load_dataset("json", data_files="examples/data/learn.jsonl", split="train"),
     processing_class=AutoTokenizer.from_pretrained(MODEL),
-    strategies=["distill", "ewc"],
-    protect=f"self:{os.environ.get('ROWS', 32)}",  # the line
+    strategies=[("replay", {"share": 0.0625}), ("ewc", {"strength": 3000})],
+    protect=f"self:{os.environ.get('ROWS', 64)}x48",  # the line
 )
 
 trainer.train()

@@ -28,34 +28,41 @@ REPLAYED = (
 )
 """The same of replay and EWC; TRL cuts no row that goes without padding, and wants that said."""
 
+LORA_RATE = "2e-3"
+LORA_SHARE = 0.0625
+"""What the figure of distill under LoRA was measured with; `ftplus init` writes both."""
+
 TABLE = (
     Advice(
         "data",
         "I have rows of what must not be forgotten",
         f"ftplus sft --plugin distill --plugin ewc --protect FILE {DISTILLED}",
         "keeps saying what the starting model says on them, and holds the weights they depend on; with rows that the "
-        "model wrote itself they kept, stacked, 99 % of what plain loses",
+        "model wrote itself they kept, stacked, avoided 99 % of what plain fine-tuning lost",
     ),
     Advice(
         "none",
         "I have none",
         f"ftplus sft --plugin replay --plugin ewc --protect self:64x48 {REPLAYED}",
-        "the model writes them itself before it learns. It learnt every fact, and kept 100 % of what plain loses (mean "
-        "of chat and Python; 93 % of chat alone). Asked in other words it knew 42 % of the facts, plain 26 %. Or "
+        "the model writes them itself before it learns. It learnt every fact, and avoided 100 % of what plain "
+        "fine-tuning lost (mean of chat and Python; 93 % of chat alone). Asked in other words it knew 42 % of the facts, plain 26 %. Or "
         "`ftplus memory pull`, if somebody published what protects your model",
     ),
     Advice(
         "sequence",
         "I train on one thing after another",
-        "ftplus sequence run.yaml     # plugins: [ewc, replay], keep: 64",
+        "ftplus sequence run.yaml     # plugins: [ewc, replay], keep: 64, max_grad_norm: 0",
         "each stage rehearses kept rows of those before and inherits their importances",
     ),
     Advice(
-        "memory",
-        "I have no memory to spare",
-        "ftplus sft --use_peft --plugin ewc --protect FILE --learning_rate 2e-3 --max_grad_norm 0",
-        "under LoRA EWC keeps d + k numbers for d x k weights, and distill needs no second model; replay needs nothing "
-        "at all, with or without LoRA",
+        "small",
+        "I have little RAM or GPU memory to spare",
+        "ftplus sft --use_peft --lora_target_modules all-linear --plugin distill --protect FILE --set "
+        f"distill.share={LORA_SHARE} --learning_rate {LORA_RATE}",
+        "under LoRA distill needs no second model: its teacher is the base with the adapter switched off. On rows that "
+        "the model wrote itself it learnt as much as plain LoRA in as many steps, and avoided 93 % of what plain "
+        "fine-tuning lost (one seed). EWC keeps d + k numbers for d x k weights there; replay nothing, with or without "
+        "LoRA",
     ),
 )
 

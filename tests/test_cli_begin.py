@@ -93,7 +93,7 @@ def test_every_line_that_it_prints_after_a_run_works_there(here, capsys, hardwar
     make_place(here)
     quick = ["--max_steps", "1", "--measure_rows", "2", "--completions", "0"]
     assert init(hardware=hardware) == 0
-    assert main(["sft", "--config", "run.yaml", *quick]) == 0
+    assert main(["sft", "--config", "run.yaml", "--plugin", "ewc", *quick]) == 0
     capsys.readouterr()
     assert main([]) == 0
     text = re.sub(r" *\\\n *", " ", capsys.readouterr().out)
@@ -150,7 +150,7 @@ def test_a_flag_of_any_command_is_written_with_dashes_or_underscores(flag, capsy
     [
         ("cpu", "protect.jsonl", {"distill", "ewc"}),
         ("cpu", "own=self:4x8", {"replay", "ewc"}),
-        ("small", "protect.jsonl", {"ewc"}),
+        ("small", "protect.jsonl", {"distill"}),
         ("large", "protect.jsonl", {"distill", "ewc"}),
     ],
 )
@@ -196,6 +196,50 @@ def test_it_asks_what_it_was_not_told(here):
     assert (found["model_name_or_path"], found["protect"], found["use_cpu"]) == ("some/model", ["self:64x48"], True)
 
 
+def test_a_wrong_answer_is_asked_again_and_the_others_stay(here):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command("init"), stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here
+    )
+    os.write(ours, b"some/model\nown.jsonl\nself\nself:8x4\ntoaster\n GPU \n")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "expected self:64, or self:64x48" in error
+    assert "'toaster'; expected cpu, small" in error
+    found = yaml.safe_load((here / "run.yaml").read_text())
+    assert (found["model_name_or_path"], found["dataset_name"]) == ("some/model", "own.jsonl")
+    assert (found["protect"], found["use_peft"]) == (["self:8x4"], True)
+
+
+@pytest.mark.parametrize(("found", "proposed"), [(set(), "cpu"), ({"nvidia-smi"}, "small"), ({"rocm-smi"}, "small")])
+def test_a_cpu_is_proposed_where_there_is_no_gpu(monkeypatch, found, proposed):
+    from hf_ftplus.cli import init
+
+    monkeypatch.setattr(init.shutil, "which", lambda name: name if name in found else None)
+    monkeypatch.setattr(init.sys, "platform", "linux")
+    assert init.here() == proposed
+    monkeypatch.setattr(init.sys, "platform", "darwin")
+    monkeypatch.setattr(init.platform, "machine", lambda: "arm64")
+    assert init.here() == "small"
+
+
+@pytest.mark.parametrize("protect", ["protect.jsonl", "self:64"])
+@pytest.mark.parametrize("hardware", ["cpu", "small", "large", "2"])
+def test_the_file_names_no_strategy_but_its_own(here, hardware, protect):
+    assert init(hardware=hardware, protect=protect) == 0
+    text = (here / "run.yaml").read_text()
+    own = {name for item in yaml.safe_load(text)["plugins"] for name in item}
+    assert set(re.findall(r"\b(?:ewc|si|distill|replay|multitask)\b", text)) == own
+
+
+def test_the_rate_of_an_adapter_is_the_advised_one(here):
+    assert init(hardware="small") == 0
+    advised = next(item.take for item in TABLE if item.key == "small")
+    found = yaml.safe_load((here / "run.yaml").read_text())
+    assert f"--learning_rate {found['learning_rate'] * 1000:g}e-3" in advised
+    assert f"--set distill.share={found['plugins'][0]['distill']['share']}" in advised
+
+
 def test_names_that_yaml_would_misread_come_back_as_typed(here):
     words = [
         "--model",
@@ -218,7 +262,8 @@ def test_names_that_yaml_would_misread_come_back_as_typed(here):
 def test_what_is_wrong_is_said(here, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert main(["init", "--model", "demo"]) == 2
-    assert "Type --learn ... --protect ... --hardware ..." in capsys.readouterr().err
+    said = "This is not a terminal, so nothing can be asked. Type --learn ... --protect ... --hardware ..."
+    assert said in capsys.readouterr().err
     assert init(hardware="toaster") == 2
     assert "--hardware 'toaster'; expected cpu, small" in capsys.readouterr().err
     assert not (here / "run.yaml").exists()
@@ -236,7 +281,7 @@ def test_what_is_wrong_is_said(here, capsys, monkeypatch):
 
 def test_advise_has_the_table_of_the_readme(capsys):
     assert main(["advise", "--json"]) == 0
-    assert [row["key"] for row in json.loads(capsys.readouterr().out)] == ["data", "none", "sequence", "memory"]
+    assert [row["key"] for row in json.loads(capsys.readouterr().out)] == ["data", "none", "sequence", "small"]
     assert markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -294,9 +339,71 @@ def test_beginning_imports_nothing_heavy(here, words):
     assert done.stderr.strip() == "[]"
 
 
-@pytest.mark.parametrize(("typed", "found"), [("ftplus se", "sequence"), ("ftplus sft --prot", "--protect")])
-def test_the_shell_completes(typed, found):
+def completed(typed, monkeypatch, capsys):
     """As bash asks for it once `eval "$(_FTPLUS_COMPLETE=bash_source ftplus)"` stands in ~/.bashrc."""
-    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_FTPLUS_COMPLETE": "bash_complete"}
-    done = subprocess.run(command(), capture_output=True, text=True, env={**os.environ, **words})
-    assert f"plain,{found}" in done.stdout.splitlines()
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split(" ")) - 1), "_FTPLUS_COMPLETE": "bash_complete"}
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main([])
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("ftplus se", "plain,sequence"),
+        ("ftplus sft --prot", "plain,--protect"),
+        ("ftplus sft --dataset_na", "plain,--dataset_name"),
+        ("ftplus data preview --learning_r", "plain,--learning_rate"),
+        ("ftplus sft --config ru", "file,ru"),
+        ("ftplus sft --dataset_name le", "file,le"),
+        ("ftplus sft --model_name_or_path ", "file,"),
+        ("ftplus sft --protect pro", "file,pro"),
+        ("ftplus sft --protect chat = pro", "file,pro"),  # bash takes a word apart at =
+        ("ftplus sft --memory ou", "file,ou"),
+        ("ftplus sft --plugin ew", "plain,ewc"),
+        ("ftplus sft --plugin ./my", "file,./my"),
+        ("ftplus plugins ew", "plain,ewc"),
+        ("ftplus plugin te", "plain,test"),
+        ("ftplus plugin test ew", "plain,ewc"),
+        ("ftplus plugin test ./my", "file,./my"),
+        ("ftplus init --hardware sm", "plain,small"),
+        ("ftplus init --learn le", "file,le"),
+        ("ftplus generate --model ou", "file,ou"),
+        ("ftplus sequence ru", "file,ru"),
+        ("ftplus eval demo ou", "file,ou"),
+        ("ftplus report ou", "file,ou"),
+        ("ftplus memory push me", "file,me"),
+        ("ftplus merge --model ou", "file,ou"),
+        ("ftplus compare --config ru", "file,ru"),
+        ("ftplus advise no", "plain,none"),
+    ],
+)
+def test_the_shell_completes(typed, found, monkeypatch, capsys):
+    assert found in completed(typed, monkeypatch, capsys)
+
+
+def test_no_line_of_a_completion_takes_back_another(monkeypatch, capsys):
+    """bash forgets what it has when it is told to look for files."""
+    for typed in ("ftplus sft --", "ftplus sft --plugin ", "ftplus plugins ", "ftplus plugin test "):
+        kinds = {line.partition(",")[0] for line in completed(typed, monkeypatch, capsys)}
+        assert kinds == {"plain"}, typed
+
+
+def test_the_flags_of_trl_are_completed_without_its_parser():
+    from hf_ftplus.cli.completion import flags_of_trl
+    from hf_ftplus.cli.sft import _trl_parser
+
+    assert set(flags_of_trl()) == {f"--{action.dest}" for action in _trl_parser()._actions} - {"--help"}
+
+
+def test_completing_imports_nothing_heavy():
+    words = {"COMP_WORDS": "ftplus sft --da", "COMP_CWORD": "2", "_FTPLUS_COMPLETE": "bash_complete"}
+    code = (
+        "import atexit, sys; from hf_ftplus.cli import main; "
+        "atexit.register(lambda: print([n for n in ('torch', 'trl', 'transformers') if n in sys.modules])); main([])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **words})
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "plain,--dataset_name" in done.stdout

@@ -2,6 +2,7 @@
 
     plugins: [axolotl_ftplus.FTPlusPlugin]
     ftplus: {strategies: [ewc, distill], protect: protect.jsonl}
+    max_grad_norm: 0        # or the penalty of ewc, which is added after clipping, weighs more than it says
 
 Written for axolotl 0.19, which pins TRL 1.9, where hf-ftplus asks for 1.16: pip cannot resolve both (`pip install
 --no-deps hf-ftplus` puts it there). What was tried: see examples/README.md.

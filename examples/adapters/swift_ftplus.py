@@ -1,7 +1,7 @@
 """Strategies inside ms-swift, through its `external_plugins`:
 
     FTPLUS_STRATEGIES=ewc FTPLUS_PROTECT=protect.jsonl \\
-    swift sft --external_plugins swift_ftplus.py --callbacks ftplus --model ... --dataset ...
+    swift sft --external_plugins swift_ftplus.py --callbacks ftplus --max_grad_norm 0 --model ... --dataset ...
 
 A callback reaches gradients and weights (ewc, si); `distill`, `replay` and `multitask` need more, and say so. Written
 for ms-swift 4.6, which wants TRL below 1.0: pip cannot resolve both (`pip install --no-deps hf-ftplus` puts it there);

@@ -44,6 +44,10 @@ RANKS = "FTPLUS_RANKS"
 """Environment variable: the folder in which launched processes leave how they ended (launch.py)."""
 
 
+COMPLETES = "_FTPLUS_COMPLETE"
+"""Environment variable: set by the shell while it asks what could be typed."""
+
+
 class Commands(click.Group):
     """A group that knows its commands by name and imports `hf_ftplus.cli.NAME` for the one that is called."""
 
@@ -51,6 +55,14 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if COMPLETES in os.environ:
+            from .completion import teach
+
+            found = self._found(cmd_name)
+            return found and teach(found)
+        return self._found(cmd_name)
+
+    def _found(self, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return _of_a_plugin(cmd_name)
         import logging  # not for `ftplus --help`, as all of the standard library that takes milliseconds

@@ -14,7 +14,7 @@ from ..advice import TABLE
 @click.argument("situation", required=False, type=click.Choice([item.key for item in TABLE]))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def advise(situation: str | None, as_json: bool) -> None:
-    """Say which strategy to begin with: have protect data, have none, a sequence, no memory to spare."""
+    """Say which strategy to begin with: have protect data, have none, a sequence, a small machine."""
     rows = [item for item in TABLE if situation in (None, item.key)]
     if as_json:
         click.echo(json.dumps([asdict(item) for item in rows], indent=2))

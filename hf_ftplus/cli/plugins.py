@@ -47,6 +47,11 @@ class Plugins(click.Group):
             return None
         return getattr(importlib.import_module(f"{__package__}.{AUTHORS[cmd_name]}"), cmd_name)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        from .completion import beginning, strategies
+
+        return [*super().shell_complete(ctx, incomplete), *beginning(strategies(), incomplete)]
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:

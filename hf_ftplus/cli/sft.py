@@ -46,6 +46,11 @@ class Sft(click.Command):
         ctx.meta["words"] = [_as_trl_says(word) for word in args]
         return super().parse_args(ctx, list(ctx.meta["words"]))  # which takes its list apart
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        from .completion import beginning, flags_of_trl
+
+        return [*super().shell_complete(ctx, incomplete), *beginning(flags_of_trl(), incomplete)]
+
 
 def _as_trl_says(word: str) -> str:
     """--model is what our other commands call a model."""

@@ -133,7 +133,9 @@ def scores(file: Path) -> Scores:
         entries = [
             (TaskResult.from_dict({item.name: one[item.name] for item in fields(TaskResult)}), one) for one in results
         ]
-        runs.append(Run(model, Report([task for task, _ in entries], facts | {"tokens_per_second": speed}), file, models[0]))
+        runs.append(
+            Run(model, Report([task for task, _ in entries], facts | {"tokens_per_second": speed}), file, models[0])
+        )
         check(runs[-1].report)
         calls.append([_call(model, task, one) for task, one in entries])
     return Scores(models, found["plan"]["margin"], floors, calls[1:], runs[1:] or runs)

@@ -92,7 +92,7 @@ def page(found: Found, command: str) -> str:
     """One HTML file of at most 3 MB, for which answers are cut, that asks nothing of any network."""
     flipped = lengths(found.scores.values())
     count = sum(len(task.completions) for run in found.runs for task in run.report.tasks) + sum(flipped)
-    characters = min(2000, max(60, 1_000_000 // max(1, count)))
+    characters = min(2000, max(60, 500_000 // max(1, count)))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -197,7 +197,11 @@ def test_runs_that_were_asked_other_questions_stand_under_their_own():
     """Which rows are asked follows from the seed of a run."""
     asked = {"one": ("A?", "B?"), "other": ("B?", "C?")}
     runs = [
-        Run(name, Report([result(completions=[Completion(q, "", f"start {q}", f"{name} {q}") for q in each])]), Path(name))
+        Run(
+            name,
+            Report([result(completions=[Completion(q, "", f"start {q}", f"{name} {q}") for q in each])]),
+            Path(name),
+        )
         for name, each in asked.items()
     ]
     html = page(Found(runs), COMMAND)

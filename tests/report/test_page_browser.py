@@ -17,6 +17,8 @@ A4 = 718
 """Pixels between margins of 1 cm."""
 AXE = os.environ.get("FTPLUS_AXE")
 """Where axe.min.js of axe-core lies: npm pack axe-core"""
+PICTURES = os.environ.get("FTPLUS_PICTURES")
+"""A folder for pictures of the page, to be looked at."""
 
 
 @pytest.mark.fault("F5")
@@ -63,6 +65,8 @@ def test_nothing_is_asked_for_but_the_page_itself(shown):
 def test_nothing_is_wider_than_the_window(shown, width, media):
     shown.show(width, media)
     assert shown("document.documentElement.scrollWidth") <= shown("innerWidth") == width
+    if PICTURES:
+        shown.picture(Path(PICTURES) / f"{media}-{width}.png")
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
