@@ -59,3 +59,16 @@ def test_a_command_is_kept_without_its_secrets():
     assert masked(["--out", "out/hf_checkpoints/x"]) == ["--out", "out/hf_checkpoints/x"]
     assert masked(["env.HF=hf_" + 34 * "a"]) == ["env.HF=***"]
     assert masked(["--hub_token=hf_x", "--eos_token", "</s>"]) == ["--hub_token=***", "--eos_token", "</s>"]
+
+
+def test_tasks_that_a_flag_replaces_take_their_metrics_along():
+    """What is measured instead has other names; a metric for a task that nobody ever named stays an error."""
+    given = {"measure": {"learn": "a", "other": "b"}, "metric": {"learn": "exact_match", "other": "exact_match"}}
+    ours, _ = merge({"measure": ("learn=c",), "metric": ("learn=choice",)}, given)
+    assert ours["measure"] == ["learn=c"]
+    assert ours["metric"] == ["learn=exact_match", "learn=choice"]
+    assert build(ours).metrics == {"learn": "choice"}
+    with pytest.raises(UsageError, match="no task 'othr'"):
+        build(merge({"measure": ("learn=c",)}, {**given, "metric": {"othr": "exact_match"}})[0])
+    with pytest.raises(UsageError, match="no task 'other'"):
+        build(merge({"measure": ("learn=c",), "metric": ("other=choice",)}, given)[0])

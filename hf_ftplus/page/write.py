@@ -184,7 +184,8 @@ def answers(runs: list[Run], characters: int) -> list[dict[str, Any]]:
 
 
 def _item(rows: list[Any], said: list[Completion | None], characters: int) -> dict[str, Any]:
-    """One prompt, and the runs that were asked it. The start stands there once where all runs start from the same answer, else before each run."""
+    """One prompt, with the runs that were asked it. The start stands there once where all begin with the same answer,
+    else before each."""
     first = next(item for item in said if item)
     same = all(item is None or item.before == first.before for item in said)
     cells = []
