@@ -87,7 +87,8 @@ def compare(
         asked = Asked(given, plugins, out, seeds, strengths, learning_rates, limit, yes, again)
         with locked(out, "--out"):
             found = compare(asked, console.print, lambda said: click.echo(said, err=True))
-    facts = save(found, out, shlex.join(words))
+            facts = save(found, out, shlex.join(words))
+            leave_page(out / "compare.json")
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
@@ -95,6 +96,5 @@ def compare(
         if facts["recommended"]:
             click.echo(facts["recommended"]["command"])  # on one line, to be copied
         click.echo(f"All figures: {out / 'compare.json'}", err=True)
-    leave_page(out / "compare.json")
     if error := failed(found):
         raise error

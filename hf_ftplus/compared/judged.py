@@ -65,6 +65,7 @@ class Judged:
     retention: Estimate = NOT_MEASURED
     drift: Estimate = NOT_MEASURED
     negative_flips: float | None = None
+    steps: float | None = None
     seconds: float | None = None
     bytes: float | None = None
     peak_bytes: float | None = None
@@ -96,6 +97,12 @@ def judge(rows: Sequence[Row], cells: Sequence[Cell]) -> Judgement:
         notes.append(
             f"{max(counts)} of {FEWEST} seeds: too few to tell what another seed would give. Type --seeds {FEWEST}."
         )
+    taken = sorted({item.steps for item in found if item.steps is not None})
+    if len(taken) > 1:
+        notes.append(
+            f"Rows took {taken[0]:g} to {taken[-1]:g} steps, which may be part of a difference: replay adds rows to an "
+            "epoch, and stop_when ends early. max_steps gives all as many."
+        )
     if mixed := mixed_versions([report.facts.get("versions", {}) for report in reports.values()]):
         notes.append(f"Cells were run with different versions, which may be part of a difference: {mixed}.")
     return Judgement(found, *recommended(found), notes)
@@ -115,6 +122,7 @@ def _judged(row: Row, cells: list[Cell], reports: dict[int, Report], tasks: dict
     for name in FIGURES:
         setattr(found, name, over_seeds(column[name]))
     found.negative_flips, found.bytes = _mean(column["negative_flips"]), _mean(column["bytes"])
+    found.steps = _mean([reports[id(cell)].facts.get("steps") for cell in done])
     whole = [reports[id(cell)].facts["seconds"] for cell in done if not cell.kept.get("resumed", True)]
     found.seconds = _mean([sum(spent.values()) for spent in whole])
     found.peak_bytes = max((peak for cell in done if (peak := cell.peak_bytes())), default=None)

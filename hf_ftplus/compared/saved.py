@@ -4,8 +4,8 @@ compare.json (format 1):
     command, versions        how it was made
     rows                     a list of: name, learning_rate, plugins (as in YAML), n (finished cells); learning,
                              learn_loss, retention, drift (value, low, high); negative_flips (rows right before and
-                             wrong now, mean over seeds), seconds (of a run, all of it), bytes (of strategies' state),
-                             peak_bytes (of the device; without one, of the process); front; cells: seed, state,
+                             wrong now, mean over seeds), steps, seconds (of a run, all of it), bytes (of strategies'
+                             state), peak_bytes (of the device; without one, of the process); front; cells: seed, state,
                              folder, error, learning, retention
     recommended              row, reason, command; null where nothing can be recommended
     left_out                 names of cells that were not run
@@ -49,7 +49,8 @@ def to_dict(found: Judgement, command: str) -> dict[str, Any]:
 
 def _row(item: Judged) -> dict[str, Any]:
     facts = {
-        name: getattr(item, name) for name in (*FIGURES, "negative_flips", "seconds", "bytes", "peak_bytes", "front")
+        name: getattr(item, name)
+        for name in (*FIGURES, "negative_flips", "steps", "seconds", "bytes", "peak_bytes", "front")
     }
     cells = [
         {"seed": cell.seed, "state": cell.state, "folder": str(cell.stage.folder), "error": cell.error or None}
@@ -70,10 +71,10 @@ def _row(item: Judged) -> dict[str, Any]:
 def to_csv(found: Judgement) -> str:
     """A line for each row, unrounded; what was not measured is an empty cell."""
     ends = [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
-    lines = [["row", "n", *ends, "negative_flips", "seconds", "bytes", "peak_bytes", "front", "recommended"]]
+    lines = [["row", "n", *ends, "negative_flips", "steps", "seconds", "bytes", "peak_bytes", "front", "recommended"]]
     for item in found.rows:
         values = [value for name in FIGURES for value in vars(getattr(item, name)).values()]
-        costs = [item.negative_flips, item.seconds, item.bytes, item.peak_bytes]
+        costs = [item.negative_flips, item.steps, item.seconds, item.bytes, item.peak_bytes]
         lines.append([item.row.name, item.n, *values, *costs, int(item.front), int(item is found.best)])
     return csv_text(lines)
 

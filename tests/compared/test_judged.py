@@ -194,6 +194,19 @@ def test_a_task_whose_retention_is_undefined_in_one_cell_is_in_no_mean(tmp_path)
     assert any(note.startswith("empty is left out") for note in found.notes)
 
 
+def test_steps_that_differ_between_rows_are_said(tmp_path):
+    rows = [Row("plain", 1e-3), Row("replay", 1e-3)]
+    made = [cell(tmp_path, row, seed) for row in rows for seed in (1, 2)]
+    for it, steps in zip(made, (60, 60, 69, 69), strict=True):
+        report = it.report()
+        report.facts["steps"] = steps
+        report.save(it.stage.report)
+    found = judge(rows, made)
+    assert [item.steps for item in found.rows] == [60, 69]
+    assert any(note.startswith("Rows took 60 to 69 steps") for note in found.notes)
+    assert not any("steps" in note for note in judge(rows[:1], made[:2]).notes)
+
+
 def test_cells_of_different_versions_are_said(tmp_path):
     made = [cell(tmp_path, Row("one", 1e-3), seed) for seed in (1, 2)]
     for it, version in zip(made, ("2.12.0", "2.13.0"), strict=True):
