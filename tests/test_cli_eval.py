@@ -207,6 +207,7 @@ def test_a_choice_is_kept_beside_its_score(place, tmp_path):
     kept = rows_of(tmp_path / "out", found["results"][0][0])
     assert {row["answer"] for row in kept} <= {"yes", "no"}
     assert [row["score"] for row in kept] == [float(row["answer"] == row["expected"].strip()) for row in kept]
+    assert all(("yes", "no")[row["likelihoods"][0] < row["likelihoods"][1]] == row["answer"] for row in kept)
 
 
 def test_nothing_is_measured_twice_and_a_model_that_changed_is(place, tmp_path, capsys, monkeypatch, cache):

@@ -28,15 +28,14 @@ SECONDS = 1.0
 """A pattern that takes longer over one answer, as `(a+)+b` may take for ever, has found nothing in it."""
 
 
-def picked(
+def likelihoods(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: EvalTask,
     batch_size: int,
     autocast: Autocast = nullcontext,
-) -> list[str | None]:
-    """The choice with the highest log-likelihood as the answer to each row's question; None where one is not finite, or
-    several are the highest, as to a model to which all tokens are alike.
+) -> list[list[float]]:
+    """The log-likelihood, in nats, of each choice as the answer to its row's question.
 
     The log-probabilities of a choice's tokens, its end of turn among them, are summed and not divided by their number:
     that is the probability that the model gives this very answer, and since the end counts, a choice that begins
@@ -47,18 +46,23 @@ def picked(
     room, label = positions(model), f"{task.name}: choices"
     warn_of_cut([len(example["input_ids"]) for example in examples], room, label)
     examples = [{key: ids[-room:] for key, ids in example.items()} for example in examples]
-    found = score(model, examples, batch_size, autocast=autocast, label=label)
-    likelihoods: list[list[float]] = [[] for _ in task.rows]
-    for (i, _), nll in zip(rows, found.nll.tolist(), strict=True):
-        likelihoods[i].append(-nll)
-    return [_likeliest(row["choices"], found) for row, found in zip(task.rows, likelihoods, strict=True)]
+    scored = score(model, examples, batch_size, autocast=autocast, label=label)
+    found: list[list[float]] = [[] for _ in task.rows]
+    for (i, _), nll in zip(rows, scored.nll.tolist(), strict=True):
+        found[i].append(-nll)
+    return found
 
 
-def _likeliest(choices: list[str], likelihoods: list[float]) -> str | None:
-    highest = max(likelihoods)
-    if not all(map(math.isfinite, likelihoods)) or likelihoods.count(highest) > 1:
+def picked(task: EvalTask, found: list[list[float]]) -> list[str | None]:
+    """The likeliest choice of each row; None where a likelihood is not finite, or several choices are the likeliest, as
+    to a model to which all tokens are alike."""
+    return [_likeliest(row["choices"], each) for row, each in zip(task.rows, found, strict=True)]
+
+
+def _likeliest(choices: list[str], found: list[float]) -> str | None:
+    if not all(map(math.isfinite, found)) or found.count(max(found)) > 1:
         return None
-    return choices[likelihoods.index(highest)]
+    return choices[found.index(max(found))]
 
 
 def right(picks: list[str | None], task: EvalTask) -> NDArray:

@@ -43,6 +43,8 @@ class Moment:
     answers: dict[int, str] = field(default_factory=dict)
     said: list[str | None] | None = None
     """The answer to every row, where the metric reads them, or its choice."""
+    likelihoods: list[list[float]] | None = None
+    """Of every choice of every row, in nats, where the metric compares them."""
     seconds: float = 0.0
     """Of scoring loss, accuracy and drift."""
 
@@ -138,7 +140,7 @@ class Evaluation:
     def _kept(self, model: nn.Module, task: EvalTask) -> Kept:
         before = self._before[task.name]
         if task.scored_by and not task.scored_by.written and before.metric.sum():
-            now = metrics.right(self._picked(model, task), task)
+            now = metrics.right(metrics.picked(task, self._likelihoods(model, task)), task)
             return Kept(task.scored_by.name, before.metric.mean(), now.mean())
         how = {"start": self._start(task), "autocast": self.autocast, "label": f"{task.name}: score"}
         now = score(model, task.examples, self.batch_size, **how)
@@ -182,8 +184,9 @@ class Evaluation:
         if task.scored_by is None:
             return Moment(scores, seconds=seconds)
         if not task.scored_by.written:
-            picks = self._picked(model, task)
-            return Moment(scores, metrics.right(picks, task), said=picks, seconds=seconds)
+            found = self._likelihoods(model, task)
+            picks = metrics.picked(task, found)
+            return Moment(scores, metrics.right(picks, task), said=picks, likelihoods=found, seconds=seconds)
         said = self._ask(model, [(task, i) for i in range(len(task.rows))], self._room(task), task.name)
         return Moment(scores, *metrics.written(said, task), said=said, seconds=seconds)
 
@@ -193,8 +196,8 @@ class Evaluation:
         for (task, i), said in zip(shown, self._ask(model, shown, self.max_new_tokens, "completions"), strict=True):
             moments[task.name].answers[i] = said
 
-    def _picked(self, model: nn.Module, task: EvalTask) -> list[str | None]:
-        return metrics.picked(model, self.tokenizer, task, self.batch_size, self.autocast)
+    def _likelihoods(self, model: nn.Module, task: EvalTask) -> list[list[float]]:
+        return metrics.likelihoods(model, self.tokenizer, task, self.batch_size, self.autocast)
 
     def _ask(self, model: nn.Module, rows: list[tuple[EvalTask, int]], tokens: int, label: str) -> list[str]:
         return answers(

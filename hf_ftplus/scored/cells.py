@@ -62,6 +62,7 @@ def written(moment: Moment) -> dict[str, Any]:
         "kl": scores.kl,
         "score": moment.metric,
         "answers": moment.said,
+        "likelihoods": moment.likelihoods,
         "unread": moment.unread,
         "seconds": moment.seconds,
     }
@@ -69,10 +70,11 @@ def written(moment: Moment) -> dict[str, Any]:
 
 def read(found: dict[str, Any]) -> Moment:
     """The inverse; None becomes NaN again."""
-    answers, seconds, unread = found["answers"], found["seconds"], found["unread"]
+    answers, likelihoods, seconds, unread = (found[key] for key in ("answers", "likelihoods", "seconds", "unread"))
     tokens, correct = (np.array(found[name], np.int64) for name in ("tokens", "correct"))
     nll, kl, score = (None if found[name] is None else np.array(found[name], float) for name in ("nll", "kl", "score"))
-    for column in (nll, correct, kl, score, answers):
+    for column in (nll, correct, kl, score, answers, likelihoods):
         if column is not None and len(column) != len(tokens):
             raise ValueError(f"{len(column)} values for {len(tokens)} rows")
-    return Moment(Scores(nll, tokens, correct, kl), score, unread, said=answers, seconds=seconds)
+    scores = Scores(nll, tokens, correct, kl)
+    return Moment(scores, score, unread, said=answers, likelihoods=likelihoods, seconds=seconds)

@@ -254,6 +254,7 @@ def _rows(task: EvalTask, moment: Moment, tokenizer: PreTrainedTokenizerBase) ->
             "prompt": asked_text(row, tokenizer),
             "expected": expected(row, tokenizer),
             "answer": moment.said and moment.said[i],
+            **({"likelihoods": moment.likelihoods[i]} if moment.likelihoods else {}),
             "score": None if moment.metric is None else moment.metric[i],
             "nll": scores.nll[i],
             "tokens": scores.tokens[i],

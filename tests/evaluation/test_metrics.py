@@ -44,7 +44,11 @@ def choice_rows(chat: bool) -> list[dict]:
 
 def choice(model, tokenizer, task, batch_size):
     """1 where it picks the right one."""
-    return metrics.right(metrics.picked(model, tokenizer, task, batch_size), task)
+    return metrics.right(picked(model, tokenizer, task, batch_size), task)
+
+
+def picked(model, tokenizer, task, batch_size):
+    return metrics.picked(task, metrics.likelihoods(model, tokenizer, task, batch_size))
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -55,7 +59,8 @@ def test_the_chosen_answer_is_the_one_with_the_highest_likelihood(tokenizer, cha
     task = EvalTask.of("quiz", "protect", rows, tokenizer)
     assert task.metric == "choice"  # declared by the column
     with as_found(model):
-        picks = metrics.picked(model, tokenizer, task, batch_size)
+        found = metrics.likelihoods(model, tokenizer, task, batch_size)
+    picks = metrics.picked(task, found)
 
     truth, likeliest = [], []
     for row in rows:
@@ -67,6 +72,7 @@ def test_the_chosen_answer_is_the_one_with_the_highest_likelihood(tokenizer, cha
             likelihoods.append(logits.log_softmax(-1).gather(1, labels[:, None]).sum().item())
         right = row["completion"][0]["content"] if chat else row["completion"]
         likeliest.append(row["choices"][likelihoods.index(max(likelihoods))])
+        assert found[len(truth)] == pytest.approx(likelihoods, rel=1e-4)
         truth.append(float(likeliest[-1] == right))
     assert picks == likeliest
     assert metrics.right(picks, task).tolist() == truth
@@ -81,7 +87,7 @@ def test_a_model_to_which_all_tokens_are_alike_answers_nothing(tokenizer):
     assert len({len(tokenizer(choice)["input_ids"]) for choice in rows[0]["choices"]}) == 1
     task = EvalTask.of("quiz", "protect", rows, tokenizer)
     with as_found(model):
-        picks = metrics.picked(model, tokenizer, task, 2)
+        picks = picked(model, tokenizer, task, 2)
     assert picks == [None, None]
     assert metrics.right(picks, task).tolist() == [0, 0]
 
@@ -104,7 +110,7 @@ def test_a_model_that_no_longer_computes_is_never_right(tokenizer):
         model.model.norm.weight.fill_(torch.nan)
     task = EvalTask.of("quiz", "protect", choice_rows(chat=True), tokenizer)
     with as_found(model):
-        picks = metrics.picked(model, tokenizer, task, 4)
+        picks = picked(model, tokenizer, task, 4)
     assert picks == [None] * 4
     assert metrics.right(picks, task).sum() == 0
 
