@@ -263,7 +263,7 @@ def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], 
             before = ours.get(option.name, ()) if option.name in OVERLAID else ()
             ours[option.name] = [*before, *flags[option.name]] if option.many else flags[option.name]
     ours["tasks"] = rest.pop("tasks", None)
-    if flags.get("measure"):  # instead of the file's, whose metrics go with them
+    if flags.get("measure") and ours.get("metric"):  # instead of the file's, whose metrics go with them
         gone = _names(_listed(yaml.get("measure", []))) - _names(ours["measure"])
         ours["metric"] = [
             text for text in ours["metric"] if not (_names([text]) & gone) or text in flags.get("metric", ())

@@ -68,6 +68,7 @@ def test_tasks_that_a_flag_replaces_take_their_metrics_along():
     assert ours["measure"] == ["learn=c"]
     assert ours["metric"] == ["learn=exact_match", "learn=choice"]
     assert build(ours).metrics == {"learn": "choice"}
+    assert build(merge({"measure": ("learn=c",)}, {"measure": "b"})[0]).metrics == {}
     with pytest.raises(UsageError, match="no task 'othr'"):
         build(merge({"measure": ("learn=c",)}, {**given, "metric": {"othr": "exact_match"}})[0])
     with pytest.raises(UsageError, match="no task 'other'"):
