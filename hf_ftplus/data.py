@@ -290,8 +290,9 @@ def _streamed(
         kind, options = ("parquet", {"data_files": str(path)}) if local else (source, {"name": config})
         rows = enumerate(_through_datasets(where, kind, split=split, streaming=True, **options), 1)
     entries = reader(path) if reader else ((f"{where}, row {i}", partial(dict, row)) for i, row in rows)
+    one = _OneFormat(where)
     while chunk := list(islice(entries, STREAMED)):
-        yield from (row for _, row in _canonical(chunk, where, through, named))
+        yield from (row for _, row in _canonical(chunk, one, through, named))
 
 
 def _looks_local(source: str) -> bool:
@@ -391,14 +392,14 @@ def normalise(data: Dataset | list[Row], where: str, through: Through | None = N
     entries = ((f"{where}, row {i}", partial(dict, row)) for i, row in enumerate(data, 1))
     if isinstance(data, Dataset) and through is None and shape_of(data.column_names, where).canonical:
         kept: set[str] = set()  # stays memory-mapped
-        for _, row in _canonical(entries, where, None, named):
+        for _, row in _canonical(entries, _OneFormat(where), None, named):
             kept |= row.keys()
         return data.select_columns([name for name in data.column_names if name in kept])
     return _build(entries, where, through, named)
 
 
 def _build(entries: Iterable[Entry], where: str, through: Through | None = None, named: bool = False) -> Dataset:
-    rows = (row for _, row in _canonical(entries, where, through, named))
+    rows = (row for _, row in _canonical(entries, _OneFormat(where), through, named))
     parts = []
     while chunk := list(islice(rows, CHUNK)):
         names = dict.fromkeys(name for row in chunk for name in row)
@@ -409,10 +410,35 @@ def _build(entries: Iterable[Entry], where: str, through: Through | None = None,
         return Dataset.from_list([row for part in parts for row in part])
 
 
-def _canonical(entries: Iterable[Entry], where: str, through: Through | None, named: bool) -> Iterator[tuple[str, Row]]:
-    """Canonical rows of one format and one kind; all bad ones are reported together."""
+@dataclass
+class _OneFormat:
+    """What the first row of a source says of all others: their format and their kind."""
+
+    where: str
     shape: Shape | None = None
-    kind, count = "", 0
+    kind: str = ""
+
+    def row(self, row: Row) -> Row:
+        """The canonical row.
+
+        Raises:
+            ValueError: it is of another format or kind than the rows before it, or see `Shape.row`.
+        """
+        self.shape = self.shape or shape_of(row, self.where)
+        if fuller := self.shape.fuller(row):
+            raise ValueError(f"has {fuller}, the rows before it {self.shape}; expected one format in a file")
+        row = self.shape.row(row)
+        self.kind = self.kind or _style(row)
+        if _style(row) != self.kind:
+            raise ValueError(f"holds {_style(row)}, the rows before it {self.kind}; expected one kind in a file")
+        return row
+
+
+def _canonical(
+    entries: Iterable[Entry], one: _OneFormat, through: Through | None, named: bool
+) -> Iterator[tuple[str, Row]]:
+    """Canonical rows of one format and one kind; all bad ones are reported together."""
+    count = 0
     problems: dict[str, list[Any]] = {}  # what is wrong -> where first, and how often
     for place, parse in entries:
         try:
@@ -421,11 +447,7 @@ def _canonical(entries: Iterable[Entry], where: str, through: Through | None, na
                 raise ValueError(f'is {escape(json.dumps(row))}; expected an object such as {{"prompt": ..., ...}}')
             task = row.get("task")
             row = through(row) if through else row
-            shape = shape or shape_of(row, where)
-            row = shape.row(row) | ({"task": task} if named and isinstance(task, str) else {})
-            kind = kind or _style(row)
-            if _style(row) != kind:
-                raise ValueError(f"holds {_style(row)}, the rows before it {kind}; expected one kind in a file")
+            row = one.row(row) | ({"task": task} if named and isinstance(task, str) else {})
         except ValueError as error:
             place = f"{place}:{error.column}" if isinstance(error, Malformed) else place
             said = str(error) if str(error) in problems or len(problems) < SHOWN else ""
@@ -437,7 +459,7 @@ def _canonical(entries: Iterable[Entry], where: str, through: Through | None, na
     if problems:
         raise DataError("\n".join(_listed(problems)))
     if not count:
-        raise DataError(f"{where}: 0 rows; expected at least one.")
+        raise DataError(f"{one.where}: 0 rows; expected at least one.")
 
 
 def _listed(problems: dict[str, list[Any]]) -> Iterator[str]:

@@ -67,6 +67,11 @@ class Shape:
             _choices(kept["choices"])
         return self.convert(row) | kept
 
+    def fuller(self, row: Row) -> Shape | None:
+        """The format with more columns than this that `row` has, of which this would keep a part."""
+        larger = [shape for shape in SHAPES if set(self.columns) < set(shape.columns)]
+        return next((shape for shape in larger if all(row.get(name) is not None for name in shape.columns)), None)
+
 
 def shape_of(columns: Iterable[str], where: str) -> Shape:
     """The format that these columns belong to.

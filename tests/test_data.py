@@ -21,6 +21,7 @@ from hf_ftplus.data import (
     load,
     normalise,
     parse_all,
+    stream,
     tokenize,
 )
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
@@ -405,6 +406,28 @@ def test_bytes_that_are_not_utf8_have_a_line(name, tmp_path):
 def test_a_bad_row_is_refused_with_its_line(row, reason, tmp_path):
     path = lines(tmp_path / "rows.jsonl", ROW, row)
     assert path + reason in failure(path) if reason.startswith(":") else reason in failure(path)
+
+
+@pytest.mark.fault("E6")
+@pytest.mark.parametrize(
+    ("first", "row", "reason"),
+    [
+        ({"prompt": "a"}, ROW, ":2: has prompt + completion, the rows before it prompt; expected one format"),
+        ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [-100, 2]}, ":2: has input_ids + labels, the rows"),
+    ],
+)
+def test_a_row_that_has_more_than_the_first_loses_nothing_in_silence(first, row, reason, tmp_path):
+    path = lines(tmp_path / "rows.jsonl", first, row)
+    assert path + reason in failure(path)
+
+
+@pytest.mark.parametrize("later", [{"messages": [USER, BOT]}, {"prompt": [USER], "completion": [BOT]}])
+def test_a_stream_is_of_one_format_and_one_kind_to_its_end(later, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ftplus.data.STREAMED", 2)
+    first = {"text": "a"} if "messages" in later else {"prompt": "a", "completion": "b"}
+    rows = stream(lines(tmp_path / "rows.jsonl", first, first, later))
+    with pytest.raises(DataError, match=r"rows.jsonl:3: (has no 'text'|holds messages, the rows before it strings)"):
+        list(rows)
 
 
 @pytest.mark.fault("E6")
