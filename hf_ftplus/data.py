@@ -26,6 +26,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
+from pyarrow.lib import ArrowException
 from torch import Tensor
 
 from .errors import DataError, UsageError, nearest
@@ -380,7 +381,8 @@ def _bars_only_on_terminals() -> Iterator[None]:
 
 
 def normalise(data: Dataset | list[Row], where: str, through: Through | None = None, named: bool = False) -> Dataset:
-    """Any supported format (formats.py) in canonical columns; other columns are left out (`load` says which not).
+    """Any supported format (formats.py) in canonical columns; all others are left out but those of `ALSO_KEPT`, and a
+    column `task` if it is `named`.
 
     Raises:
         DataError: no known format, no rows, or rows with a missing, empty or mistyped field, named by row.
@@ -400,6 +402,16 @@ def normalise(data: Dataset | list[Row], where: str, through: Through | None = N
 
 def _build(entries: Iterable[Entry], where: str, through: Through | None = None, named: bool = False) -> Dataset:
     rows = (row for _, row in _canonical(entries, _OneFormat(where), through, named))
+    try:
+        return _dataset(rows)
+    except ArrowException as error:
+        raise DataError(
+            f"{where}: a field has different types in different rows: {reason(error).rstrip('.')}. Expected one type "
+            "in all rows of a file."
+        ) from error
+
+
+def _dataset(rows: Iterator[Row]) -> Dataset:
     parts = []
     while chunk := list(islice(rows, CHUNK)):
         names = dict.fromkeys(name for row in chunk for name in row)

@@ -430,6 +430,28 @@ def test_a_stream_is_of_one_format_and_one_kind_to_its_end(later, tmp_path, monk
         list(rows)
 
 
+def calling(arguments: dict) -> dict:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [USER, BOT | {"tool_calls": [call]}]}
+
+
+@pytest.mark.fault("E6")
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [calling({"a": 1}), calling({"a": "x"})],
+        [{"messages": [USER, BOT | {"weight": 1}]}, {"messages": [USER, BOT | {"weight": "x"}]}],
+        [{"text": "a", "chat_template_kwargs": {"thinking": on}} for on in (True, "x")],
+    ],
+    ids=["arguments of a call", "message", "arguments of the template"],
+)
+def test_a_field_of_two_types_is_one_sentence(rows, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ftplus.data.CHUNK", chunk)
+    path = lines(tmp_path / "rows.jsonl", *rows)
+    assert failure(path).startswith(f"{path}: a field has different types in different rows: Could not convert 'x'")
+
+
 @pytest.mark.fault("E6")
 @pytest.mark.parametrize(
     ("row", "reason"),
