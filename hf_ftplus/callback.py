@@ -56,7 +56,7 @@ class StrategyCallback(TrainerCallback):
 
     def __init__(self, *strategies: Any, protect: Any = None, memory: str | Path | None = None) -> None:
         self.strategies: list[Strategy] = [resolve(item) for item in strategies]
-        self.protect, self.memory = protect, Path(memory) if memory else None
+        self.protect, self.memory = protect, Path(memory).expanduser() if memory else None
         self.run: Run | None = None
         self.around: Around | None = None
         """Under DeepSpeed, what gives strategies their moments."""

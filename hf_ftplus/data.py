@@ -96,7 +96,8 @@ class TaskSpec:
             generate, tokens = _self(text)
             return cls(name or "self", "self", generate=generate, tokens=tokens)
         source, split = _split(text)
-        return cls(name or Path(source).stem, source, split)
+        path = Path(source)
+        return cls(name or (path.stem if is_local(source) else path.name), source, split)
 
     def load(self, seed: int = 0) -> Dataset:
         """Its rows, in a canonical format.
@@ -177,18 +178,18 @@ def as_tasks(protect: Any, name: str = "protect") -> dict[str, Any]:
 
     Accepted: a `datasets.Dataset`; a list of rows (dicts); ready batches (a list of dicts of tensors with `input_ids`
     and `labels`); a string as for `--protect` (becomes a `TaskSpec`); a dict from names to any of these; a list of
-    strings; None. A task without a name is called `name`.
+    strings; None. A path may stand where a string does. A task without a name is called `name`.
 
     Raises:
         UsageError: anything else, naming what was given.
     """
     if protect is None:
         return {}
-    if isinstance(protect, str):
-        spec = TaskSpec.parse(protect)
+    if isinstance(protect, (str, os.PathLike)):
+        spec = TaskSpec.parse(os.fspath(protect))
         return {spec.name: spec}
-    if isinstance(protect, (list, tuple)) and protect and all(isinstance(item, str) for item in protect):
-        return {spec.name: spec for spec in parse_all(protect)}
+    if isinstance(protect, (list, tuple)) and protect and all(isinstance(item, (str, os.PathLike)) for item in protect):
+        return {spec.name: spec for spec in parse_all(map(os.fspath, protect))}
     if isinstance(protect, dict):
         distinct_names(str(key) for key in protect)
         return {str(key): _task(value, str(key)) for key, value in protect.items()}
@@ -198,8 +199,8 @@ def as_tasks(protect: Any, name: str = "protect") -> dict[str, Any]:
 def _task(value: Any, name: str) -> Any:
     if isinstance(value, (Dataset, TaskSpec)):
         return value
-    if isinstance(value, str):
-        return replace(TaskSpec.parse(value), name=name)
+    if isinstance(value, (str, os.PathLike)):
+        return replace(TaskSpec.parse(os.fspath(value)), name=name)
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
         return list(value)
     raise UsageError(
@@ -253,7 +254,8 @@ def load(
     Raises:
         DataError: missing, empty, malformed (with file, line and column) or in no known format.
     """
-    path = Path(os.path.expanduser(source))
+    source = os.path.expanduser(source)
+    path = Path(source)
     suffix = path.suffix.lower()
     if is_local(source):
         return sliced({"train": _local(path, suffix, through, named)}, split or "train", source)
@@ -285,7 +287,8 @@ def stream(source: str, split: str | None = None, config: str | None = None, **h
 def _streamed(
     source: str, split: str, config: str | None, through: Through | None = None, named: bool = False
 ) -> Iterator[Row]:
-    path, local = Path(os.path.expanduser(source)), is_local(source)
+    source = os.path.expanduser(source)
+    path, local = Path(source), is_local(source)
     where, reader = source if local else f"{source}:{split}", READERS[path.suffix.lower()] if local else None
     if reader is None:
         kind, options = ("parquet", {"data_files": str(path)}) if local else (source, {"name": config})

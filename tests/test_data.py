@@ -289,6 +289,13 @@ def test_optional_message_fields_may_appear_late_in_a_long_file(tmp_path, monkey
     assert data[0]["messages"][1]["content"] == "Hm."
 
 
+def test_a_folder_of_the_home_is_read_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows").mkdir()
+    lines(tmp_path / "rows" / "train.jsonl", ROW)
+    assert list(load("~/rows")) == list(stream("~/rows")) == [ROW]
+
+
 def test_local_splits_are_slices_of_train(tmp_path):
     path = lines(tmp_path / "a.jsonl", *[{"text": f"row {i}"} for i in range(10)])
     assert len(load(path, "train")) == 10
@@ -537,6 +544,7 @@ def test_reading_shows_no_bars_and_leaves_the_bar_setting(tmp_path, capfd, monke
         ("chat=data/old.jsonl", TaskSpec("chat", "data/old.jsonl")),
         ("chat=org/set:test", TaskSpec("chat", "org/set", "test")),
         ("org/set", TaskSpec("set", "org/set")),
+        ("org/set-1.5", TaskSpec("set-1.5", "org/set-1.5")),
         ("C:\\data\\old.jsonl", TaskSpec(Path("C:\\data\\old.jsonl").stem, "C:\\data\\old.jsonl")),
         ("we:ird.jsonl", TaskSpec("we:ird", "we:ird.jsonl")),
         ("runs/lr=3/old.csv", TaskSpec("old", "runs/lr=3/old.csv")),
@@ -592,7 +600,8 @@ def test_everything_accepted_as_protect(chat_rows):
     }
     assert as_tasks(datasets.DatasetDict(test=dataset))["test"] is dataset
     assert as_tasks("self:8") == {"self": TaskSpec("self", "self", generate=8)}
-    assert list(as_tasks(["a.csv", "b=b.csv"])) == ["a", "b"]
+    assert list(as_tasks(["a.csv", "b=b.csv", Path("c.csv")])) == ["a", "b", "c"]
+    assert as_tasks(Path("x/old.jsonl")) == as_tasks({"old": Path("x/old.jsonl")}) == as_tasks("x/old.jsonl")
     assert is_batches(as_tasks(batches)["protect"])
     assert not is_batches(as_tasks(chat_rows)["protect"])
 

@@ -454,6 +454,11 @@ def test_what_cannot_be_attached_to_is_said(tmp_path):
         trainer(tmp_path, "ewc", EWC(strength=2))
 
 
+def test_a_memory_in_the_home_is_looked_for_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert StrategyCallback("ewc", memory="~/run/ftplus/memory").memory == tmp_path / "run" / "ftplus" / "memory"
+
+
 def test_a_callback_refuses_what_it_cannot_serve():
     with pytest.raises(IncompatibleError, match=r"diary uses token_loss.*hf_ftplus\.attach"):
         StrategyCallback(Diary())
