@@ -334,13 +334,14 @@ class StrategyCallback(TrainerCallback):
         """Those of one; none, and a warning, where it cannot say them: no run ends for a figure."""
         try:
             found = {f"{strategy.name}/{key}": value for key, value in self.call(strategy, "metrics").items()}
-            all(map(math.isfinite, found.values()))  # numbers, that is
-        except (PluginError, AttributeError, TypeError) as error:
+            for value in found.values():
+                math.isfinite(value)  # raises for text, which float() may take for a number
+            return {name: float(value) for name, value in found.items()}  # as trackers and checkpoints take them
+        except (PluginError, AttributeError, TypeError, ValueError, OverflowError) as error:
             if strategy.name not in self._silent:
                 logger.warning("%s says no figures, and training goes on: %s", strategy.name, error)
             self._silent.add(strategy.name)
             return {}
-        return found
 
     def _save_alone(self, args: TrainingArguments, state: TrainerState) -> None:
         if not self.within_trainer:

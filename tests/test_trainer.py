@@ -111,6 +111,28 @@ def test_metrics_reach_the_log_before_any_tracker(tmp_path):
     assert "ewc/penalty" not in it.state.log_history[-1]  # the summary at the end is not a logging window
 
 
+@pytest.mark.parametrize(
+    ("figure", "logged"),
+    [(torch.tensor(2.5), [2.5]), (torch.ones(2), []), (10**400, []), ("2.5", [])],
+    ids=["tensor", "two numbers", "huge", "text"],
+)
+def test_a_figure_is_logged_as_a_number_or_left_out_and_ends_no_run(tmp_path, figure, logged, caplog):
+    @dataclass
+    class Figure(Strategy):
+        """Says one figure."""
+
+        name: ClassVar[str] = "figure"
+
+        def metrics(self):
+            return {"it": figure}
+
+    it = trainer(tmp_path, Figure(), logging_steps=6, save_strategy="steps", save_steps=6)
+    it.train()
+    saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert [log["figure/it"] for log in saved["log_history"] if "figure/it" in log] == logged
+    assert ("figure says no figures, and training goes on" in caplog.text) is not bool(logged)
+
+
 @pytest.mark.parametrize("how", ["name", "object", "name and settings", "mapping", "class"])
 def test_strategies_are_given_as_a_user_would(tmp_path, how):
     given = {
