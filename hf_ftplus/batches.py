@@ -41,27 +41,36 @@ class SelfText:
 
     output: Path
     """The folder of the run."""
-    again: bool
-    """Whether the run is resumed, and reads what it wrote when it began."""
+    checkpoint: Path | None = None
+    """From which a resumed run goes on: what it wrote when it began lies beside it."""
 
     def rows(self, name: str, write: Callable[[], Dataset], args: TrainingArguments) -> Dataset:
-        """What `write` gave when the run began.
+        """What `write` gave when the run began; kept in the folder of the run, too, where that is another.
 
         Raises:
             StorageError: the run is resumed, and the text is not there.
         """
-        file = self.output / "_self" / f"{quote(name, safe='')}.jsonl"  # what begins so is not pushed to the Hub
-        if not self.again:
+        file = _own(self.output, name)
+        if self.checkpoint is None:
             rows = write()
             if args.process_index == 0:
                 store(file, list(rows))
             args.distributed_state.wait_for_everyone()
-        elif not file.is_file():
+            return data.load(str(file))
+        source = _own(self.checkpoint.absolute().parent, name)
+        if not source.is_file():
             raise StorageError(
-                f"{file} is missing: the text that the model wrote when this run began, which its trained weights "
+                f"{source} is missing: the text that the model wrote when this run began, which its trained weights "
                 "cannot write again. Put it back, or start a new run."
             )
-        return data.load(str(file))
+        rows = data.load(str(source))
+        if args.process_index == 0 and file.resolve() != source.resolve():
+            store(file, list(rows))
+        return rows
+
+
+def _own(folder: Path, name: str) -> Path:
+    return folder / "_self" / f"{quote(name, safe='')}.jsonl"  # what begins so is not pushed to the Hub
 
 
 def protect_batches(

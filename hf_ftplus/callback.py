@@ -183,7 +183,7 @@ class StrategyCallback(TrainerCallback):
         self._alone(state)
         checkpoint = self._checkpoint(args, state) if state.global_step else None
         mixed = self.run.protect if self.run and self.acting("mix") else None
-        written = SelfText(checkpoint.parent if checkpoint else Path(args.output_dir), again=checkpoint is not None)
+        written = SelfText(Path(args.output_dir), checkpoint)
         run = self.setup(model, args, processing_class, train_dataloader, written)
         if checkpoint and mixed is not None and not same_batches(mixed, run.protect):
             raise IncompatibleError(

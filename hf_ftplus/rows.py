@@ -296,7 +296,8 @@ def written(spec: data.TaskSpec, use: str, config: RunConfig, trainer: SFTTraine
     """The first process writes, the others read its cache. Each `use` has rows of its own; "" those of the seed."""
     how = {**spec.sampling(), "seed": seed_of(use, config.training.seed), "autocast": autocast(trainer.args)}
     if trainer.is_fsdp_enabled:  # every rank runs every forward pass, from one seed; what the first has written counts
-        kept = SelfText(Path(config.training.output_dir), again=trainer.state.global_step > 0)
+        checkpoint = Path(config.training.resume_from_checkpoint) if trainer.state.global_step else None
+        kept = SelfText(Path(config.training.output_dir), checkpoint)
         write = partial(self_generate, trainer.model, tokenizer_of(trainer), **how)
         return kept.rows(use or spec.name, write, trainer.args)
     with trainer.args.main_process_first(local=False):

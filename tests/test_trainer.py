@@ -803,6 +803,20 @@ def test_a_resumed_run_protects_what_the_starting_model_wrote(tmp_path, monkeypa
         make("empty").train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_a_run_that_goes_on_in_another_folder_takes_its_text_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / "cache"))
+
+    def go_on(folder, start, steps):
+        it = trainer(tmp_path / folder, "ewc", protect="self:4", max_steps=steps, **LONG)
+        it.train(resume_from_checkpoint=start and str(tmp_path / start))
+        return examples_of(it.ftplus.run.protect["self"])
+
+    first = go_on("a", None, 3)
+    assert first == go_on("b", "a/checkpoint-3", 6)
+    shutil.rmtree(tmp_path / "a"), shutil.rmtree(tmp_path / "cache")
+    assert first == go_on("b", "b/checkpoint-6", 9)
+
+
 def test_mixed_in_text_of_other_weights_than_the_first_is_noticed_on_resume(tmp_path, monkeypatch):
     monkeypatch.setenv("FTPLUS_CACHE", str(tmp_path / "cache"))
     common = {"protect": "self:4", **LONG}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,9 +56,9 @@ def test_a_sharded_run_is_measured_as_a_whole_model_is_and_resumes_to_the_same_w
     assert truth.drift.value > 1e-4
 
     whole = out.rename(tmp_path / "whole")
-    shutil.copytree(whole / "checkpoint-2", out / "checkpoint-2")
-    shutil.copytree(whole / "_self", out / "_self")
-    resumed = {task["name"]: task for task in sharded(place, out, "--resume_from_checkpoint", "true")["tasks"]}
+    start = ["--resume_from_checkpoint", str(whole / "checkpoint-2")]
+    resumed = {task["name"]: task for task in sharded(place, out, *start)["tasks"]}
+    assert (out / "_self" / "self.jsonl").read_bytes() == (whole / "_self" / "self.jsonl").read_bytes()
     assert same_file(whole / "model.safetensors", out / "model.safetensors")
     assert resumed["protect"]["before"]["loss"]["value"] is None
     assert resumed["protect"]["after"]["loss"] == found["protect"]["after"]["loss"]
