@@ -25,7 +25,7 @@ from .data import reason
 from .errors import DataError, IncompatibleError, UsageError
 from .logits import Head, UnseenError, evaluating, hidden_states, lm_head
 from .model import resolve
-from .weights import canonical, place
+from .weights import canonical
 
 PROBE_TOKENS = 8
 
@@ -210,8 +210,14 @@ def kept_on(copy: Tensor, device: str) -> Tensor:
 
 
 def given_back(state: dict[str, Tensor], weights: dict[str, nn.Parameter], device: str) -> dict[str, Tensor]:
-    """Copies out of a checkpoint, where `copied` would have put them."""
-    return {name: kept_on(place(copy, weights[name.partition(".")[2]]), device) for name, copy in state.items()}
+    """Copies out of a checkpoint, where `copied` would have put them.
+
+    Raises:
+        IncompatibleError: the weights are sharded now.
+    """
+    for name, weight in weights.items():
+        _refuse_shards(name, weight)
+    return {name: kept_on(copy.to(weights[name.partition(".")[2]].device), device) for name, copy in state.items()}
 
 
 def _refuse_shards(name: str, weight: Tensor) -> None:

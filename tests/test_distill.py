@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -771,6 +772,13 @@ def test_the_start_is_its_own_equal_in_bf16(tmp_path, settings):
     assert log["distill/kl_protect"] < 1e-6
 
 
+def test_the_teacher_is_proven_in_the_precision_that_it_is_asked_in():
+    model, seen = tiny_llama(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    Distill(on="learn").prepare(run_of(model, autocast=partial(torch.autocast, "cpu", torch.bfloat16)))
+    assert seen == [True]
+
+
 def test_replayed_rows_are_asked_about_too(tmp_path):
     it = trainer(tmp_path, Replay(share=0.25), Distill(on="learn", cache=True))
     it.train()
@@ -1013,6 +1021,20 @@ def test_no_protect_data_is_refused_or_means_learn_tokens():
         Distill().prepare(run_of(tiny_llama(), unsupervised))
 
 
+@pytest.mark.parametrize(
+    ("settings", "protects", "usual"),
+    [
+        ({}, True, 3.0),
+        ({}, False, 0.3),
+        ({"on": "learn"}, True, 0.3),
+        ({"on": "both"}, True, None),
+        ({"on": "both", "strength": 2.0}, True, 2.0),
+    ],
+)
+def test_it_has_a_usual_strength_where_it_acts_on_one_kind_of_token(settings, protects, usual):
+    assert Distill(**settings)._usual_strength(False, protects) == usual
+
+
 def test_a_callback_cannot_serve_it():
     with pytest.raises(IncompatibleError, match=r"distill uses token_loss, which a callback cannot serve.*attach"):
         StrategyCallback("distill", protect=PROTECT)
@@ -1167,6 +1189,9 @@ def test_a_frozen_copy_of_a_model_in_shards_is_refused(tmp_path):
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(IncompatibleError, match=r"FSDP2 gathers its own shards.*cache=true"):
             Distill(on="learn").prepare(run_of(model))
+        saved = copied(trainable(tiny_llama()), "same", "same")  # by a run whose weights were whole
+        with pytest.raises(IncompatibleError, match=r"FSDP2 gathers its own shards.*cache=true"):
+            Distill(on="learn").load_state_dict(saved, run_of(model))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -225,6 +225,13 @@ def test_a_plan_knows_adapters_and_ddp(config, capsys):
     assert "the adapter switched off" in said
 
 
+@pytest.mark.parametrize("on", ["auto", "protect", "both"])
+def test_a_plan_asks_nothing_of_a_teacher_whose_answers_are_kept(config, capsys, on):
+    line = ["sft", "--dry-run", "--as-if", f"model={config},world=8", "--protect", "self:8", "--plugin", "distill"]
+    assert main([*line, "--set", "distill.cache=true", "--set", f"distill.on={on}"]) == 0
+    assert "distill: 0 B of state" in capsys.readouterr().out
+
+
 def test_under_zero_2_strategies_hold_whole_gradients_and_weights_for_the_step():
     model = scaling.Model(
         weights=1000, trained=1000, active=900, layer=100, root=100, top=50, layers=9, width=8, inner=16

@@ -8,7 +8,7 @@
   learnt, and says nothing about what the learn rows do not touch.
 
 With `on=auto` it is protect where there is protect data, learn otherwise: on two tasks that share no words (figures at
-`ON_PROTECT`) KL on protect keeps all of the first at no cost to the second, KL on learn half of it at some cost.
+`USUAL`) KL on protect keeps all of the first at no cost to the second, KL on learn half of it at some cost.
 
 The starting model costs no memory under LoRA (the adapter switched off), one copy of the trained weights in
 full fine-tuning, which is also what a checkpoint must hold to be resumed, and nothing with `cache`.
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_ftplus")
 
 START = "start"
-ON_PROTECT, ON_LEARN = 3.0, 0.3
+USUAL = {"protect": 3.0, "learn": 0.3}
 """Strengths if none is given, measured on a toy (tests/test_distill.py) where plain fine-tuning goes from 0.8 to 6.0
 nats on the first of two tasks and to 0.5 on the second. On protect, 1 to 10 keep the first at 0.57 and learn the second
 as well; 30 learns less (0.8). On learn 0.3 ends at 2.7 and 0.67, 1 at 2.5 and 1.15. Published: 1 to 10; 0.1 to 1."""
@@ -57,8 +57,8 @@ class Distill(Strategy):
 
     strength: float | None = setting(
         None,
-        f"what a nat of KL per token costs, in nats of learn loss; left out: {ON_PROTECT:g} on protect tokens, "
-        f"{ON_LEARN:g} on learn tokens",
+        f"what a nat of KL per token costs, in nats of learn loss; left out: {USUAL['protect']:g} on protect "
+        f"tokens, {USUAL['learn']:g} on learn tokens",
         unit="nats per nat",
         low=0,
     )
@@ -122,8 +122,8 @@ class Distill(Strategy):
         rows = {"rows": sum(len(batch["labels"]) for batch in self._protect(run))} if self.protecting else {}
         if self.off:
             return {**rows, "bytes": 0.0, "seconds": 0.0}
-        if self.cache and (self.learning or self.teacher != START):
-            return rows  # what there is to ask, or whom, is not known yet
+        if self.cache and (self.learning or self.teacher != START or run.device.type == "meta"):
+            return rows  # what there is to ask, or whom, is not known yet, or nobody is there to answer
         if self.cache:
             teacher = self._starting(run)
             kept = Answers(cache_folder() / "teacher" / key_of_answers(teacher, run, self.top_k, self.temperature))
@@ -228,10 +228,9 @@ class Distill(Strategy):
 
     # ---- what it stands on -------------------------------------------------------------------------------------------
 
-    def _usual_strength(self, lora: bool, protects: bool) -> float:
-        """On protect tokens, where it acts on both."""
-        usual = ON_LEARN if self._tokens(protects) == "learn" else ON_PROTECT
-        return usual if self.strength is None else self.strength
+    def _usual_strength(self, lora: bool, protects: bool) -> float | None:
+        """None where it acts on both, each with a strength of its own."""
+        return USUAL.get(self._tokens(protects)) if self.strength is None else self.strength
 
     def _tokens(self, protects: bool) -> str:
         return self.on if self.on != "auto" else "protect" if protects else "learn"
@@ -242,9 +241,8 @@ class Distill(Strategy):
         from ..weights import sharded
 
         on = self._tokens(bool(run.protect))
-        default = {"learn": ON_LEARN, "protect": ON_PROTECT}
         self.strengths = {
-            place: default[place] if self.strength is None else self.strength
+            place: USUAL[place] if self.strength is None else self.strength
             for place in ("learn", "protect")
             if on in (place, "both")
         }
@@ -299,7 +297,8 @@ class Distill(Strategy):
     def _listen_to(self, teacher: Teacher, run: Run) -> None:
         from ..teacher import prove
 
-        prove(teacher, run.weights)
+        with run.autocast():  # as it will be asked: some attention knows no fp32
+            prove(teacher, run.weights)
         self.source, self.vocabulary = teacher, teacher.vocabulary
         kind = type(teacher).__name__
         logger.info("distill: %s, teacher %s (%s), %.1f MB", self._where(), self.teacher, kind, teacher.bytes() / 1e6)
