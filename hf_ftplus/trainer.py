@@ -11,6 +11,7 @@ before checkpoints rotate.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,8 @@ from .weights import local
 from .zero import under_deepspeed
 
 compat.check()
+
+logger = logging.getLogger("hf_ftplus")
 
 UNTOUCHED = "Training stopped before the update; the last checkpoint is intact."
 SPOILT = "The update was made, so these weights are spoilt: resume from a checkpoint of before this logging window."
@@ -71,7 +74,7 @@ class StrategyMixin(MixingMixin):
         hide(self.args)
         if isinstance(strategies, dict):
             strategies = strategies.items()
-        strategies = [strategies] if isinstance(strategies, (str, Strategy)) else list(strategies)
+        strategies = [strategies] if isinstance(strategies, (str, type, Strategy)) else list(strategies)
         if not strategies and not shares:
             return
         if self.ftplus is not None:
@@ -268,6 +271,7 @@ class SFTTrainer(StrategyMixin, TasksMixin, trl.SFTTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.install(strategies, protect, memory)
+        warn_of_idle(self, protect, memory)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
@@ -288,7 +292,19 @@ def attach(trainer: Trainer, *strategies: Any, protect: Any = None, memory: str 
         if not issubclass(kind, StrategyMixin):
             trainer.__class__ = type(kind.__name__, (StrategyMixin, kind), {"__module__": kind.__module__})
         trainer.install(strategies, protect, memory)
+    warn_of_idle(trainer, protect, memory)
     return trainer
+
+
+def warn_of_idle(trainer: Trainer, protect: Any, memory: str | Path | None) -> None:
+    """Say what does nothing without a strategy; the plain run of a comparison may be given it on purpose."""
+    given = {"protect": protect is not None, "memory": memory is not None}
+    idle = [f"{name}=" for name, there in given.items() if there]
+    if idle and getattr(trainer, "ftplus", None) is None and trainer.args.process_index == 0:
+        logger.warning(
+            "%s: nothing without a strategy, and training is plain. Name one, such as 'ewc', or leave it out.",
+            " and ".join(idle),
+        )
 
 
 def stay_differentiable(model: torch.nn.Module) -> None:

@@ -117,7 +117,7 @@ def run(args: TrainingArguments, strategies: list[Strategy], learn: list[Rows], 
 
     trainer = Trainer(tiny_model(), args, train_dataset=[unbatched(rows) for rows in learn])
     trainer.remove_callback(PrinterCallback)
-    attach(trainer, *strategies, protect=protect).train()
+    attach(trainer, *strategies, protect=protect if strategies else None).train()
     return trainer
 
 

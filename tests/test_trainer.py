@@ -133,18 +133,29 @@ def test_a_figure_is_logged_as_a_number_or_left_out_and_ends_no_run(tmp_path, fi
     assert ("figure says no figures, and training goes on" in caplog.text) is not bool(logged)
 
 
-@pytest.mark.parametrize("how", ["name", "object", "name and settings", "mapping", "class"])
+@pytest.mark.parametrize("how", ["name", "object", "name and settings", "mapping", "class", "class alone"])
 def test_strategies_are_given_as_a_user_would(tmp_path, how):
     given = {
         "name": ["ewc"], "object": [EWC(strength=5.0)], "name and settings": [("ewc", {"strength": 5})],
-        "mapping": {"ewc": {"strength": "5"}}, "class": [EWC],
+        "mapping": {"ewc": {"strength": "5"}}, "class": [EWC], "class alone": EWC,
     }[how]  # fmt: skip
     it = SFTTrainer(
         tiny_llama(), args=arguments(tmp_path), train_dataset=Dataset.from_list(LEARN), processing_class=tiny_tokenizer(),
         strategies=given, protect=PROTECT,
     )  # fmt: skip
     (strategy,) = it.ftplus.strategies
-    assert strategy.strength == (EWC().strength if how in ("name", "class") else 5.0)
+    assert strategy.strength == (5.0 if how in ("object", "name and settings", "mapping") else EWC().strength)
+
+
+@pytest.mark.parametrize("how", ["SFTTrainer", "attach"])
+def test_what_only_a_strategy_reads_is_said_to_do_nothing_without_one(tmp_path, how, caplog):
+    given = {"protect": PROTECT, "memory": tmp_path}
+    it = trainer(tmp_path, **given) if how == "SFTTrainer" else attach(trainer(tmp_path, cls=trl.SFTTrainer), **given)
+    assert "protect= and memory=: nothing without a strategy, and training is plain" in caplog.text
+    caplog.clear()
+    attach(it, "ewc", protect=PROTECT)
+    trainer(tmp_path, protect=None)
+    assert "nothing without a strategy" not in caplog.text
 
 
 # ---- attach ----------------------------------------------------------------------------------------------------------
