@@ -54,7 +54,9 @@ def ask(module: Any, who: str) -> list[type[Strategy]]:
 
 
 def written_for(value: str) -> int | None:
-    """What the module of an entry point says in its `ftplus_api = N`, read without importing it."""
+    """What the module of an entry point says in its `ftplus_api = N`, read without importing it; packages that it lies
+    in are imported to find it.
+    """
     name = value.partition(":")[0].strip()
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):

@@ -15,8 +15,9 @@ and in pyproject.toml, with the name of the strategy on the left:
     l2sp = "ftplus_l2sp"
 
 A module may say which contract it was written for, `ftplus_api = 1`; a host that speaks another refuses it by name
-before it is imported. That is the whole contract. pluggy only finds the classes; a run makes objects of those that were
-asked for by name and calls them in the order given (see `strategy.py`). What is installed and not asked for never runs.
+before it is imported (a package that it lies in is imported first). That is the whole contract. pluggy only finds the
+classes; a run makes objects of those that were asked for by name and calls them in the order given (see `strategy.py`).
+What is installed and not asked for never runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Find a strategy by its name or its file, and say what is installed, whatever else is broken.
 
 Installed is not active: an entry point is imported when its name is asked for, and nothing here makes an object of a
-class that was not.
+class that was not. Only a name that no entry point has, and `discover`, import them all, each by itself.
 """
 
 from __future__ import annotations
@@ -191,10 +191,11 @@ def discover(*, blocked: Collection[str] = ()) -> list[Plugin]:
 
 def origin(strategy: type[Strategy]) -> tuple[str, str]:
     """Who published a strategy: its distribution and version, or the file it was read from and no version."""
-    for offer in offers():
-        module = offer.value.partition(":")[0].strip()
-        if strategy.__module__ == module or strategy.__module__.startswith(module + "."):
-            return offer.distribution, offer.version
+    own, known = strategy.__module__, [(offer.value.partition(":")[0].strip(), offer) for offer in offers()]
+    found = [offer for module, offer in known if own == module or own.startswith(module + ".")]
+    found += [offer for module, offer in known if own.partition(".")[0] == module.partition(".")[0]]  # beside it
+    if found:
+        return found[0].distribution, found[0].version
     home = sys.modules.get(strategy.__module__)
     return getattr(home, "__file__", None) or strategy.__module__, ""
 
@@ -400,8 +401,9 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _written_in(module: ModuleType) -> Iterator[type[Strategy]]:
-    for item in vars(module).values():
-        if isinstance(item, type) and issubclass(item, Strategy) and item.__module__ == module.__name__:
+    classes = dict.fromkeys(item for item in vars(module).values() if isinstance(item, type))  # one may have two names
+    for item in classes:
+        if issubclass(item, Strategy) and item.__module__ == module.__name__:
             yield item
 
 

@@ -91,6 +91,17 @@ def test_a_published_strategy_is_loaded_by_its_name(publish):
     assert row("pull") == plugins.Plugin("pull", "ftplus-pull", "1.2", "ok", "", {"pull": "Do pull things."})
 
 
+def test_a_strategy_is_of_who_published_the_package_that_it_lies_in(publish, tmp_path):
+    publish("ftplus-parts", "[ftplus]\npart = parts.hooks\n", None)
+    (tmp_path / "ftplus-parts" / "parts").mkdir()
+    (tmp_path / "ftplus-parts" / "parts" / "strategy.py").write_text(dedent(module("part")).partition("@hookimpl")[0])
+    hooks = "from hf_ftplus import hookimpl\nfrom .strategy import Part\n\n@hookimpl\n"
+    (tmp_path / "ftplus-parts" / "parts" / "hooks.py").write_text(
+        f"{hooks}def ftplus_strategies():\n    return [Part]\n"
+    )
+    assert plugins.origin(plugins.load("part")) == ("ftplus-parts", "1.2")
+
+
 @pytest.mark.fault("C3")
 def test_loading_one_plugin_imports_no_other(publish, caplog):
     publish("ftplus-pull", "pull", module("pull"))
@@ -293,6 +304,10 @@ def test_a_file_with_one_strategy_is_a_plugin(idea):
     found = plugins.load(path)
     assert (found.name, plugins.origin(found)) == ("one", (path, ""))
     assert plugins.load(path) is found
+
+
+def test_a_strategy_with_two_names_in_its_file_is_one(idea):
+    assert plugins.load(idea(ONE, "Default = One\n")).name == "one"
 
 
 def test_an_edited_file_is_read_again(idea):
