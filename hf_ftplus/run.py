@@ -55,6 +55,9 @@ from .zero import unseen
 
 logger = logging.getLogger("hf_ftplus")
 
+LESS = "Lower --per_device_eval_batch_size or --measure_rows."
+"""What to type where measuring takes too much memory."""
+
 
 def sft(config: RunConfig) -> Report:
     """Fine-tune as the configuration says; print, save and return the report.
@@ -291,13 +294,21 @@ def out_of_memory(trainer: SFTTrainer, error: Exception) -> IncompatibleError:
         held = trainer.ftplus.bytes() if trainer.ftplus else {}
     weights = sum(full_shape(weight).numel() for weight in trainer.model.parameters() if weight.requires_grad)
     each = ((name, size / 1e6, size / weights) for name, size in held.items())
-    parts = [f" {name} holds {mega:,.1f} MB, {per:.1f} bytes per trained weight." for name, mega, per in each]
-    what = str(error).partition("\n")[0]
+    holds = "".join(f" {name} holds {mega:,.1f} MB, {per:.1f} bytes per trained weight." for name, mega, per in each)
+    step = trainer.state.global_step
+    if trainer.control.should_training_stop:  # what follows: strategies finish, the last checkpoint is written
+        return IncompatibleError(
+            f"Out of memory after the last step, {step}: {first_line(error)}{holds} Checkpoints are intact. Free some "
+            "memory, and go on with --resume_from_checkpoint true."
+        )
     return IncompatibleError(
-        f"Out of memory at step {trainer.state.global_step + 1}: {what}{''.join(parts)} Lower "
-        "--per_device_train_batch_size (and raise --gradient_accumulation_steps), or type --gradient_checkpointing "
-        "true, or --use_peft. Checkpoints are intact."
+        f"Out of memory at step {step + 1}: {first_line(error)}{holds} Lower --per_device_train_batch_size (and raise "
+        "--gradient_accumulation_steps), or type --gradient_checkpointing true, or --use_peft. Checkpoints are intact."
     )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def let_go_of_optimizer(trainer: SFTTrainer) -> None:
@@ -372,8 +383,13 @@ def speak(config: RunConfig) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the seconds to those of a stage, less those of stages inside it."""
+    """Add the seconds to those of a stage, less those of stages inside it; it is named where memory runs out."""
     begin, before = time.perf_counter(), sum(seconds.values())
-    yield
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        less = LESS if stage.startswith("measuring") else "Free some memory, or choose a smaller model."
+        there = " The trained model is saved." if stage == "measuring after" else ""
+        raise IncompatibleError(f"Out of memory while {stage}: {first_line(error)} {less}{there}") from error
     inside = sum(seconds.values()) - before
     seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - begin - inside, 2)

@@ -27,9 +27,10 @@ from tiny import tiny_llama
 from training import LEARN, PROTECT, arguments, same, trainer, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hf_ftplus import SFTTrainer, attach, commit, data, state
+from hf_ftplus import EWC, SFTTrainer, attach, commit, data, state
 from hf_ftplus.cli import main
 from hf_ftplus.errors import StorageError
+from hf_ftplus.evaluation import Evaluation
 from hf_ftplus.interrupt import SaveOnInterrupt
 
 HERE = Path(__file__).parent
@@ -185,6 +186,32 @@ def test_out_of_memory_says_what_strategies_hold_and_what_to_type(place, tmp_pat
     said = capsys.readouterr().err
     assert "Out of memory at step 1: CUDA out of memory. Tried to allocate 20.00 GiB" in said
     assert "8.0 bytes per trained weight. Lower --per_device_train_batch_size" in said
+
+
+@pytest.mark.fault("A9")
+@pytest.mark.parametrize(
+    ("place_of_it", "says"),
+    [
+        (
+            (Evaluation, "before"),
+            "while measuring before: CUDA is full. Lower --per_device_eval_batch_size or --measure",
+        ),
+        ((Evaluation, "after"), "while measuring after: CUDA is full. Lower --per_device_eval_batch_size or --measure"),
+        ((EWC, "finish"), "after the last step, 2: CUDA is full. The trained model is saved in"),
+        ((SFTTrainer, "save_model"), "while saving: CUDA is full. Free some memory"),
+    ],
+    ids=["before", "after", "finish", "saving"],
+)
+def test_out_of_memory_is_said_of_the_stage_that_it_ended(place, tmp_path, capsys, monkeypatch, place_of_it, says):
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA is full.")
+
+    monkeypatch.setattr(*place_of_it, full)
+    few = ["--max_steps", "2", "--save_strategy", "no", "--measure_rows", "4", "--completions", "0"]
+    assert main(words(place, tmp_path / "out", *few)) == 4
+    said = capsys.readouterr().err
+    assert f"Out of memory {says}" in said
+    assert "--per_device_train_batch_size" not in said
 
 
 @pytest.mark.fault("B13")
