@@ -18,7 +18,7 @@ from .errors import IncompatibleError
 from .fingerprint import architecture, fingerprint_of
 from .strategy import Run
 from .teacher import Teacher, content
-from .weights import sharded
+from .weights import ranks, sharded
 
 Batches = Sequence[dict[str, Tensor]]
 
@@ -57,7 +57,7 @@ def ask_all(
 
 def _mine(wanted: list[int], run: Run) -> list[int]:
     """This rank's batches, by number; of a sharded model every rank takes part in every pass."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     mine = wanted[rank::world]
     return [*mine, wanted[0]] if sharded(run.model.parameters()) and len(mine) < -(-len(wanted) // world) else mine
 

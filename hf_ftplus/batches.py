@@ -74,13 +74,12 @@ def _own(folder: Path, name: str) -> Path:
 
 
 def protect_batches(
-    protect: Any, run: Run, args: TrainingArguments, tokenizer: Any, written: SelfText | None = None
+    protect: Any, run: Run, args: TrainingArguments, written: SelfText | None = None
 ) -> dict[str, list[dict[str, Tensor]]]:
     """Whatever the user gave as protect data, as micro-batches by task name."""
     if protect is None:
         return {}
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    tasks = data.as_tasks(protect)
+    tasks, tokenizer = data.as_tasks(protect), run.tokenizer
     if tokenizer is None and not all(data.is_batches(task) for task in tasks.values()):
         raise UsageError(
             "The trainer has no tokenizer to read protect data with. Give it processing_class=tokenizer, or give "

@@ -123,7 +123,7 @@ class StrategyCallback(TrainerCallback):
         run.learn = lambda rows: learn_batches(
             train_dataloader, args.per_device_train_batch_size, min(rows, self.learn_rows or rows)
         )
-        run.protect = protect_batches(self.protect, run, args, tokenizer, written)
+        run.protect = protect_batches(self.protect, run, args, written)
         if self.run is not None:
             run.tasks, run.rows = self.run.tasks, self.run.rows
         self.run = run

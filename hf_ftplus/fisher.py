@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .errors import DataError, IncompatibleError
 from .logits import evaluating, hidden_states, lm_head, stay_whole
-from .weights import Adapter, local
+from .weights import Adapter, local, ranks
 
 Batches = list[dict[str, Tensor]]
 
@@ -83,7 +83,7 @@ def fisher(
         IncompatibleError: the result is not finite; names the weight.
     """
     adapters = adapters or {}
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks()
     # FSDP2 averages gradients over ranks while reducing; the Fisher wants their sum
     sharded = any(hasattr(weight, "to_local") for weight in weights.values())
     batches = _by_row(batches) if estimator == "empirical" else batches

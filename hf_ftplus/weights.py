@@ -73,6 +73,12 @@ def full_shape(weight: Tensor) -> torch.Size:
     return getattr(weight, "ds_shape", weight.shape)
 
 
+def ranks() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    there = torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor (FSDP2), sharing its memory; any other tensor as it is."""
     with torch.no_grad():

@@ -338,9 +338,9 @@ class Distill(Strategy):
 
     def _place(self, run: Run, rows: int) -> int:
         """Place of this micro-batch's first row among all rows of the optimizer step, over ranks with as many rows."""
-        import torch.distributed as dist
+        from ..weights import ranks
 
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = ranks()
         step, start = self._at
         start = start if step == run.step else 0
         self._at = run.step, start + world * rows
