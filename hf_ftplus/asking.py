@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,11 +32,12 @@ def ask_all(
         IncompatibleError: answers are missing, and the teacher is gone or other ranks keep theirs elsewhere.
     """
     places = [(source, index) for source in sources for index in range(len(source))]
+    looked, (rank, _) = range(len(places)), ranks()
     if teacher is not None:
-        lacking = [[number for number, (source, index) in enumerate(places) if answers.lacks(source[index])]]
+        found = [_lacking(answers, places, looked) if rank == 0 else None]
         if dist.is_initialized():
-            dist.broadcast_object_list(lacking)  # one look for all: a later one sees what another rank has written
-        wanted = lacking[0]
+            dist.broadcast_object_list(found)  # one look for all: a later one sees what another rank has written
+        wanted = found[0]
         if wanted:
             for number in tqdm(_mine(wanted, run), desc="asking the teacher", disable=None, leave=False):
                 source, index = places[number]
@@ -46,13 +47,19 @@ def ask_all(
             if dist.is_initialized():
                 dist.barrier()
             answers.refresh()
-    missing = sum(answers.lacks(source[index]) for source, index in places)
+        looked = wanted if rank == 0 else looked  # others may keep theirs elsewhere
+    missing = len(_lacking(answers, places, looked))
     if missing:
         raise IncompatibleError(
             f"{answers.folder} lacks the teacher's answers to {missing} of {len(places)} micro-batches, and the "
             "teacher is not here to be asked again. All processes must see the same folder, and a resumed run the one "
             "it began with: set FTPLUS_CACHE, or start a new run."
         )
+
+
+def _lacking(answers: Answers, places: list[tuple[Batches, int]], numbers: Iterable[int]) -> list[int]:
+    """Those of the micro-batches at `places` that have no answers yet."""
+    return [number for number in numbers if answers.lacks(places[number][0][places[number][1]])]
 
 
 def _mine(wanted: list[int], run: Run) -> list[int]:

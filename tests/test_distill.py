@@ -970,6 +970,16 @@ def test_learn_rows_are_asked_about_a_micro_batch_at_a_time():
     assert most <= 3
 
 
+def test_a_micro_batch_that_has_its_answers_is_looked_at_once(monkeypatch):
+    looked, lacks = [], Answers.lacks
+    monkeypatch.setattr(Answers, "lacks", lambda self, batch: looked.append(batch) or lacks(self, batch))
+    some, more = padded(random_rows(3, VOCAB), 1), padded(random_rows(5, VOCAB), 1)
+    for protect, looks in ((some, 2 * 3), (more, 5 + 2), (more, 5)):  # all, and again those that were asked about
+        looked.clear()
+        Distill(cache=True).prepare(run_of(tiny_llama(), protect))
+        assert len(looked) == looks
+
+
 def test_streamed_rows_cannot_be_asked_about_beforehand():
     with pytest.raises(DataError, match=r"streamed or not tokenised. Set cache=false"):
         Distill(on="learn", cache=True).prepare(run_of(tiny_llama()))
