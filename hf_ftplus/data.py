@@ -26,7 +26,6 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
-from pyarrow.lib import ArrowException
 from torch import Tensor
 
 from .errors import DataError, UsageError, nearest
@@ -407,7 +406,9 @@ def _build(entries: Iterable[Entry], where: str, through: Through | None = None,
     rows = (row for _, row in _canonical(entries, _OneFormat(where), through, named))
     try:
         return _dataset(rows)
-    except ArrowException as error:
+    except (ValueError, TypeError) as error:
+        if type(error).__module__ != "pyarrow.lib":
+            raise
         raise DataError(
             f"{where}: a field has different types in different rows: {reason(error).rstrip('.')}. Expected one type "
             "in all rows of a file."
