@@ -2,8 +2,8 @@
 
     python examples/no_data.py                    from the top of the repository; MODEL=... chooses another model
 
-"self:64x48" opens the chat template at the user's turn, lets the model ask, then answer in at most 48 tokens, 64 times. The
-strategies are those that `ftplus advise none` names: stacked, they were among those that kept most on a real model
+"self:64x48" opens the chat template at the user's turn, lets the model ask, then answer in at most 48 tokens, 64 times.
+The strategies are those that `ftplus advise none` names: stacked, they were among those that kept most on a real model
 (examples/benchmarks).
 """
 

@@ -102,6 +102,41 @@ def test_every_command_on_a_page_exists_with_its_flags(line):
     assert unknown == []
 
 
+@pytest.mark.parametrize("line", [line for line in typed() if re.search(r"--plugin ewc\b", line)])
+def test_a_command_with_ewc_does_what_the_readme_says_of_clipping(line):
+    assert "--max_grad_norm 0" in line
+
+
+def with_ewc(given) -> bool:
+    names = [name for item in given.get("plugins", ()) for name in (item if isinstance(item, dict) else [item])]
+    return "ewc" in names
+
+
+def test_so_do_yaml_and_python_with_ewc():
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    files = [page.read_text(encoding="utf-8") for page in PAGES if page.suffix == ".yaml"]
+    found = [given for given in map(yaml.safe_load, [*blocks, *files]) if with_ewc(given)]
+    assert len(found) >= 3
+    assert {given.get("max_grad_norm") for given in found} == {0}
+    scripts = [page.read_text(encoding="utf-8") for page in (ROOT / "examples").glob("*.py")]
+    named = [text for text in [*BLOCKS, *scripts] if re.search(r"[\"(]ewc\"|EWC\(", text)]
+    own = [text for text in named if "from trl import SFTTrainer, get_dataset" not in text]
+    assert len(own) >= 7
+    assert [text for text in own if "max_grad_norm=0" not in text] == []
+    for adapter in (ROOT / "examples" / "adapters").glob("*.py"):
+        assert re.search(r"max_grad_norm:? 0", adapter.read_text(encoding="utf-8")), adapter.name
+
+
+def test_the_lines_of_shells_are_those_of_click():
+    from click.shell_completion import get_completion_class
+
+    for shell, file in {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/config.fish"}.items():
+        (line,) = [line for line in README.splitlines() if f"_FTPLUS_COMPLETE={shell}_source ftplus" in line]
+        assert file in line
+        assert get_completion_class(shell) is not None
+        assert line.startswith("eval ") or re.match(r"\S+ ftplus \| source", line)
+
+
 def test_there_are_commands_to_look_at():
     assert len(typed()) > 25
 
