@@ -141,7 +141,7 @@ without."""
 
 
 SENTIMENT = "sentiment: "
-"""Begins the names of rows that learn it: in half as many steps, for reviews are three times as long as facts, and easy."""
+"""Begins the names of rows that learn it: in half as many steps, for reviews are long and the question easy."""
 REVIEWS = (
     '--max_steps 30 --lr_scheduler_kwargs {"num_decay_steps":9} '
     "--dataset_name demo_output/data/reviews.jsonl --measure learn=demo_output/data/reviews_measure.jsonl "
