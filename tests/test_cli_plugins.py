@@ -100,6 +100,10 @@ def test_it_runs_as_a_module():
             f"No command 'plugns'. Did you mean 'plugins'? Commands: {', '.join(COMMANDS)}.",
         ),
         (["train", "--model", "x"], 2, "No command 'train'. Did you mean 'sft'?"),
+        (["--plugin", "ewc"], 2, "--plugin is a flag of ftplus sft. Type ftplus sft --plugin ..."),
+        (["--learning_rate", "1"], 2, "is a flag of ftplus sft. Type ftplus sft --learning"),
+        (["--nothing"], 2, "No such option"),
+        (["sft", "--plugin", "EWC"], 2, "No plugin 'EWC'. Did you mean 'ewc'?"),
         (["plugins", "ewcc"], 2, "No plugin 'ewcc'. Did you mean 'ewc'?"),
         (["plugins", "./gone.py"], 2, "No plugin file at 'gone.py'"),
         (["plugins", "--jsn"], 2, "--json"),
@@ -168,6 +172,23 @@ def test_the_json_has_one_row_per_plugin(capsys):
     assert code == 0
     assert {"name", "distribution", "version", "status", "reason", "help", "strategies"} <= set(row)
     assert (row["distribution"], row["status"], row["reason"]) == ("hf-ftplus", "blocked", "--no-plugin")
+
+
+def test_the_json_says_which_api_hooks_and_requirements(capsys, idea, monkeypatch):
+    rows = {row["name"]: row for row in json.loads(run(capsys, "plugins", "--json")[1])}
+    assert rows["ewc"]["hooks"]["ewc"] == json.loads(run(capsys, "plugins", "ewc", "--json")[1])["hooks"]
+    assert {"prepare", "before_step", "finish"} <= set(rows["ewc"]["hooks"]["ewc"])
+    assert "mix" in rows["replay"]["hooks"]["replay"]
+    assert "token_loss" not in rows["ewc"]["hooks"]["ewc"]
+    assert rows["ewc"]["api"] == json.loads(run(capsys, "plugins", "ewc", "--json")[1])["api"] == 1
+    assert any(line.startswith("trl") for line in rows["ewc"]["requires"])
+    facts = json.loads(run(capsys, "plugins", idea, "--json")[1])
+    assert (facts["api"], facts["hooks"], facts["requires"]) == (None, [], [])
+    monkeypatch.syspath_prepend(Path(__file__).parent / "frozen")
+    (row,) = [row for row in json.loads(run(capsys, "plugins", "--json")[1]) if row["distribution"] == "ftplus-frozen"]
+    assert row["api"] == 1
+    assert row["hooks"]
+    assert all(row["hooks"].values())
 
 
 def test_the_table_fits_80_columns_without_colour(capsys, monkeypatch):
@@ -351,7 +372,7 @@ def test_a_folder_that_is_not_installed_is_judged_by_its_pyproject(capsys, monke
     )
     monkeypatch.setattr(sys, "path", list(sys.path))
     law = ["--law", "introduces itself"]
-    assert "cannot be read: FileNotFoundError" in run(capsys, "plugin", "test", "lab", *law)[2]
+    assert "lab holds no pyproject.toml; expected the folder of a distribution, a Python file such as" in run(capsys, "plugin", "test", "lab", *law)[2]
     (folder / "pyproject.toml").write_text("[project]\nname = 'x'\n")
     assert "offers no strategy; expected [project.entry-points.ftplus]" in run(capsys, "plugin", "test", "lab", *law)[2]
     (folder / "pyproject.toml").write_text("[project.entry-points.ftplus]\ngood = 'ftplus_good_lab'\n")
@@ -398,7 +419,7 @@ def test_a_command_of_a_plugin_that_is_not_installed_says_what_to_install(capsys
     for word, distribution in scripts.items():
         code, _, err = run(capsys, word, "anything")
         assert code == 2
-        assert f"Type pip install {distribution}, or, in a clone, pip install ./plugins/{distribution}." in err
+        assert f"ftplus {word} comes with {distribution}. In a clone: pip install ./plugins/{distribution}." in err
 
 
 @pytest.mark.parametrize(

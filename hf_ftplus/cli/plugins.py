@@ -13,6 +13,7 @@ import json
 import re
 import types
 import typing
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -75,7 +76,7 @@ def plugins(ctx: click.Context, blocked: tuple[str, ...], as_json: bool) -> None
 
     rows = found.discover(blocked=blocked)
     if as_json:
-        click.echo(json.dumps([{**dataclasses.asdict(row), "help": row.help} for row in rows], indent=2))
+        click.echo(json.dumps([in_full(row) for row in rows], indent=2))
     else:
         _show_table(rows, found.commands())
 
@@ -98,6 +99,51 @@ def show(ctx: click.Context, name: str, blocked: tuple[str, ...], as_json: bool)
         _show_strategy(strategy, facts, name if name.endswith(".py") else strategy.name)
 
 
+def in_full(row: Plugin) -> dict[str, Any]:
+    """A row for JSON: also the API that it was written for, the hooks of each strategy, and what it requires."""
+    from .. import plugins as found
+
+    classes = [found.load(f"{row.distribution}:{name}") for name in row.strategies]
+    return {
+        **dataclasses.asdict(row),
+        "help": row.help,
+        "api": _api(row.distribution, row.name),
+        "hooks": {strategy.name: hooks(strategy) for strategy in classes},
+        "requires": requires(row.distribution),
+    }
+
+
+def hooks(strategy: type[Strategy]) -> list[str]:
+    """The methods of a strategy that it does not leave to the host."""
+    from ..contract import HOOKS
+    from ..strategy import Strategy as Base
+
+    return [name for name in HOOKS if getattr(strategy, name) is not getattr(Base, name)]
+
+
+def requires(distribution: str) -> list[str]:
+    """What a distribution says that it needs; nothing where a strategy is of a file."""
+    try:
+        return metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _api(distribution: str, name: str) -> int | None:
+    """The plugin API that a module says it was written for; None where it does not say, or cannot be found."""
+    from ..contract import written_for
+    from ..hookspecs import API, HOST
+    from ..plugins import offers
+
+    if distribution == HOST:
+        return API
+    wanted = [offer.value for offer in offers() if (offer.distribution, offer.name) == (distribution, name)]
+    try:
+        return written_for(wanted[0]) if wanted else None
+    except Exception:  # of a stranger: the package that holds the module may raise anything
+        return None
+
+
 def describe(strategy: type[Strategy], distribution: str, version: str) -> dict[str, Any]:
     """What a strategy says about itself, ready for JSON."""
     from ..plugins import headline
@@ -108,6 +154,9 @@ def describe(strategy: type[Strategy], distribution: str, version: str) -> dict[
         "distribution": distribution,
         "version": version,
         "help": headline(strategy),
+        "api": _api(distribution, strategy.name),
+        "hooks": hooks(strategy),
+        "requires": requires(distribution),
         "description": inspect.cleandoc(strategy.__doc__ or "") if headline(strategy) else "",
         "settings": [
             {
