@@ -68,7 +68,12 @@ OPTIONS = (
         True,
         metavar="TASK=METRIC",
     ),
-    Option("memory", "OUTPUT/ftplus/memory of an earlier run, whose knowledge still counts.", metavar="DIR"),
+    Option(
+        "memory",
+        "Of an earlier run, whose knowledge still counts: OUTPUT/ftplus/memory, or OUTPUT itself, or what `ftplus "
+        "memory pull` fetched.",
+        metavar="DIR",
+    ),
     Option(
         "measure_rows",
         "Rows per task that are measured before and after; 0 measures nothing.  [64]",

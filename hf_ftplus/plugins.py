@@ -141,6 +141,11 @@ def _offered_in(folder: Path) -> dict[str, str]:
     import tomllib
 
     file = folder / "pyproject.toml"
+    if not file.is_file():
+        raise UsageError(
+            f"{folder} holds no pyproject.toml; expected the folder of a distribution, a Python file such as "
+            "./my_idea.py, or the name of a strategy."
+        )
     try:
         project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
     except (OSError, ValueError) as error:
@@ -288,7 +293,7 @@ def _search(name: str, known: list[Offer]) -> type[Strategy]:
         _only([dataclasses.replace(offer, name=item.name) for offer, item in matches], name)
         return matches[0][1]
     available = sorted({item.name for _, item in found})
-    said = f"No plugin {name!r}.{nearest(name, available)} {_what_to_type(name, available)}"
+    said = f"No plugin {name!r}.{nearest(name.lower(), available)} {_what_to_type(name, available)}"
     raise MissingPluginError(said, name)
 
 
@@ -302,13 +307,26 @@ def _what_to_type(name: str, available: list[str]) -> str:
         return f"{listing} {hookspecs.HOST} itself is not installed, only imported: pip install -e . in its folder."
     if _alone():
         return f"{listing} {ALONE} is set: unset it to see what else is installed."
+    if nearest(name.lower(), available):
+        return listing
     if not NAME.fullmatch(name):
         return f"{listing} For a file of your own, give its path: --plugin ./my_idea.py."
     if name in OURS:
         return f"{listing} In a clone of hf-ftplus: pip install ./plugins/ftplus-{name}."
-    if nearest(name, available):
-        return listing
-    return f"{listing} If somebody published it: pip install ftplus-{name}."
+    if folder := _folder_of(name):
+        return f"{listing} It is not installed yet. Type pip install -e {folder}"
+    return f"{listing} Of a distribution in a folder: pip install -e FOLDER."
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder here whose distribution offers a strategy, as `ftplus plugin new` leaves it."""
+    for folder in (Path(), Path(f"ftplus-{name}")):
+        try:
+            if name in _offered_in(folder):
+                return folder
+        except UsageError:  # no distribution
+            continue
+    return None
 
 
 def _row(offer: Offer, known: list[Offer], blocked: Collection[str]) -> Plugin:

@@ -79,6 +79,7 @@ def test_settings_that_trl_refuses_end_in_its_sentence(place, tmp_path, capsys):
         ("--strategy ewc", "Unknown flag --strategy. Did you mean '--plugin'?"),
         ("--output out", "Unknown flag --output. Did you mean '--output_dir'?"),
         ("--data x", "Unknown flag --data. Did you mean '--dataset_name'?"),
+        ("--learn x", "Unknown flag --learn. Did you mean '--dataset_name'?"),
     ],
 )
 def test_what_nobody_means_is_refused_with_what_to_type(place, tmp_path, capsys, typed, says):

@@ -53,6 +53,18 @@ def test_every_import_is_a_declared_dependency():
     assert undeclared == set()
 
 
+def test_the_python_that_is_asked_for_is_what_trl_and_transformers_ask_for():
+    template = "hf_ftplus/template/pyproject.toml.txt"
+    files = [
+        "pyproject.toml",
+        template,
+        *(str(file.relative_to(ROOT)) for file in ROOT.glob("plugins/*/pyproject.toml")),
+    ]
+    asked = {re.search(r'^requires-python = ">=3\.(\d+)"', read(file), re.M)[1] for file in files}
+    theirs = [metadata.metadata(name)["Requires-Python"] for name in ("trl", "transformers")]
+    assert asked == {str(max(int(re.search(r"3\.(\d+)", text)[1]) for text in theirs))}
+
+
 def test_every_bound_says_why():
     lines = dependencies()
     assert len(lines) > 5

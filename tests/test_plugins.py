@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 from textwrap import dedent
@@ -128,7 +129,9 @@ def test_discovery_makes_no_object(publish):
 def test_an_unknown_plugin_names_the_nearest_the_available_and_what_to_type():
     with pytest.raises(UsageError, match=r"No plugin 'ewcc'\. Did you mean 'ewc'\? Available: [\w, ]*ewc[\w, ]*\.$"):
         plugins.load("ewcc")
-    with pytest.raises(UsageError, match=r"If somebody published it: pip install ftplus-nobodys\.$"):
+    with pytest.raises(UsageError, match=r"No plugin 'EWC'\. Did you mean 'ewc'\? Available: [\w, ]*ewc[\w, ]*\.$"):
+        plugins.load("EWC")
+    with pytest.raises(UsageError, match=r"Of a distribution in a folder: pip install -e FOLDER\.$"):
         plugins.load("nobodys")
     for folder in (Path(__file__).parents[1] / "plugins").glob("ftplus-*"):
         name = folder.name.removeprefix("ftplus-")
@@ -137,6 +140,28 @@ def test_an_unknown_plugin_names_the_nearest_the_available_and_what_to_type():
         )
     with pytest.raises(UsageError, match=r"For a file of your own, give its path"):
         plugins.load("My Idea")
+
+
+def test_what_was_begun_and_not_installed_says_what_to_type(tmp_path, monkeypatch):
+    from hf_ftplus.cli.plugin_new import write
+
+    write(tmp_path / "ftplus-idea", "idea", "nobody")
+    for place, folder in ((tmp_path, "ftplus-idea"), (tmp_path / "ftplus-idea", r"\.")):
+        monkeypatch.chdir(place)
+        with pytest.raises(UsageError, match=rf"It is not installed yet\. Type pip install -e {folder}$"):
+            plugins.load("idea")
+
+
+def test_nobody_is_sent_to_a_name_that_is_not_ours():
+    """On an index anybody could register it."""
+    root = Path(__file__).parents[1]
+    pages = [*root.glob("*.md"), *root.glob("plugins/**/*.md"), *root.glob("hf_ftplus/**/*.*")]
+    texts = {
+        page: page.read_text(encoding="utf-8") for page in pages if page.suffix in (".md", ".py", ".txt", ".jinja")
+    }
+    assert len(texts) > 100
+    sent = re.compile(r"pip install ['\"]?(ftplus-|hf-ftplus\b(?!\[| @))|pypi\.org")
+    assert [page for page, text in texts.items() if page.name != "CHANGELOG.md" and sent.search(text)] == []
 
 
 def test_several_names_in_one_are_told_apart():

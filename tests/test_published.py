@@ -59,7 +59,11 @@ def test_a_new_distribution_is_complete_and_names_nothing_but_itself(tmp_path, m
     assert not re.search(r"ownidea|OwnIdea|THE-[A-Z]", text)
     assert "Ada" in (folder / "LICENSE").read_text()
     assert "class MyIdea(Strategy)" in text
-    assert "pytest" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pytest" in said
+    assert "a line of .github/workflows/test.yml says where CI gets it" in said
+    steps = (folder / ".github" / "workflows" / "test.yml").read_text()
+    assert steps.index('# - run: pip install "hf-ftplus @') < steps.index('pip install ".[test]"')
     lint = [sys.executable, "-m", "ruff", "check", "--isolated"]
     linted = subprocess.run(lint, cwd=folder, capture_output=True, text=True)
     assert linted.returncode == 0, linted.stdout

@@ -27,7 +27,7 @@ COMMANDS = {
     "report": "Make the page of a run again, or join several on one.",
     "generate": "Try a trained model on prompts of your own, beside another one.",
     "merge": "Put an adapter into its base: one model to deploy.",
-    "memory": "Make, publish and fetch what protects a model: others need no data.",
+    "memory": "Make, publish or download EWC importances, so that others can protect a model without your data.",
     "plugins": "List strategies, or the settings of one; plugin new, plugin test: write your own.",
     "doctor": "Show versions, devices, and which fast paths are active.",
 }
@@ -70,6 +70,15 @@ class Commands(click.Group):
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of what nothing here calls
         return getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if not _of_sft(error.option_name):
+                raise
+            name = error.option_name
+            raise UsageError(f"{name} is a flag of ftplus sft. Type ftplus sft {name} ...") from error
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -83,12 +92,18 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+def _of_sft(flag: str) -> bool:
+    from ..config import OPTIONS
+    from .completion import flags_of_trl
+
+    return flag.replace("-", "_") in {f"__{option.name}" for option in OPTIONS} | {
+        known.replace("-", "_") for known in (*flags_of_trl(), "--model", "--config")
+    }
+
+
 def _unknown(word: str) -> str:
     if owner := ELSEWHERE.get(word):
-        return (
-            f"ftplus {word} comes with {owner}, which is not installed. Type pip install {owner}, or, in a clone, pip "
-            f"install ./plugins/{owner}."
-        )
+        return f"ftplus {word} comes with {owner}. In a clone: pip install ./plugins/{owner}."
     known = list(COMMANDS)
     meant = f" Did you mean {MEANT[word]!r}?" if word in MEANT else nearest(word, known)
     return f"No command {word!r}.{meant} Commands: {', '.join(known)}."

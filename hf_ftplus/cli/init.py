@@ -25,8 +25,8 @@ QUESTIONS = {
     "model": ("Which model? A folder, a name on the Hub, or demo", "demo"),
     "learn": ("What shall it learn? A .jsonl, .json, .csv or .parquet file, or a name on the Hub", "learn.jsonl"),
     "protect": (
-        "What must it not forget? A file, a name on the Hub, or self:64x48 (the model writes 64 rows of up to 48 tokens "
-        "itself)",
+        "What must it not forget? A file, a name on the Hub, or self:64x48 (the model writes 64 rows of up to 48 "
+        "tokens itself)",
         "self:64x48",
     ),
     "hardware": (f"On what? {HARDWARE}", "small"),
@@ -144,7 +144,7 @@ def written(model: str, learn: str, protect: list[str], hardware: str, file: str
     hardware, protect = meant(hardware), [named(spec) for spec in protect]
     adapter = hardware == "small"
     own = all((spec.partition("=")[2] or spec).startswith("self:") for spec in protect)
-    strategies = _strategies(adapter, own)
+    strategies, rate = _strategies(adapter, own), float(LORA_RATE) if adapter else "1.0e-4"
     lines = [
         f"{MARK}. Look at the rows, then at the cost, then train; flags win over what stands here:",
         "#",
@@ -168,7 +168,7 @@ def written(model: str, learn: str, protect: list[str], hardware: str, file: str
         *_hardware(hardware, [line.split()[1].rstrip(":") for line in strategies if line.startswith("  - ")]),
         "",
         "num_train_epochs: 3",
-        f"learning_rate: {float(LORA_RATE) if adapter else '1.0e-4'} # the first thing to vary; larger models want less",
+        f"learning_rate: {rate} # the first thing to vary; larger models want less",
         "# ends early once nothing more is learnt, or too much is lost",
         "# stop_when: [learn-plateaus, retention-falls-below 0.95]",
         "logging_steps: 10",
@@ -184,8 +184,8 @@ def _strategies(adapter: bool, written: bool) -> list[str]:
     ewc = "ewc holds each weight as firmly as `protect` depends on it: more strength learns less and forgets less"
     if adapter:
         return [
-            "# distill keeps saying what the starting model says on `protect`, one of its rows beside sixteen to learn; no",
-            "# second model: its teacher is the base with the adapter switched off",
+            "# distill keeps saying what the starting model says on `protect`, one of its rows beside sixteen to",
+            "# learn; its teacher is the base with the adapter switched off: no second model",
             "plugins:",
             f"  - distill: {{ share: {LORA_SHARE} }}",
         ]

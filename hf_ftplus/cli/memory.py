@@ -17,7 +17,7 @@ out_option = click.option(
 
 @click.group()
 def memory() -> None:
-    """Make, publish and fetch what EWC needs to protect a model: others need no data.
+    """Make, publish or download EWC importances, so that others can protect a model without your data.
 
     \b
     ftplus memory make --model demo --protect self:256 --out memory
@@ -50,7 +50,11 @@ def memory() -> None:
 @click.option("--rows", default=256, show_default=True, type=click.IntRange(1), help="Rows of each task that are used.")
 @click.option("--max_length", default=1024, show_default=True, type=click.IntRange(2), help="Tokens of a row.")
 @click.option(
-    "--batch_size", default=4, show_default=True, type=click.IntRange(1), help="Rows at once; few are steady."
+    "--batch_size",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Rows at once; smaller batches give steadier estimates.",
 )
 @click.option("--bf16", is_flag=True, help="Mixed precision, as in training.")
 @click.option("--seed", default=0, show_default=True, help="Of the estimate, and of self-written text.")

@@ -39,7 +39,8 @@ def new(name: str, out: Path | None, author: str | None) -> None:
         click.echo(f"  {file}")
     click.echo(
         f"\nNext:\n  cd {folder}\n  pip install -e '.[test]'\n  ftplus plugin test {name}\n  pytest\n"
-        f"Then put your idea into ftplus_{module(name)}.py."
+        f"Then put your idea into ftplus_{module(name)}.py.\n"
+        "hf-ftplus is on no package index yet: a line of .github/workflows/test.yml says where CI gets it; complete it."
     )
 
 

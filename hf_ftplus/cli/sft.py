@@ -27,7 +27,7 @@ CALLED = {
     **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
     **dict.fromkeys(("strategy", "strategies", "method"), "plugin"),
     **dict.fromkeys(("output", "out"), "output_dir"),
-    **dict.fromkeys(("data", "dataset", "train_file"), "dataset_name"),
+    **dict.fromkeys(("learn", "data", "dataset", "train_file"), "dataset_name"),
     "steps": "max_steps",
 }
 """What other programs call it -> what it is called here."""

@@ -20,7 +20,7 @@ from hf_ftplus.errors import DataError, UsageError
     "--protect",
     multiple=True,
     metavar="[NAME=]DATA",
-    help="Rows of what it shall know again; self:64, too. Repeatable.",
+    help="Rows of what it should know again, or self:64. Repeatable.  [required]",
 )
 @click.option(
     "--keep",
