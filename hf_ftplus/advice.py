@@ -45,8 +45,8 @@ TABLE = (
         "I have none",
         f"ftplus sft --plugin replay --plugin ewc --protect self:64x48 {REPLAYED}",
         "the model writes them itself before it learns. It learnt every fact, and avoided 100 % of what plain "
-        "fine-tuning lost (mean of chat and Python; 93 % of chat alone). Asked in other words it knew 42 % of the facts, plain 26 %. Or "
-        "`ftplus memory pull`, if somebody published what protects your model",
+        "fine-tuning lost (mean of chat and Python; 93 % of chat alone). Asked in other words it knew 42 % of the "
+        "facts, plain 26 %. Or `ftplus memory pull`, if somebody published what protects your model",
     ),
     Advice(
         "sequence",

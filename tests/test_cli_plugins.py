@@ -372,7 +372,10 @@ def test_a_folder_that_is_not_installed_is_judged_by_its_pyproject(capsys, monke
     )
     monkeypatch.setattr(sys, "path", list(sys.path))
     law = ["--law", "introduces itself"]
-    assert "lab holds no pyproject.toml; expected the folder of a distribution, a Python file such as" in run(capsys, "plugin", "test", "lab", *law)[2]
+    assert (
+        "lab holds no pyproject.toml; expected the folder of a distribution, a Python file such as"
+        in run(capsys, "plugin", "test", "lab", *law)[2]
+    )
     (folder / "pyproject.toml").write_text("[project]\nname = 'x'\n")
     assert "offers no strategy; expected [project.entry-points.ftplus]" in run(capsys, "plugin", "test", "lab", *law)[2]
     (folder / "pyproject.toml").write_text("[project.entry-points.ftplus]\ngood = 'ftplus_good_lab'\n")

@@ -125,7 +125,7 @@ def requires(distribution: str) -> list[str]:
     """What a distribution says that it needs; nothing where a strategy is of a file."""
     try:
         return metadata.requires(distribution) or []
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, ValueError):  # of a file, or of nobody
         return []
 
 
