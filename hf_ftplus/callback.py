@@ -23,6 +23,7 @@ from .batches import SelfText, learn_batches, protect_batches, same_batches, war
 from .data import as_tasks
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
 from .hookspecs import HOST
+from .logits import causal_lm
 from .mixture import check_drawn, rows_drawn
 from .plugins import origin, resolve
 from .refusals import refuse, refuse_parts
@@ -108,6 +109,17 @@ class StrategyCallback(TrainerCallback):
             if odd:
                 raise PluginError(f"{name}.state_dict() holds {odd[0]}; expected only {{str: Tensor}}.")
         return {name: sum(t.numel() * t.element_size() for t in tensors.values()) for name, tensors in states.items()}
+
+    def _check_memory(self, model: torch.nn.Module) -> None:
+        """Refuse memory of other weights where the model's are in a folder; else a sample of them tells (`sketch.py`).
+
+        A name on the Hub does not say of which revision the loaded weights are.
+        """
+        from .shared.base import check
+
+        source = str(getattr(causal_lm(model).config, "_name_or_path", "") or "")
+        if self.memory is not None and source and Path(source).is_dir():
+            check(self.memory, source)
 
     def setup(
         self,
@@ -204,6 +216,7 @@ class StrategyCallback(TrainerCallback):
                 args.max_grad_norm,
             )
         if checkpoint is None:
+            self._check_memory(model)
             if not self.told and args.process_index == 0:
                 warn_of_learnt_tokens(getattr(train_dataloader, "dataset", None), self.learn_rows, run.protect)
             for strategy in self.strategies:

@@ -14,6 +14,7 @@ from commands import make_place, words
 from hub import hub
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
+from training import trainer
 from transformers import AutoModelForCausalLM
 
 from hf_ftplus import state
@@ -85,6 +86,11 @@ def test_another_model_is_refused_by_the_content_of_its_weights(place, made, tmp
     assert f"was made on {place / 'model'}" in said
     assert "ftplus memory make" in said
     assert not (tmp_path / "out").exists()
+    script = trainer(
+        tmp_path / "script", "ewc", protect=None, model=AutoModelForCausalLM.from_pretrained(other), memory=made
+    )
+    with pytest.raises(IncompatibleError, match=f"was made on {place / 'model'}.* {other} has other weights"):
+        script.train()
 
 
 def test_the_hash_is_of_the_content_however_it_is_stored(place, tmp_path):

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,15 @@ def content_hash(name: str) -> tuple[str, tuple[str, ...]] | None:
     Raises:
         StorageError: a file is damaged.
     """
+    files = [(file, (found := file.stat()).st_size, found.st_mtime_ns) for file in _files(name)]
+    return _content_hash(tuple(files))
+
+
+@lru_cache(8)
+def _content_hash(files: tuple[tuple[Path, int, int], ...]) -> tuple[str, tuple[str, ...]] | None:
+    """Read once, as long as neither size nor time of a file changes."""
     tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-    for file in _files(name):
+    for file, _, _ in files:
         with file.open("rb") as content:
             size = int.from_bytes(content.read(8), "little")
             try:
