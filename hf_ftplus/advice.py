@@ -38,7 +38,7 @@ TABLE = (
         "I have rows of what must not be forgotten",
         f"ftplus sft --plugin distill --plugin ewc --protect FILE {DISTILLED}",
         "keeps saying what the starting model says on them, and holds the weights they depend on; with rows that the "
-        "model wrote itself they kept, stacked, avoided 99 % of what plain fine-tuning lost",
+        "model wrote itself the two avoided 99 % of what plain fine-tuning lost",
     ),
     Advice(
         "none",
