@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from reference import lora_penalty
 from tiny import tiny_llama
 
-from hf_ftplus.quadratic import AdapterWell, Well, pull, starting, state_bytes, wells
+from hf_ftplus.quadratic import AdapterWell, Well, inner, pull, starting, state_bytes, wells
 from hf_ftplus.weights import Adapter, split
 
 
@@ -132,3 +132,14 @@ def test_weights_that_do_not_lie_in_one_stretch_are_held_too():
     weight.grad = torch.zeros(500, 600)
     pull([Well(weight, start, importance)], 2.0, False)
     assert torch.allclose(weight.grad, 2.0 * importance * weight.detach())
+
+
+def test_a_sum_of_products_is_the_same_wherever_the_numbers_lie():
+    """What was read from a file lies otherwise in memory than what was computed."""
+    one, other = torch.randn(2, 4099, generator=torch.Generator().manual_seed(0))
+    room, found = torch.empty(4099 + 64), set()
+    for start in range(17):
+        room[start : start + 4099].copy_(one)
+        found.add(inner(room[start : start + 4099], other).item())
+    assert len(found) == 1
+    assert found.pop() == pytest.approx((one.double() @ other.double()).item(), rel=1e-5)
