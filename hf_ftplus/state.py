@@ -117,11 +117,14 @@ def missing_plugin(output: Path, name: str) -> str:
 
 
 def _to_install(name: str, manifest: dict[str, Any]) -> str:
-    """Who published a strategy; nothing for one of ours or of a file, and where an earlier version did not say."""
+    """Who published a strategy; nothing for one of ours or of a file, and where an earlier version did not say.
+
+    No command to copy: a checkpoint of somebody else could name anything.
+    """
     if name not in manifest.get("plugins", {}):
         return ""
     distribution, version = manifest["plugins"][name]
-    return f" {name} came from {distribution}: pip install {distribution}=={version}"
+    return f" {name} came from {distribution} {version}: install it from where you had it."
 
 
 def _same_settings(saved: dict[str, str], now: dict[str, str], folder: Path) -> None:

@@ -541,7 +541,8 @@ def test_what_is_no_strategy_is_refused(publish):
 # ---- a run that a plugin was in --------------------------------------------------------------------------------------
 
 RESUMED = (
-    "Resume with the same --plugin names, or start a new run. pull came from ftplus-pull: pip install ftplus-pull==1.2"
+    "Resume with the same --plugin names, or start a new run. pull came from ftplus-pull 1.2: install it "
+    "from where you had it."
 )
 
 
@@ -556,10 +557,7 @@ def test_a_resumed_run_without_its_plugin_says_which_version_to_install(publish,
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "ftplus-pull" not in entry])
     again = words(place, out, "--resume_from_checkpoint", "true", plugin="pull", protect=None)
     assert main(again) == 4
-    assert (
-        "checkpoint-2 was written with it. pull came from ftplus-pull: pip install ftplus-pull==1.2"
-        in capsys.readouterr().err
-    )
+    assert "checkpoint-2 was written with it. pull came from ftplus-pull 1.2: install it" in capsys.readouterr().err
     assert main(words(place, tmp_path / "other", plugin="pull", protect=None)) == 2
 
 

@@ -167,15 +167,15 @@ def test_a_strategy_that_is_not_installed_is_named_with_what_to_install(tmp_path
         published = {"plugins": {"box": ["ftplus-box", version]}}
         state.save_checkpoint(folder, [Box()], tiny_llama(), step=step, **published)
         os.utime(folder, (step, step))
-    says = "checkpoint-4 was written with it. box came from ftplus-box: pip install ftplus-box==1.3"
+    says = "checkpoint-4 was written with it. box came from ftplus-box 1.3: install it from where you had it."
     assert state.missing_plugin(tmp_path, "box").endswith(says)
     assert state.missing_plugin(tmp_path, "ewc") == ""
     with pytest.raises(
-        IncompatibleError, match=r"strategies \['box'\]; this run has none.*box came from ftplus-box: pip"
+        IncompatibleError, match=r"strategies \['box'\]; this run has none.*box came from ftplus-box 1.3: install"
     ):
         state.load_checkpoint(tmp_path / "checkpoint-4" / "ftplus", [], tiny_llama())
     (tmp_path / "checkpoint-4" / "ftplus" / "manifest.json").write_text("{")  # the one before still tells
-    assert state.missing_plugin(tmp_path, "box").endswith("ftplus-box==1.2")
+    assert state.missing_plugin(tmp_path, "box").endswith("ftplus-box 1.2: install it from where you had it.")
 
 
 def test_facts_are_read_back_and_one_that_is_not_there_is_none(saved, tmp_path):
