@@ -64,6 +64,16 @@ def test_a_later_stage_may_evaluate_the_held_out_rows_of_its_tasks(place, tmp_pa
     assert main(["sequence", written(given, tmp_path), "--dry-run"]) == 0
 
 
+def test_its_file_may_be_given_as_to_other_commands(place, tmp_path, capsys):
+    file = written(sequence_yaml(place, tmp_path / "out"), tmp_path)
+    assert main(["sequence", "--config", file, "--dry-run"]) == 0
+    assert "Dry run" in capsys.readouterr().out
+    assert main(["sequence"]) == main(["sequence", file, "--config", "other.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "There is no file. Expected one, with its stages: ftplus sequence run.yaml" in said
+    assert "There are two files" in said
+
+
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(place, tmp_path, capsys, monkeypatch):
     (tmp_path / "stop.py").write_text(STOP)
     monkeypatch.setenv("STOP_AT", "01-colours:1")

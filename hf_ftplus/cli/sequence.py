@@ -5,13 +5,15 @@ from __future__ import annotations
 import click
 
 from ..config import read_yaml
+from ..errors import UsageError
 from .sft import take_environment
 
 
 @click.command()
-@click.argument("file", metavar="YAML")
+@click.argument("file", metavar="YAML", required=False)
+@click.option("--config", metavar="YAML", help="The same file, as other commands take it.")
 @click.option("--dry-run", is_flag=True, help="Check every stage and show the plan; train nothing.")
-def sequence(file: str, dry_run: bool) -> None:
+def sequence(file: str | None, config: str | None, dry_run: bool) -> None:
     """Train stage after stage and measure every task after each. Typed again, it goes on where it stopped.
 
     \b
@@ -27,7 +29,10 @@ def sequence(file: str, dry_run: bool) -> None:
         dataset_name: facts.jsonl
         max_steps: 60
     """
-    given = read_yaml(file, "ftplus sequence")
+    if bool(file) == bool(config):
+        found = f"There are two files, {file} and {config}." if file else "There is no file."
+        raise UsageError(f"{found} Expected one, with its stages: ftplus sequence run.yaml")
+    given = read_yaml(file or config, "ftplus sequence")
     take_environment(given)  # before the libraries that read it are imported
     from ..stages import sequence as run
 
