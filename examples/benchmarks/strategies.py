@@ -4,9 +4,10 @@
     .venv/bin/python examples/benchmarks/strategies.py --show           prints it from strategies.json, as Markdown
 
 Every row is one `ftplus sft` command on the demo's data (examples/demo): facts, learnt by heart; sentiment, measured
-on other reviews than it was learnt from. What was measured stands in strategies.json and is not measured again, so the
-benchmark may be stopped at any time. Rows of plugins need them installed (`pip install plugins/ftplus-*/`). Seconds are
-those of a machine that may be busy: what a step costs is measured by costs.py and overhead.py, both sides in one run.
+on other reviews than it was learnt from; facts once sentiment is learnt, or with it. What was measured stands in
+strategies.json and is not measured again, so the benchmark may be stopped at any time. Rows of plugins need them
+installed (`pip install plugins/ftplus-*/`). Seconds are those of a machine that may be busy: what a step costs is
+measured by costs.py and overhead.py, both sides in one run.
 """
 
 from __future__ import annotations
@@ -143,11 +144,11 @@ without."""
 
 SENTIMENT = "sentiment: "
 """Begins the names of rows that learn it: in half as many steps, for reviews are long and the question easy."""
+TOLD_BY = "demo_output/data/reviews_measure.jsonl"
+KEPT_BY = "--measure chat=demo_output/data/chat_questions.jsonl --measure python=demo_output/data/python_measure.jsonl"
 REVIEWS = (
     '--max_steps 30 --lr_scheduler_kwargs {"num_decay_steps":9} '
-    "--dataset_name demo_output/data/reviews.jsonl --measure learn=demo_output/data/reviews_measure.jsonl "
-    "--measure chat=demo_output/data/chat_questions.jsonl --measure python=demo_output/data/python_measure.jsonl "
-    "--metric learn=choice"
+    f"--dataset_name demo_output/data/reviews.jsonl --measure learn={TOLD_BY} {KEPT_BY} --metric learn=choice"
 )
 ROWS |= {
     f"{SENTIMENT}{name}": f"{REVIEWS} {flags}"
@@ -159,8 +160,32 @@ ROWS |= {
         "replay 1/8, self": f"{REPLAY} {SELF} --learning_rate 5e-5",
         "distill 1/8, self": f"{DISTILL} {EIGHTH} {SELF} --learning_rate 5e-5",
         "distill 1/8 + EWC 10,000, self": f"{DISTILL} {EIGHTH} {EWC}=10000 {SELF} --learning_rate 5e-5",
+        "SI records, 5e-5": "--plugin si --learning_rate 5e-5",
     }.items()
 }
+
+AFTER = "after sentiment: "
+"""Begins the names of rows that learn the facts when sentiment is learnt, or at once with it."""
+FIRST = f"{SENTIMENT}SI records, 5e-5"
+"""The row that they begin with, {first}; SI only records there, so its model is that of plain fine-tuning."""
+FACTS = (
+    "--measure learn=demo_output/data/facts.jsonl "
+    "--measure asked_otherwise=demo_output/data/facts_other_phrasing.jsonl --metric asked_otherwise=exact_match "
+    f"--measure reviews={TOLD_BY} --metric reviews=choice {KEPT_BY} "
+    "--protect python=demo_output/data/python_protect.jsonl"
+)
+ROWS |= {
+    f"{AFTER}{name}": f"{FACTS} --learning_rate 1e-4 {flags}"
+    for name, flags in {
+        "plain": "--model_name_or_path {first}",
+        "SI 1": "--model_name_or_path {first} --plugin si --memory {first}",
+        "both at once, multitask, 90 steps": (
+            f"--dataset_name demo_output/data/both.jsonl --plugin multitask --set multitask.mode=equal {NINETY}"
+        ),
+    }.items()
+}
+GROUPS = {"": LEARNT, SENTIMENT: TOLD, AFTER: LEARNT}
+"""How names begin, and what is enough to have learnt."""
 
 
 BRIEF = (
@@ -190,15 +215,19 @@ class Cell:
     seconds: float
     bytes: int | None = None
     """Not kept of the first runs."""
+    reviews: float | None = None
+    """Share told right at the end, where facts are learnt after them."""
 
     @classmethod
     def read(cls, path: Path) -> Cell:
         report = Report.load(path)
         tasks = {task.name: task for task in report.tasks}
+        metrics = {name: task.after.metric.value for name, task in tasks.items()}
         rise = {name: tasks[name].after.loss.value - tasks[name].before.loss.value for name in ("chat", "python")}
         return cls(
-            learnt=tasks["learn"].after.metric.value,
-            otherwise=tasks["asked otherwise"].after.metric.value if "asked otherwise" in tasks else None,
+            learnt=metrics["learn"],
+            otherwise=metrics.get("asked otherwise", metrics.get("asked_otherwise")),
+            reviews=metrics.get("reviews"),
             drift=statistics.mean(tasks[name].drift.value for name in rise),
             steps=report.facts["steps"],
             seconds=report.facts["seconds"]["training"],
@@ -229,7 +258,7 @@ def main(seeds: int, only: tuple[str, ...], out: Path, show: bool) -> None:
     for name, seed in missing(cells, [] if show else only or ROWS, seeds):
         cells.setdefault(name, {})[str(seed)] = measure(name, seed, out)
         keep(cells)
-    click.echo(whole())
+    click.echo("\n\n".join(whole()))
 
 
 def keep(cells: dict[str, dict[str, Cell]]) -> None:
@@ -245,20 +274,30 @@ def known() -> dict[str, dict[str, Cell]]:
     return {name: {seed: Cell(**cell) for seed, cell in found.items()} for name, found in measured.items()}
 
 
-def whole() -> str:
-    """A table of the facts, and one of sentiment if it was measured."""
+def whole() -> list[str]:
+    """A table of each group of rows that was measured."""
     cells, tables = known(), []
-    for sentiment in (False, True):
-        mine = [name for name in ROWS if name in cells and name.startswith(SENTIMENT) == sentiment]
+    for group, enough in GROUPS.items():
+        names = [name for name in ROWS if name in cells and of(name) == group]
+        mine = {name.removeprefix(group): list(cells[name].values()) for name in names}
         if mine:
-            named = {name.removeprefix(SENTIMENT): list(cells[name].values()) for name in mine}
-            tables.append(table(named, enough=TOLD if sentiment else LEARNT))
-    return "\n\n".join(tables)
+            shown = [key for key in COLUMNS if any(None not in values_of(found, key) for found in mine.values())]
+            tables.append(table(mine, shown, enough=enough))
+    return tables
+
+
+def of(name: str) -> str:
+    """The group of a row."""
+    return next((group for group in (SENTIMENT, AFTER) if name.startswith(group)), "")
+
+
+def values_of(cells: list[Cell], column: str) -> list[float | None]:
+    return [getattr(cell, COLUMNS[column][0]) for cell in cells]
 
 
 def brief() -> str:
     """What the README shows of the facts."""
-    cells = {name: list(found.values()) for name, found in known().items() if not name.startswith(SENTIMENT)}
+    cells = {name: list(found.values()) for name, found in known().items() if not of(name)}
     return table(cells, ("learnt", "rise on chat", "rise on Python"), BRIEF)
 
 
@@ -273,14 +312,31 @@ def measure(name: str, seed: int, out: Path) -> Cell:
     from run import ENVIRONMENT, OUT
 
     make_data(ROOT / OUT / "data")
-    folder = out / f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}-{seed}"
+    put_together(ROOT / OUT / "data")
+    if "{first}" in ROWS[name]:
+        measure(FIRST, seed, out)
+    folder = folder_of(name, seed, out)
     if not (folder / "ftplus" / "report.json").is_file():
         command = [str(Path(sys.executable).parent / "ftplus"), "sft", "--config", "examples/demo/demo.yaml"]
-        command += ["--output_dir", str(folder), "--seed", str(seed), "--completions", "0", *ROWS[name].split()]
+        command += ["--output_dir", str(folder), "--seed", str(seed), "--completions", "0"]
+        command += ROWS[name].replace("{first}", str(folder_of(FIRST, seed, out))).split()
         click.echo(f"{name}, seed {seed}", err=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT}, cwd=ROOT)
-        (folder / "model.safetensors").unlink(missing_ok=True)  # half a gigabyte that nobody reads again
+        if name != FIRST:
+            (folder / "model.safetensors").unlink(missing_ok=True)  # half a gigabyte that nobody reads again
     return Cell.read(folder / "ftplus" / "report.json")
+
+
+def folder_of(name: str, seed: int, out: Path) -> Path:
+    return out / f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}-{seed}"
+
+
+def put_together(data: Path) -> None:
+    """Facts, and five times as many reviews, as one file of two tasks."""
+    tasks = {"facts": (data / "facts.jsonl").read_text().splitlines()}
+    tasks["reviews"] = (data / "reviews.jsonl").read_text().splitlines()[: 5 * len(tasks["facts"])]
+    rows = [json.loads(line) | {"task": task} for task, lines in tasks.items() for line in lines]
+    (data / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 COLUMNS = {
@@ -289,6 +345,7 @@ COLUMNS = {
     "rise on chat": ("chat", 3),
     "rise on Python": ("python", 3),
     "drift": ("drift", 2),
+    "reviews": ("reviews", 2),
     "state, MB": ("megabytes", 0),
 }
 """What the table says of a Cell, and with how many digits."""
@@ -325,7 +382,7 @@ def table(
         if name in learnt and best:
             lost = mean(best, lambda cell: cell.rise)
             kept = "reference" if name == best else f"{1 - mean(name, lambda cell: cell.rise) / lost:.0%}"
-        figures = (in_words([getattr(cell, key) for cell in found], digits) for key, digits in map(COLUMNS.get, shown))
+        figures = (in_words(values_of(found, key), COLUMNS[key][1]) for key in shown)
         lines.append(f"| {name} | {len(found)} | {found[0].steps} | {' | '.join(figures)} | {kept} |")
     return "\n".join(lines)
 
