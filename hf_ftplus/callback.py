@@ -46,7 +46,7 @@ class StrategyCallback(TrainerCallback):
     Args:
         *strategies: names ("ewc"), names with settings (("ewc", {"rows": 128})), or objects (EWC(rows=128)).
         protect: what must not be forgotten: a dataset, `{"name": dataset}`, a path, "self:256", or ready micro-batches.
-        memory: `OUTPUT/ftplus/memory` of an earlier run, whose importances still count.
+        memory: OUTPUT of an earlier run, or a memory's own folder, whose importances still count.
 
     Raises:
         UsageError: unknown strategy or setting.
@@ -57,7 +57,7 @@ class StrategyCallback(TrainerCallback):
 
     def __init__(self, *strategies: Any, protect: Any = None, memory: str | Path | None = None) -> None:
         self.strategies: list[Strategy] = [resolve(item) for item in strategies]
-        self.protect, self.memory = protect, Path(memory).expanduser() if memory else None
+        self.protect, self.memory = protect, Memory.at(memory) if memory else None
         self.run: Run | None = None
         self.around: Around | None = None
         """Under DeepSpeed, what gives strategies their moments."""

@@ -7,7 +7,7 @@ over YAML, YAML over defaults. Each option is declared once, in `OPTIONS`: help,
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import conditions, metric
 from .chosen import plugins_of, strategies
 from .errors import UsageError, nearest
+from .strategy import Memory
 
 if TYPE_CHECKING:
     from .data import TaskSpec
@@ -268,17 +269,20 @@ def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], 
             before = ours.get(option.name, ()) if option.name in OVERLAID else ()
             ours[option.name] = [*before, *flags[option.name]] if option.many else flags[option.name]
     ours["tasks"] = rest.pop("tasks", None)
-    if flags.get("measure") and ours.get("metric"):  # instead of the file's, whose metrics go with them
-        gone = _names(_listed(yaml.get("measure", []))) - _names(ours["measure"])
-        ours["metric"] = [
-            text for text in ours["metric"] if not (_names([text]) & gone) or text in flags.get("metric", ())
-        ]
+    if flags.get("measure") and yaml.get("measure") and yaml.get("metric"):
+        ours["metric"] = [*_still_asked(ours, yaml), *flags.get("metric", ())]
     return ours, rest
 
 
-def _names(texts: Iterable[str]) -> set[str]:
-    """Of `NAME=...`."""
-    return {name for name, given, _ in (text.partition("=") for text in texts) if given}
+def _still_asked(ours: dict[str, Any], yaml: dict[str, Any]) -> Iterator[str]:
+    """The file's metrics, less those of tasks that it measures and a flag measures others instead of."""
+    from .data import parse_all
+
+    before = {spec.name for spec in parse_all(_listed(yaml["measure"]))}
+    still = {"learn", *(spec.name for spec in parse_all([*ours["measure"], *ours.get("protect", ())]))}
+    for text in _listed(yaml["metric"]):
+        if text.partition("=")[0] not in before - still:
+            yield text
 
 
 def build(ours: dict[str, Any]) -> RunConfig:
@@ -343,12 +347,9 @@ def _metrics(texts: Iterable[str], tasks: list[str]) -> dict[str, str]:
 def _memory(path: Any) -> Path | None:
     if path is None:
         return None
-    folder = Path(os.path.expanduser(str(path)))
+    folder = Memory.at(str(path))
     if not os.path.isfile(folder / "manifest.json"):
-        inside = folder / "ftplus" / "memory"
-        if os.path.isfile(inside / "manifest.json"):
-            return inside
-        found = "holds no manifest.json" if Path(path).is_dir() else "is no folder"
+        found = "holds no manifest.json" if os.path.isdir(folder) else "is no folder"
         raise UsageError(f"--memory {path} {found}; expected OUTPUT/ftplus/memory of a finished run.")
     return folder
 

@@ -74,9 +74,9 @@ def check_api(written_for: Any, who: str) -> None:
     if not isinstance(written_for, int):
         cure = f"Write ftplus_api = {hookspecs.API}."
     elif written_for > hookspecs.API:
-        cure = f"Type pip install -U {hookspecs.HOST}."
+        cure = f"Install a newer {hookspecs.HOST}."
     else:
-        cure = f"Look for a newer version of it, or type pip install '{hookspecs.HOST}<{__version__}'."
+        cure = f"Look for a newer version of it, or install an older {hookspecs.HOST}."
     raise PluginError(
         f"{who} is written for plugin API {written_for!r}; {hookspecs.HOST} {__version__} speaks {hookspecs.API}. "
         f"{cure}"

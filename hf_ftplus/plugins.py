@@ -376,8 +376,8 @@ def _classes(offer: Offer) -> list[type[Strategy]]:
 
 def _cannot_be_loaded(who: str, error: BaseException, offer: Offer) -> str:
     return (
-        f"{who} cannot be loaded: {say(error)}. Repair it (pip install --force-reinstall {offer.distribution}) or "
-        f"leave it out (pip uninstall {offer.distribution})."
+        f"{who} cannot be loaded: {say(error)}. Install it again from where you had it, or leave it out (pip uninstall "
+        f"{offer.distribution})."
     )
 
 

@@ -256,6 +256,8 @@ def scratch() -> Tensor:
 
 
 def inner(one: Tensor, other: Tensor) -> Tensor:
-    """Sum of products in fp32: a scalar. Not `torch.dot`, which on a CPU rounds by where in memory the numbers lie: a run
-    that goes on from a checkpoint would log other figures than one that nobody stopped."""
+    """Sum of products in fp32: a scalar.
+
+    Not `torch.dot`, which on a CPU rounds by where in memory the numbers lie: a resumed run would log other figures.
+    """
     return (one.float() * other.float()).sum()

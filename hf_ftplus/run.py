@@ -147,7 +147,7 @@ def push(trainer: SFTTrainer, config: RunConfig) -> None:
     out, repo = config.training.output_dir, trainer.hub_model_id or config.training.hub_model_id
     memory = Path(out, STATE_FOLDER, "memory")
     if memory.is_dir() and trainer.is_world_process_zero():
-        base.write(memory, base.look(repo, out))
+        base.write(memory, base.of_run(repo, Path(out)))
     if config.completions:
         logger.warning(
             "%s goes to %s, too: a report with %d rows of each task and the answers to them. --completions 0 leaves "
@@ -274,7 +274,7 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
         trainer.train(resume_from_checkpoint=resume_point(config))
         refuse_not_finite(trainer.model, trainer.state.global_step)  # of the last step, which no loss followed
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(trainer, error) from error
+        raise out_of_memory(trainer, error, config.go_on) from error
     except StorageError:
         if trainer.state.global_step >= trainer.state.max_steps > 0:  # trained to the end: its last checkpoint failed
             trainer.save_model(config.training.output_dir)
@@ -287,7 +287,7 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
         interrupt.restore()
 
 
-def out_of_memory(trainer: SFTTrainer, error: Exception) -> IncompatibleError:
+def out_of_memory(trainer: SFTTrainer, error: Exception, go_on: str) -> IncompatibleError:
     """What was full, what strategies hold of it, and what to type."""
     held: dict[str, int] = {}
     with suppress(PluginError):  # before it was prepared, a strategy may hold nothing yet
@@ -299,7 +299,7 @@ def out_of_memory(trainer: SFTTrainer, error: Exception) -> IncompatibleError:
     if trainer.control.should_training_stop:  # what follows: strategies finish, the last checkpoint is written
         return IncompatibleError(
             f"Out of memory after the last step, {step}: {first_line(error)}{holds} Checkpoints are intact. Free some "
-            "memory, and go on with --resume_from_checkpoint true."
+            f"memory, and go on with {go_on}."
         )
     return IncompatibleError(
         f"Out of memory at step {step + 1}: {first_line(error)}{holds} Lower --per_device_train_batch_size (and raise "

@@ -53,6 +53,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -241,6 +242,14 @@ class Memory:
 
     read: Path | None = None
     write: Path | None = None
+
+    @staticmethod
+    def at(path: str | Path) -> Path:
+        """The folder of a memory: `path`, or below it where `path` is the OUTPUT of the run that left it."""
+        folder = Path(os.path.expanduser(path))
+        inside = folder / "ftplus" / "memory"
+        own, below = (os.path.isfile(place / "manifest.json") for place in (folder, inside))
+        return inside if below and not own else folder
 
     def load(self, name: str, run: Run) -> dict[str, torch.Tensor] | None:
         """The tensors that strategy `name` left, or None without `--memory`.

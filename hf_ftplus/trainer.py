@@ -253,7 +253,7 @@ class SFTTrainer(StrategyMixin, TasksMixin, trl.SFTTrainer):
     Args:
         strategies: names, `(name, settings)`, `{name: settings}` or Strategy objects, called in this order.
         protect: what must not be forgotten: a dataset, `{"name": dataset}`, a path, "self:256", or ready micro-batches.
-        memory: `OUTPUT/ftplus/memory` of an earlier run, whose importances still count.
+        memory: OUTPUT of an earlier run, or a memory's own folder, whose importances still count.
         train_dataset: as TRL's; or several learn tasks, `{"name": dataset}`, each prepared and packed on its own.
         Everything else is TRL's.
     """

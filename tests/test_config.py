@@ -69,6 +69,13 @@ def test_tasks_that_a_flag_replaces_take_their_metrics_along():
     assert ours["metric"] == ["learn=exact_match", "learn=choice"]
     assert build(ours).metrics == {"learn": "choice"}
     assert build(merge({"measure": ("learn=c",)}, {"measure": "b"})[0]).metrics == {}
+    plain = {"measure": {"learn": "a"}, "metric": {"learn": "exact_match"}}
+    assert merge({"measure": ("old=b",)}, plain)[0]["metric"] == ["learn=exact_match"]  # always measured
+    named = {"measure": {"facts": "facts.jsonl"}, "metric": {"facts": "exact_match"}}
+    assert merge({"measure": ("facts.jsonl",)}, named)[0]["metric"] == ["facts=exact_match"]
+    assert merge({"measure": ("b.jsonl",)}, {"measure": "facts.jsonl", "metric": "facts=f1"})[0]["metric"] == []
+    both = {"protect": {"a": "p"}, "measure": {"a": "m"}, "metric": {"a": "choice"}}
+    assert merge({"measure": ("b=x",)}, both)[0]["metric"] == ["a=choice"]
     with pytest.raises(UsageError, match="no task 'othr'"):
         build(merge({"measure": ("learn=c",)}, {**given, "metric": {"othr": "exact_match"}})[0])
     with pytest.raises(UsageError, match="no task 'other'"):

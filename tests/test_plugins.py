@@ -414,8 +414,8 @@ def test_methods_of_its_own_are_welcome(idea):
 @pytest.mark.parametrize(
     ("line", "cure"),
     [
-        ("ftplus_api = 2", "Type pip install -U hf-ftplus."),
-        ("ftplus_api: int = 0", "Look for a newer version of it, or type pip install 'hf-ftplus<"),
+        ("ftplus_api = 2", "Install a newer hf-ftplus."),
+        ("ftplus_api: int = 0", "Look for a newer version of it, or install an older hf-ftplus."),
     ],
 )
 def test_a_plugin_of_another_api_is_refused_before_it_is_imported(publish, line, cure):

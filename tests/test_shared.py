@@ -157,9 +157,11 @@ def test_a_memory_of_a_folder_is_pushed_under_the_name_that_others_know(made, tm
     folder = shutil.copytree(made, tmp_path / "memory")
     with hub(monkeypatch, tmp_path / "cache") as there:
         assert main(["memory", "push", str(folder), "me/velmora"]) == 2
-        assert "which others have by no such name. Type --base OWNER/NAME" in capsys.readouterr().err
+        assert "is no name by which others get the model of" in capsys.readouterr().err
         assert main(["memory", "push", str(folder), "me/velmora", "--base", "demo"]) == 2
         assert there.repos == {}
+        (tmp_path / "me" / "model").mkdir(parents=True)  # as `hf download --local-dir me/model` has it
+        monkeypatch.chdir(tmp_path)
         assert main(["memory", "push", str(folder), "me/velmora", "--base", "me/model"]) == 0
         about = json.loads(there.repos["me/velmora"]["base.json"])
     assert about == json.loads((made / "base.json").read_text()) | {"name": "me/model"}
@@ -181,7 +183,7 @@ def test_what_a_run_left_is_published_and_found_beside_its_model(place, tmp_path
     assert main(words(place, out)) == 0
     with hub(monkeypatch, tmp_path / "cache") as there:
         assert main(["memory", "push", str(out / "ftplus" / "memory"), "me/left"]) == 2
-        assert "Type --base NAME" in capsys.readouterr().err
+        assert "Type --base OWNER/NAME" in capsys.readouterr().err
         assert main(["memory", "push", str(out / "ftplus" / "memory"), "me/left", "--base", "me/model"]) == 0
         assert content_hash(str(out))[0] in there.repos["me/left"]["README.md"].decode()
         assert main(["memory", "push", str(out / "ftplus" / "memory"), "me/left", "--base", "me/renamed"]) == 0
@@ -213,7 +215,7 @@ def test_nothing_of_the_users_disk_is_published(place, made, tmp_path, monkeypat
 
 def test_what_the_hub_says_against_a_card_is_shown(made, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(made, tmp_path / "memory")
-    monkeypatch.setattr("hf_ftplus.shared.hub.refuse_local", lambda name, folder: None)
+    monkeypatch.setattr("hf_ftplus.shared.hub.refuse_local", lambda *_, **__: None)
     with hub(monkeypatch, tmp_path / "cache"):
         assert main(["memory", "push", str(folder), "me/velmora"]) == 6
         assert '"base_model" must be the name of a model on the Hub' in capsys.readouterr().err
@@ -233,9 +235,7 @@ def test_the_line_of_the_card_and_that_of_pull_work_as_they_stand(place, tmp_pat
     shutil.copytree(place / "model", tmp_path / "me" / "model")  # where the Hub's name leads, for the run
     assert make(place, "made", "--for", form) == 0
     with hub(monkeypatch, tmp_path / "cache") as there:
-        (tmp_path / "me").rename(tmp_path / "away")
         assert main(["memory", "push", "made", "me/velmora", "--base", "me/model"]) == 0
-        (tmp_path / "away").rename(tmp_path / "me")
         card = there.repos["me/velmora"]["README.md"].decode()
         pull, train = re.findall(r"^\$ ftplus (.*)", card, re.M)
         capsys.readouterr()

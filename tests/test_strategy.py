@@ -147,3 +147,13 @@ def test_every_error_has_an_exit_code_of_its_own():
 def test_a_far_word_is_not_guessed():
     assert nearest("ewcc", ["ewc", "l2sp"]) == " Did you mean 'ewc'?"
     assert nearest("zebra", ["ewc", "l2sp"]) == ""
+
+
+def test_a_memory_is_found_in_its_folder_and_below_the_output_of_its_run(tmp_path, monkeypatch):
+    inside = tmp_path / "out" / "ftplus" / "memory"
+    inside.mkdir(parents=True)
+    assert Memory.at(tmp_path / "out") == tmp_path / "out"  # where there is none, errors name what was typed
+    (inside / "manifest.json").touch()
+    assert Memory.at(str(tmp_path / "out")) == Memory.at(inside) == inside
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Memory.at("~/out") == inside

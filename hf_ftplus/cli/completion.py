@@ -63,8 +63,12 @@ def strategies() -> list[str]:
     return sorted({offer.name for offer in offers()})
 
 
-def flags_of_trl() -> Iterator[str]:
+def flags_of_trl() -> list[str]:
     """Every flag of `trl sft`, read from the sources that declare it."""
+    return list(dict.fromkeys(_declared()))
+
+
+def _declared() -> Iterator[str]:
     for package, files in TRL.items():
         found = importlib.util.find_spec(package)  # which does not import it
         for file in files if found and found.origin else ():

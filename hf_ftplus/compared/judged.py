@@ -109,8 +109,9 @@ def judge(rows: Sequence[Row], cells: Sequence[Cell]) -> Judgement:
 
 
 def mixed_versions(each: Sequence[dict[str, str]]) -> str:
-    """`torch 2.12.0 and 2.13.0`: what differs between runs; empty where nothing does."""
-    found = {name: sorted({versions.get(name, "none") for versions in each}) for versions in each for name in versions}
+    """`torch 2.12.0 and 2.13.0`: what differs between runs, if anything; what some lack was installed since."""
+    common = set.intersection(*map(set, each)) if each else set()
+    found = {name: sorted({versions[name] for versions in each}) for name in sorted(common)}
     return ", ".join(f"{name} {' and '.join(seen)}" for name, seen in found.items() if len(seen) > 1)
 
 

@@ -54,6 +54,11 @@ def look(name: str, where: str | None = None, **facts: Any) -> Base:
     return Base(name, digest, dtypes, **facts, version=metadata.version("hf-ftplus"))
 
 
+def of_run(name: str, out: Path) -> Base:
+    """The base of what a run left in `out`, which others call `name`."""
+    return look(name, str(out), form="lora" if (out / "adapter_config.json").is_file() else "")
+
+
 def write(folder: Path, base: Base) -> None:
     """Put base.json into `folder`.
 

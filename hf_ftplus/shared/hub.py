@@ -45,7 +45,7 @@ def push(folder: Path, repo: str, *, base: str | None = None, private: bool = Fa
     sizes = verify(folder)
     known = bases.read(folder)
     if base or known:
-        refuse_local(base or known.name, folder)
+        refuse_local(base or known.name, folder, typed=bool(base))
     if known is None:
         known = _of_output(folder, base)
     elif base and base != known.name:
@@ -59,21 +59,22 @@ def push(folder: Path, repo: str, *, base: str | None = None, private: bool = Fa
     return f"https://huggingface.co/{name}"
 
 
-def refuse_local(name: str, folder: Path) -> None:
-    """Refuse to publish a memory of a model that nobody else can get by its name.
+def refuse_local(name: str, folder: Path, typed: bool) -> None:
+    """Refuse to publish a memory of a model that nobody else can get by its name. One that is `typed` may be that of a
+    folder, too.
 
     Raises:
         UsageError: says what to type.
     """
     try:
         validate_repo_id(name.partition("@")[0])
-        local = name == DEMO or Path(name).expanduser().exists()
+        local = name == DEMO or (not typed and Path(name).expanduser().exists())
     except HFValidationError:
         local = True
     if local:
         raise UsageError(
-            f"{folder} is of {name!r}, which others have by no such name. Type --base OWNER/NAME: the name on the Hub "
-            "of the same weights."
+            f"{name!r} is no name by which others get the model of {folder}. Type --base OWNER/NAME: the name on the "
+            "Hub of the same weights."
         )
 
 
@@ -81,13 +82,12 @@ def _of_output(folder: Path, name: str | None) -> Base:
     """The base of what a run left: the model that it saved two folders above."""
     if name is None:
         raise UsageError(
-            f"{folder} does not say which model it is of, as a run left it. Type --base NAME: the name on the Hub of "
-            "the model that the run saved."
+            f"{folder} does not say which model it is of, as a run left it. Type --base OWNER/NAME: the name on the "
+            "Hub of the model that the run saved."
         )
     whole = folder.resolve()
     out = whole.parents[1] if whole.as_posix().endswith(OF_RUN) else None
-    form = "lora" if out and (out / "adapter_config.json").is_file() else ""
-    known = bases.look(name, str(out) if out else None, form=form)
+    known = bases.of_run(name, out) if out else bases.look(name)
     bases.write(folder, known)
     return known
 

@@ -34,16 +34,16 @@ def note_data(stage: Stage) -> None:
 
 
 def refuse_other_data(stage: Stage) -> None:
-    """Refuse to go on over rows that are not those of its start, or to begin on others than were checked. A file that
-    is gone is for others to miss.
+    """Refuse to go on over rows, a model or a strategy that are not those of its start, or to begin on others than were
+    checked. A file that is gone is for others to miss.
 
     Raises:
         StorageError: names what changed, and what to do.
     """
     if stage.seen and (changed := _changed(stage.seen, digests(stage))):
         raise StorageError(
-            f"{changed} changed since all stages were checked, while others trained. Look at it (ftplus data check), "
-            "then type the same command: finished stages are kept."
+            f"{changed} changed since all stages were checked, while others trained. Look at it, then type the same "
+            "command: finished stages are kept."
         )
     if not begun(stage) or not _file(stage).is_file():  # made by a version that kept none
         return
