@@ -95,9 +95,22 @@ def rotate(checkpoint: Path, limit: int | None, best: str | None = None) -> None
     spare = len(whole) - max(limit, len(kept)) if limit and limit > 0 else 0
     for old in [path for path in whole if path.resolve() not in kept][: max(spare, 0)]:
         with suppress(OSError):
-            os.replace(old, old.with_name(f"{DELETED}{old.name}"))  # at once: killed halfway, none is left in part
-    for old in checkpoint.parent.glob(f"{DELETED}checkpoint-*"):
-        shutil.rmtree(old, ignore_errors=True)
+            _delete(old)
+    _clear(checkpoint.parent)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Take it away at once, under a name that `_clear` looks for: killed halfway, none is left in part, nor without the
+    mark that tells it from another program's."""
+    gone = checkpoint.with_name(f"{DELETED}checkpoint-{checkpoint.name.rpartition('-')[2]}")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(checkpoint, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _clear(output: Path) -> None:
+    for gone in output.glob(f"{DELETED}checkpoint-*"):
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _sum(said: dict[str, Any]) -> str:
@@ -158,7 +171,7 @@ def _begin(checkpoint: Path) -> None:
     if checkpoint.is_symlink():
         checkpoint.unlink()
     elif (checkpoint / WRITING).is_file() and not (checkpoint / COMMIT).is_file():
-        shutil.rmtree(checkpoint)
+        _delete(checkpoint)
     elif checkpoint.is_dir():
         earlier = _replaced(checkpoint)
         if earlier.is_dir() and not (earlier / COMMIT).is_file():  # another program's stays
@@ -219,6 +232,7 @@ def newest(output: Path, aside: bool = True) -> Path | None:
         IncompatibleError: a newer version wrote one of them.
     """
     if aside:
+        _clear(output)
         _put_back(output)
     found = {_step(path): path for path in output.glob("checkpoint-*") if _numbered(path)}
     for step in sorted(found, reverse=True):
@@ -376,8 +390,9 @@ def _set_aside(checkpoint: Path, why: str) -> None:
     aside = checkpoint.with_name(f"{DAMAGED if was_whole else INCOMPLETE}{checkpoint.name}")
     for old in {aside, *checkpoint.parent.glob(f"{INCOMPLETE}checkpoint-*")}:
         ours = any((old / mark).is_file() for mark in (COMMIT, WRITING))
-        if ours:
-            shutil.rmtree(old, ignore_errors=True)
+        if ours or not any(path.is_file() for path in old.rglob("*")):  # empty where it was killed before its mark
+            with suppress(OSError):
+                _delete(old)
     try:
         if aside.is_dir():
             os.replace(aside, aside.with_name(f"{FOREIGN}{time.time_ns()}-{checkpoint.name}"))

@@ -138,6 +138,27 @@ def test_what_was_never_finished_is_set_aside_and_one_of_it_kept(run, caplog):
 
 
 @pytest.mark.fault("A1")
+def test_what_is_killed_before_its_mark_or_while_it_is_deleted_is_not_taken_for_another_programs(run, monkeypatch):
+    """It would stay for ever."""
+    (run / "_incomplete-checkpoint-3").mkdir()  # killed before the mark was there
+    unfinished(run / "checkpoint-4")
+    unfinished(run / "checkpoint-6")
+    rmtree = shutil.rmtree
+
+    def killed(folder, **_):
+        (folder / commit.WRITING).unlink(missing_ok=True)  # deleted first, as it may be
+        if folder.is_dir():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(commit.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        commit.newest(run)
+    monkeypatch.setattr(commit.shutil, "rmtree", rmtree)
+    assert commit.newest(run) == run / "checkpoint-2"
+    assert [path.name for path in run.glob("_*")] == ["_incomplete-checkpoint-4"]
+
+
+@pytest.mark.fault("A1")
 def test_what_another_program_left_unfinished_is_set_aside_and_all_of_it_stays(run):
     """Its own reader may make something of it; ours deletes only what we began."""
     theirs = shutil.copytree(run / "checkpoint-6", run / "theirs")
