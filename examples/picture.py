@@ -20,7 +20,7 @@ OTHER = ("plugins", "#777777", "v")
 rows = json.loads((HERE / "benchmarks" / "strategies.json").read_text(encoding="utf-8"))
 points: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
 for name, seeds in rows.items():
-    if name.startswith("sentiment"):
+    if name.startswith(("sentiment", "after sentiment")):
         continue
     first = next((kind for kind in KINDS if name.startswith(kind)), "")
     kind = STACKED.get(first) if "EWC" in name else None
