@@ -103,7 +103,8 @@ def _delete(checkpoint: Path) -> None:
     """Take it away at once, under a name that `_clear` looks for: killed halfway, none is left in part, nor without the
     mark that tells it from another program's."""
     gone = checkpoint.with_name(f"{DELETED}checkpoint-{checkpoint.name.rpartition('-')[2]}")
-    shutil.rmtree(gone, ignore_errors=True)
+    if gone.is_dir():
+        shutil.rmtree(gone, ignore_errors=True)
     os.replace(checkpoint, gone)
     shutil.rmtree(gone, ignore_errors=True)
 
