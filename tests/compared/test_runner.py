@@ -9,10 +9,11 @@ from types import SimpleNamespace as Asked
 
 import pytest
 
+from hf_ftplus.compared import runner as compared
 from hf_ftplus.compared.candidates import Row
 from hf_ftplus.compared.cells import Cell
 from hf_ftplus.compared.processes import Runner
-from hf_ftplus.compared.runner import gpus, run
+from hf_ftplus.compared.runner import compare, gpus, run
 from hf_ftplus.errors import StorageError
 from hf_ftplus.stages.plan import Stage
 
@@ -104,3 +105,19 @@ def test_devices_have_the_names_that_this_process_was_given(monkeypatch, count, 
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpus() == expected
+
+
+def test_the_probe_has_a_device_as_cells_will(tmp_path, monkeypatch):
+    """Left to itself it would train on all of them, and promise the time of that."""
+
+    def probed(*given):
+        raise StorageError(f"probed on {given[-1]}")
+
+    several = Asked(training=Asked(use_cpu=False))
+    for name, value in {
+        "configured": lambda given: (several, False), "rows": lambda *_: [], "cells": lambda *_: [],
+        "check": lambda *_: None, "gpus": lambda: ["3", "4"], "probed": probed,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"hf_ftplus.compared.runner.{name}", value)
+    with pytest.raises(StorageError, match="probed on 3"):
+        compare(compared.Asked({}, (), tmp_path), print, print)
