@@ -10,9 +10,20 @@ import torch
 from hf_ftplus.cli.sft import configured
 from hf_ftplus.compared.candidates import Row
 from hf_ftplus.compared.cells import Cell
-from hf_ftplus.compared.plan import Forecast, Probe, duration, forecast, refuse_long, seconds_of, spent, steps, total
+from hf_ftplus.compared.plan import (
+    Forecast,
+    Probe,
+    duration,
+    forecast,
+    probed,
+    refuse_long,
+    seconds_of,
+    spent,
+    steps,
+    total,
+)
 from hf_ftplus.config import RunConfig
-from hf_ftplus.errors import UsageError
+from hf_ftplus.errors import FTPlusError, UsageError
 from hf_ftplus.facts import most_held
 from hf_ftplus.report import Report
 from hf_ftplus.stages.plan import Stage
@@ -106,3 +117,18 @@ def test_steps_of_epochs_are_shared_by_processes(tmp_path):
     })  # fmt: skip
     assert steps(config, 1) == 7 * 3  # 50 rows are 13 batches, 7 steps an epoch
     assert steps(config, 4) == 2 * 3
+
+
+def test_the_probe_runs_where_it_is_told(tmp_path):
+    seen = []
+
+    class Told:
+        def run(self, cell, device=None):
+            seen.append(device)
+            cell.error = "no memory"
+
+    first = Cell(Row("one", 1e-3), 1, Stage(1, "one", tmp_path / "one", {}))
+    config = RunConfig(training=SimpleNamespace(max_steps=7))
+    with pytest.raises(FTPlusError, match=r"No candidate can start\. The first one, one: no memory"):
+        probed([first], tmp_path, {}, config, Told(), "3")
+    assert seen == ["3"]
