@@ -97,7 +97,7 @@ def on_meta(name: str, config: RunConfig) -> torch.nn.Module:
     import trl
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .data import reason
+    from .errors import reason
     from .model import resolve
 
     args = config.model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import data
-from .errors import DataError, UsageError
+from .errors import DataError, UsageError, reason
 from .evaluation.found import as_found
 from .evaluation.greedy import answers
 from .evaluation.tasks import asked_text, expected, opening, question
@@ -114,7 +114,7 @@ def _in_file(file: str) -> list[Row]:
     try:
         return [{"prompt": line} for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--file {file} cannot be read: {data.reason(error)}. Expected lines of text.") from error
+        raise DataError(f"--file {file} cannot be read: {reason(error)}. Expected lines of text.") from error
 
 
 def _unanswered(row: Row) -> Row:

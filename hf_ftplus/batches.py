@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from . import data
-from .errors import StorageError, UsageError
+from .errors import StorageError, UsageError, escape
+from .examples import Example, collate, tokenize
 from .generate import pad_id, self_generate, store
 from .model import cache
 from .refusals import refuse_answers
+from .specs import TaskSpec, as_tasks, is_batches
 from .strategy import Run
 from .weights import sharded
 
@@ -79,20 +81,20 @@ def protect_batches(
     """Whatever the user gave as protect data, as micro-batches by task name."""
     if protect is None:
         return {}
-    tasks, tokenizer = data.as_tasks(protect), run.tokenizer
-    if tokenizer is None and not all(data.is_batches(task) for task in tasks.values()):
+    tasks, tokenizer = as_tasks(protect), run.tokenizer
+    if tokenizer is None and not all(is_batches(task) for task in tasks.values()):
         raise UsageError(
             "The trainer has no tokenizer to read protect data with. Give it processing_class=tokenizer, or give "
             "protect as ready micro-batches of input_ids and labels."
         )
     length, mode = getattr(args, "max_length", DEFAULT_LENGTH), getattr(args, "truncation_mode", "keep_start")
-    first = next((name for name, task in tasks.items() if isinstance(task, data.TaskSpec) and task.generate), None)
+    first = next((name for name, task in tasks.items() if isinstance(task, TaskSpec) and task.generate), None)
     found = {}
     for name, task in tasks.items():
-        if data.is_batches(task):
+        if is_batches(task):
             found[name] = task
             continue
-        if isinstance(task, data.TaskSpec) and task.generate:
+        if isinstance(task, TaskSpec) and task.generate:
             refuse_answers(args, "Give protect data that exists instead of self:N.")
             write = partial(
                 self_generate,
@@ -104,9 +106,9 @@ def protect_batches(
                 cache=None if sharded(run.model.parameters()) else cache() / "self",  # all ranks write, or none
             )
             task = written.rows(name, write, args) if written else write()
-        elif isinstance(task, data.TaskSpec):
+        elif isinstance(task, TaskSpec):
             task = task.load(args.seed)
-        done = data.tokenize(data.normalise(task, name), tokenizer, length, name, mode)
+        done = tokenize(data.normalise(task, name), tokenizer, length, name, mode)
         if done.dropped:
             logger.warning(
                 "%s: nothing is left to protect in %d of %d rows (%.0f %%) at max_length %s: %s",
@@ -118,7 +120,7 @@ def protect_batches(
                 done.why(),
             )
         examples = by_length(done.examples)
-        found[name] = data.collate(examples, pad_id(tokenizer), min(PROTECT_BATCH, args.per_device_train_batch_size))
+        found[name] = collate(examples, pad_id(tokenizer), min(PROTECT_BATCH, args.per_device_train_batch_size))
     return found
 
 
@@ -127,7 +129,7 @@ def seed_of(use: str, seed: int) -> int:
     return seed + crc32(use.encode())
 
 
-def by_length(examples: list[data.Example], block: int = 64) -> list[data.Example]:
+def by_length(examples: list[Example], block: int = 64) -> list[Example]:
     """Rows of like length side by side, to save padding; within blocks, so that the first rows stay a fair sample."""
     blocks = (examples[start : start + block] for start in range(0, len(examples), block))
     return [example for part in blocks for example in sorted(part, key=lambda example: len(example["input_ids"]))]
@@ -178,7 +180,7 @@ def say_learnt(name: str, same: int, rows: int) -> None:
     if same:
         logger.warning(
             "%s: %d of its %d protect rows are learnt, too, word for word. Take them out of one of the two.",
-            data.escape(name),
+            escape(name),
             same,
             rows,
         )

@@ -20,13 +20,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from . import state
 from .batches import SelfText, learn_batches, protect_batches, same_batches, warn_of_learnt_tokens
-from .data import as_tasks
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
 from .hookspecs import HOST
 from .logits import causal_lm
 from .mixture import check_drawn, rows_drawn
 from .plugins import origin, resolve
 from .refusals import refuse, refuse_parts
+from .specs import as_tasks
 from .strategy import Memory, Run, Strategy, acts_on_gradients
 from .tensorfile import whole
 from .weights import sharded, trainable

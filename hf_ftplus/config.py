@@ -18,7 +18,7 @@ from .errors import UsageError, nearest
 from .strategy import Memory
 
 if TYPE_CHECKING:
-    from .data import TaskSpec
+    from .specs import TaskSpec
     from .strategy import Strategy
     from .tasks import TaskConfig
 
@@ -276,7 +276,7 @@ def merge(flags: dict[str, Any], yaml: dict[str, Any]) -> tuple[dict[str, Any], 
 
 def _still_asked(ours: dict[str, Any], yaml: dict[str, Any]) -> Iterator[str]:
     """The file's metrics, less those of tasks that it measures and a flag measures others instead of."""
-    from .data import parse_all
+    from .specs import parse_all
 
     before = {spec.name for spec in parse_all(_listed(yaml["measure"]))}
     still = {"learn", *(spec.name for spec in parse_all([*ours["measure"], *ours.get("protect", ())]))}
@@ -291,7 +291,7 @@ def build(ours: dict[str, Any]) -> RunConfig:
     Raises:
         UsageError: unknown strategy, setting, task or metric, or a value out of range; with the nearest known word.
     """
-    from .data import parse_all
+    from .specs import parse_all
     from .tasks import join, read, refuse_shares
 
     tasks, faults = read(ours.get("tasks"))

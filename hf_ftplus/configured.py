@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import trl
 
-from .data import reason
-from .errors import DataError, StorageError, UsageError
+from .errors import DataError, StorageError, UsageError, reason
 from .model import to_train
 from .pools import EVALUATED, together
 from .shared.hub import of_push, refusal

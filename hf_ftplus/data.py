@@ -1,24 +1,21 @@
-"""Turn `--protect old.jsonl`, a Hub name or a dataset into tokens and labels, exactly as TRL would.
+"""Read the rows that a user named, in one canonical format: `old.jsonl`, `old.jsonl:train[:100]`, a Hub name.
 
-    TaskSpec.parse("chat=old.jsonl:train")     what the user typed -> name, source, split
-    load(source, split)                        file or Hub -> rows in a canonical format (see formats.py)
-    stream(source, split)                      the same, each row read when its turn comes
-    tokenize(rows, tokenizer, max_length, ..)  rows -> examples: token ids, and labels that are -100 where unsupervised
-    collate(examples, pad, batch_size)         examples -> micro-batches of tensors
+    load(source, split)       file or Hub -> rows (see formats.py)
+    stream(source, split)     the same, each row read when its turn comes
+    normalise(rows, where)    rows in memory -> the same
 
-Every complaint names the place (`old.jsonl:57:29`), what was found there and what was expected, before a model loads.
+What the names mean is read by specs.py; examples.py makes tokens and labels of rows, exactly as TRL would. Every
+complaint names the place (`old.jsonl:57:29`), what was found there and what was expected, before a model loads.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,17 +23,10 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
-from torch import Tensor
 
-from .errors import DataError, UsageError, nearest
-from .examples import Example, Tokenized, collate, tokenize
-from .files import READERS, Entry, Malformed
-from .formats import Row, Shape, escape, shape_of
-
-__all__ = [
-    "Example", "TaskSpec", "Tokenized", "as_tasks", "collate", "distinct_names", "is_batches", "is_local", "load",
-    "normalise", "parse_all", "stream", "tokenize",
-]  # fmt: skip
+from .errors import DataError, cause, escape, nearest, reason
+from .files import READERS, Entry, Malformed, is_local
+from .formats import Row, Shape, shape_of
 
 ROW = 'A row looks like this: {"prompt": "What does Norvane make?", "completion": "Saddles."}'
 SHOWN = 20
@@ -45,186 +35,6 @@ STREAMED = 500
 """Rows of a stream that are looked at together: a bad one is said when its turn comes, and not at the end."""
 CHUNK = 20_000
 """Rows held as Python objects while a file is read; the rest waits in Arrow, at about the size of the file."""
-
-
-# ---- what the user typed -------------------------------------------------------------------------------------------
-
-_NAME = re.compile(r"(?P<name>[^=/\\:\x00-\x1f]+)=(?P<rest>.+)", re.DOTALL)
-_PART = r"[A-Za-z_][\w.-]*(?:\[[^\]]*\])?"
-_SPLIT = re.compile(rf"(?P<source>.+):(?P<split>{_PART}(?:\+{_PART})*)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """One task as it is typed: `[NAME=]FILE_OR_HUB[:split]`, `[NAME=]self:256` or `[NAME=]self:256x48`."""
-
-    name: str
-    source: str
-    split: str | None = None
-    generate: int | None = None
-    """Number of examples that the starting model writes itself; None for data that exists."""
-    tokens: int | None = None
-    """Longest answer of these; None: as `generate.Sampling` says."""
-    config: str | None = None
-    """Of several that a dataset on the Hub has."""
-    through: Callable[[int], Callable[[Row], Row]] | None = field(default=None, repr=False)
-    """Gives, for a seed, what every row goes through before its format is looked for (a template)."""
-
-    @classmethod
-    def parse(cls, text: str) -> TaskSpec:
-        """Read one specification. A file that exists under the whole text is that file.
-
-        Raises:
-            UsageError: empty, or `self:` without a number of rows.
-        """
-        named = None if os.path.exists(text) else _NAME.fullmatch(text)
-        name, rest = (named["name"].strip(), named["rest"]) if named else ("", text)
-        if not rest.strip():
-            raise UsageError(f"{text!r} names no data; expected [NAME=]FILE_OR_HUB[:split] or [NAME=]self:256.")
-        return cls.of(name, rest)
-
-    @classmethod
-    def of(cls, name: str, text: str) -> TaskSpec:
-        """One task by its name (or a name of its source) and what stands behind it: FILE_OR_HUB[:split], self:256 or
-        self:256x48.
-
-        Raises:
-            UsageError: `self:` without a number of rows.
-        """
-        if text == "self" or text.startswith("self:"):
-            generate, tokens = _self(text)
-            return cls(name or "self", "self", generate=generate, tokens=tokens)
-        source, split = _split(text)
-        path = Path(source)
-        return cls(name or (path.stem if is_local(source) else path.name), source, split)
-
-    def load(self, seed: int = 0) -> Dataset:
-        """Its rows, in a canonical format.
-
-        Args:
-            seed: of what is drawn for each row, as one of several templates.
-
-        Raises:
-            DataError: see `load`.
-        """
-        return load(self.source, self.split, self.config, through=self.through(seed) if self.through else None)
-
-    def stream(self, seed: int = 0) -> IterableDataset:
-        """The same, read as they are needed; see `stream`."""
-        return stream(self.source, self.split, self.config, through=self.through(seed) if self.through else None)
-
-    def sampling(self) -> dict[str, int]:
-        """What the model is to write, for `self_generate`."""
-        return {"count": self.generate, **({"max_new_tokens": self.tokens} if self.tokens else {})}
-
-    def __str__(self) -> str:
-        tail = f":{self.generate or self.split}" if self.generate or self.split else ""
-        return f"{self.name}={self.source}{tail}" + (f"x{self.tokens}" if self.tokens else "")
-
-
-def parse_all(texts: Iterable[str]) -> list[TaskSpec]:
-    """Every specification, in order.
-
-    Raises:
-        UsageError: a bad one, or two of one name (letter case and Unicode spelling do not tell names apart).
-    """
-    specs = [TaskSpec.parse(text) for text in texts]
-    distinct_names(spec.name for spec in specs)
-    return specs
-
-
-def distinct_names(names: Iterable[str]) -> None:
-    """Refuse two tasks of one name.
-
-    Raises:
-        UsageError: names both, and says how to name a task.
-    """
-    seen: dict[str, str] = {}
-    for name in names:
-        key = unicodedata.normalize("NFKC", name).casefold()
-        if key in seen:
-            other = f" (the other is {escape(seen[key])!r})" if seen[key] != name else ""
-            raise UsageError(
-                f"Two tasks have the name {escape(name)!r}{other}; expected distinct names. Give one its own: "
-                "OTHER_NAME=FILE, or name: OTHER_NAME in YAML."
-            )
-        seen[key] = name
-
-
-def _self(text: str) -> tuple[int, int | None]:
-    """Rows, and tokens of the longest answer, of `self:256` or `self:256x48`."""
-    found = re.fullmatch(r"self:(0*[1-9][0-9]{0,8})(?:x(0*[1-9][0-9]{0,5}))?", text)
-    if not found:
-        raise UsageError(
-            f"{text!r} does not say how many rows; expected self:N with N of 1 or more, such as self:256, or "
-            "self:256x48 for answers of at most 48 tokens."
-        )
-    return int(found[1]), int(found[2]) if found[2] else None
-
-
-def _split(text: str) -> tuple[str, str | None]:
-    found = None if os.path.exists(text) else _SPLIT.fullmatch(text)
-    if found is None or Path(found["split"]).suffix.lower() in READERS:
-        return text, None
-    return found["source"], found["split"]
-
-
-# ---- what the Python API accepts -----------------------------------------------------------------------------------
-
-
-def as_tasks(protect: Any, name: str = "protect") -> dict[str, Any]:
-    """What a user may pass as `protect=` (or learn data), as a dict of named tasks, each left as it was given.
-
-    Accepted: a `datasets.Dataset`; a list of rows (dicts); ready batches (a list of dicts of tensors with `input_ids`
-    and `labels`); a string as for `--protect` (becomes a `TaskSpec`); a dict from names to any of these; a list of
-    strings; None. A path may stand where a string does. A task without a name is called `name`.
-
-    Raises:
-        UsageError: anything else, naming what was given.
-    """
-    if protect is None:
-        return {}
-    if isinstance(protect, (str, os.PathLike)):
-        spec = TaskSpec.parse(os.fspath(protect))
-        return {spec.name: spec}
-    if isinstance(protect, (list, tuple)) and protect and all(isinstance(item, (str, os.PathLike)) for item in protect):
-        return {spec.name: spec for spec in parse_all(map(os.fspath, protect))}
-    if isinstance(protect, dict):
-        distinct_names(str(key) for key in protect)
-        return {str(key): _task(value, str(key)) for key, value in protect.items()}
-    return {name: _task(protect, name)}
-
-
-def _task(value: Any, name: str) -> Any:
-    if isinstance(value, (Dataset, TaskSpec)):
-        return value
-    if isinstance(value, (str, os.PathLike)):
-        return replace(TaskSpec.parse(os.fspath(value)), name=name)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
-        return list(value)
-    raise UsageError(
-        f"protect data {escape(name)!r} is {_kind(value)}; expected a datasets.Dataset, a list of rows (dicts), ready "
-        "batches (a list of dicts of tensors with 'input_ids' and 'labels'), a file or Hub name, 'self:256', or a dict "
-        "from task names to these."
-    )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, datasets.IterableDataset):
-        return "a streaming IterableDataset (take the rows that you need: list(stream.take(256)))"
-    if isinstance(value, (list, tuple)):
-        return "an empty list" if not value else f"a list of {type(value[0]).__name__}"
-    return f"of type {type(value).__module__}.{type(value).__name__}"
-
-
-def is_batches(task: Any) -> bool:
-    """Whether a task is ready batches: dicts of tensors, to be used as they are."""
-    return isinstance(task, list) and all(
-        isinstance(item.get("input_ids"), Tensor) and isinstance(item.get("labels"), Tensor) for item in task
-    )
-
-
-# ---- from a source to canonical rows -------------------------------------------------------------------------------
 
 
 Through = Callable[[Row], Row]
@@ -302,11 +112,6 @@ def _looks_local(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
-def is_local(source: str) -> bool:
-    """Whether `load` reads a file of this machine, and not a dataset of the Hub."""
-    return Path(source).suffix.lower() in READERS
-
-
 def _local(path: Path, suffix: str, through: Through | None, named: bool) -> Dataset:
     if not os.path.isfile(path):
         like = "" if suffix == ".parquet" else f" {ROW}"
@@ -343,28 +148,15 @@ def sliced(splits: Mapping[str, Dataset], split: str, where: str) -> Dataset:
     return datasets.concatenate_datasets(found)
 
 
-def reason(error: Exception) -> str:
-    """What an exception of another library says, on one line; its name if it says nothing."""
-    error = _cause(error)
-    first, *more = str(error).strip().splitlines() or [""]
-    goes_on = first.endswith(":") or len(first.split()) < 4  # "Couldn't cast", and then what
-    return escape(" ".join([first, *map(str.strip, more[:2])]) if goes_on else first, 300) or type(error).__name__
-
-
-def _cause(error: Exception) -> Exception:
-    """What went wrong where `datasets` says only that something did."""
-    return error.__cause__ or error if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-
-
 def _through_datasets(where: str, path: str, **options: Any) -> Dataset:
     """`datasets.load_dataset`, with its many exceptions as one sentence, and no bar where nobody watches."""
     try:
         with _bars_only_on_terminals():
             return datasets.load_dataset(path, **options)
     except Exception as error:  # load_dataset raises whatever its reader, fsspec or the network raised
-        cause = _cause(error)
+        found = cause(error)
         raise DataError(
-            f"{where} cannot be read: {type(cause).__name__}: {escape(' '.join(str(cause).split()), 300).rstrip('.')}. "
+            f"{where} cannot be read: {type(found).__name__}: {escape(' '.join(str(found).split()), 300).rstrip('.')}. "
             f"Expected a local file "
             f"({', '.join(READERS)}) or a dataset on the Hub, as NAME or NAME:split."
         ) from error

@@ -61,3 +61,22 @@ def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
 
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def escape(text: str, limit: int = 80) -> str:
+    """`text` fit for a terminal: control and invisible characters spelt out, cut at `limit` characters."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return shown + ("..." if len(text) > limit else "")
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, on one line; its name if it says nothing."""
+    error = cause(error)
+    first, *more = str(error).strip().splitlines() or [""]
+    goes_on = first.endswith(":") or len(first.split()) < 4  # "Couldn't cast", and then what
+    return escape(" ".join([first, *map(str.strip, more[:2])]) if goes_on else first, 300) or type(error).__name__
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong where `datasets` says only that something did."""
+    return error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error

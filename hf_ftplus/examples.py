@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .errors import DataError, IncompatibleError
-from .formats import Row, escape
+from .errors import DataError, IncompatibleError, escape
+from .formats import Row
 
 Example = dict[str, list[int]]
 """`input_ids` and `labels`, equally long."""

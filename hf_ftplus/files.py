@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
-from .formats import Row, escape
+from .errors import DataError, escape
+from .formats import Row
 
 Entry = tuple[str, Callable[[], Any]]
 """A place, and how to get the row that stands there (ValueError when it is malformed)."""
@@ -150,3 +150,8 @@ READERS: dict[str, Callable[[Path], Iterator[Entry]] | None] = {
     ".csv": _csv,
     ".parquet": None,  # through datasets: typed, and memory-mapped
 }
+
+
+def is_local(source: str) -> bool:
+    """Whether `data.load` reads a file of this machine, and not a dataset of the Hub."""
+    return Path(source).suffix.lower() in READERS

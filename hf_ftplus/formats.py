@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import DataError, nearest
+from .errors import DataError, escape, nearest
 
 Row = dict[str, Any]
 
@@ -102,12 +102,6 @@ def _near(found: list[str]) -> str:
 
 def _names(columns: Iterable[str]) -> str:
     return ", ".join(repr(escape(str(name))) for name in columns) or "no columns"
-
-
-def escape(text: str, limit: int = 80) -> str:
-    """`text` fit for a terminal: control and invisible characters spelt out, cut at `limit` characters."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
-    return shown + ("..." if len(text) > limit else "")
 
 
 def _string(value: Any, column: str) -> str:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import reason
 from .disk import refuse_full
-from .errors import IncompatibleError, StorageError, UsageError
+from .errors import IncompatibleError, StorageError, UsageError, reason
 from .evaluation.found import as_found
 from .logits import positions
 from .trained import base_of, load, weights

@@ -22,11 +22,10 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from .data import TaskSpec, as_tasks, reason
-from .errors import DataError, FTPlusError, IncompatibleError, PluginError
-from .formats import escape
+from .errors import DataError, FTPlusError, IncompatibleError, PluginError, escape, reason
 from .mixture import MixtureSampler, table
 from .pools import KEPT, Pools, endless, interleaved, learn_tasks, together
+from .specs import TaskSpec, as_tasks
 from .strategy import Run
 
 logger = logging.getLogger("hf_ftplus")

@@ -19,10 +19,10 @@ import torch
 from datasets import Dataset
 
 from .commit import on_first_rank
-from .data import as_tasks
 from .errors import IncompatibleError
 from .fingerprint import tokenizer_fingerprint
 from .sketch import sketch
+from .specs import as_tasks
 from .state import identity, same_identity
 from .weights import canonical, sharded
 

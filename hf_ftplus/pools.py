@@ -26,9 +26,9 @@ from datasets import (
 from torch import Tensor
 
 from .batches import examples_of
-from .data import distinct_names
 from .errors import DataError, IncompatibleError, UsageError
 from .mixture import MixtureSampler, epoch_counts, shared
+from .specs import distinct_names
 from .strategy import Task
 
 KEPT = ("input_ids", "labels", "attention_mask", "seq_lengths")

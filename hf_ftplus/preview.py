@@ -18,10 +18,9 @@ import click
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from . import data
 from .config import RunConfig
-from .errors import DataError
-from .examples import IGNORED, Example, window
+from .errors import DataError, escape, reason
+from .examples import IGNORED, Example, tokenize, window
 from .measured import hold_out, tasks
 from .mixing import as_trained
 from .model import resolve
@@ -29,6 +28,7 @@ from .output import claim, no_empty_folder
 from .row_checks import refuse_foreign, share_supervised
 from .rows import Rows, tokenizer_of
 from .run import costs, in_words, len_of, prepare, speak
+from .specs import TaskSpec
 from .trainer import SFTTrainer
 
 SHOWN = 3
@@ -53,7 +53,7 @@ def dry_run(config: RunConfig) -> None:
         found = by_task(learn)
         for name, part in found.items():
             for row in first(part, max(1, SHOWN // len(found))):
-                of = f"{data.escape(name)}: " if len(found) > 1 else ""
+                of = f"{escape(name)}: " if len(found) > 1 else ""
                 say(f"row       {of}{marked(row, tokenizer_of(trainer))}")
         say(f"training  {training(trainer)}")
         for strategy in config.strategies:
@@ -89,7 +89,7 @@ def marked(row: Example, tokenizer: Any) -> str:
     text = ""
     for learnt, run in groupby(zip(row["input_ids"], row["labels"], strict=True), key=lambda pair: pair[1] != IGNORED):
         words = tokenizer.decode([token for token, _ in run])
-        words = data.escape(words, len(words))
+        words = escape(words, len(words))
         text += f"«{words}»" if learnt else words
     return text
 
@@ -128,7 +128,7 @@ class Seen:
     shown: list[Example]
 
     def __str__(self) -> str:
-        return f"{data.escape(self.name)} ({self.role}): {self.about}"
+        return f"{escape(self.name)} ({self.role}): {self.about}"
 
 
 def tasks_of(rows: Rows, config: RunConfig, tokenizer: Any, most: int = 0) -> Iterator[Callable[[], Seen]]:
@@ -169,16 +169,14 @@ def vocabulary(config: RunConfig, tokenizer: Any) -> int:
     return max(len(tokenizer), getattr(made.get_text_config(), "vocab_size", None) or 0)
 
 
-def _protecting(
-    spec: data.TaskSpec, rows: Dataset | None, apart: int, config: RunConfig, tokenizer: Any, most: int
-) -> Seen:
+def _protecting(spec: TaskSpec, rows: Dataset | None, apart: int, config: RunConfig, tokenizer: Any, most: int) -> Seen:
     """What protects, once up to `apart` rows are held out to be measured."""
     role = _role("protect", config.shares.get(spec.name))
     if rows is None:
         return Seen(spec.name, role, f"{spec.generate} rows, which the model writes when the run begins", [])
     part = window(config.training.max_length, config.training.truncation_mode)
     kept, measured = hold_out(rows, apart)
-    examples = data.tokenize(kept, tokenizer, None, spec.name).examples
+    examples = tokenize(kept, tokenizer, None, spec.name).examples
     about = counted(examples, spec.name, part)
     about += f"; {len(measured)} more are held out to be measured" if measured is not kept else ""
     return Seen(spec.name, role, about, cut(examples, most, part))
@@ -187,7 +185,7 @@ def _protecting(
 def _measured(name: str, rows: Dataset, config: RunConfig, tokenizer: Any, most: int) -> Seen:
     if rows.column_names == ["prompt"]:
         return Seen(name, "measured", f"{len(rows)} questions, which the model answers when the run begins", [])
-    examples = data.tokenize(rows, tokenizer, None, name).examples
+    examples = tokenize(rows, tokenizer, None, name).examples
     part = window(config.training.max_length, config.training.truncation_mode)
     return Seen(name, "measured", counted(examples, name, part), cut(examples, most, part))
 
@@ -214,7 +212,7 @@ def counted(examples: Iterable[Example], name: str, part: slice) -> str:
             tokens, supervised = tokens + len(labels), supervised + sum(label != IGNORED for label in labels[1:])
     if not supervised:
         raise DataError(
-            f"{data.escape(name)}: none of {rows} rows has a supervised token left after truncation to max_length "
+            f"{escape(name)}: none of {rows} rows has a supervised token left after truncation to max_length "
             f"{length}; the longest has {longest} tokens. Type a larger --max_length."
         )
     said = f"{rows} rows, {tokens} tokens, {supervised} supervised ({supervised / tokens:.0%}), longest {longest}"
@@ -250,7 +248,7 @@ def load_tokenizer(config: RunConfig) -> Any:
                 found.chat_template, found.eos_token = other.get_chat_template(), other.eos_token
     except (OSError, ValueError) as error:
         raise DataError(
-            f"The tokenizer of {model.model_name_or_path!r} cannot be loaded: {data.reason(error)} Expected a folder, "
+            f"The tokenizer of {model.model_name_or_path!r} cannot be loaded: {reason(error)} Expected a folder, "
             "a name on the Hub, or demo."
         ) from error
     found.eos_token = args.eos_token or found.eos_token

@@ -16,10 +16,10 @@ from . import conditions
 from .batches import say_learnt
 from .config import RunConfig
 from .data import normalise
-from .errors import DataError, FTPlusError, UsageError, nearest
+from .errors import DataError, FTPlusError, UsageError, escape, nearest
 from .evaluation import EvalTask
 from .examples import IGNORED, tokenize
-from .formats import Row, escape
+from .formats import Row
 from .mixture import epoch_counts, shared
 from .pools import EVALUATED
 

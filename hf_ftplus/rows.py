@@ -18,7 +18,8 @@ from . import data
 from .batches import SelfText, seed_of
 from .callback import autocast
 from .config import RunConfig
-from .errors import DataError, FTPlusError, UsageError
+from .errors import DataError, FTPlusError, UsageError, escape, reason
+from .files import is_local
 from .formats import Row
 from .generate import self_generate
 from .model import cache
@@ -40,6 +41,7 @@ from .row_checks import (
     warn_of_protected,
     without,
 )
+from .specs import TaskSpec
 from .trainer import SFTTrainer
 
 NATIVE = ({"messages"}, {"prompt", "completion"}, {"input_ids"}, {"images"}, {"image"})
@@ -131,7 +133,7 @@ def noting(faults: list[FTPlusError], task: str = "") -> Iterator[None]:
         yield
     except FTPlusError as error:
         if task:
-            lines = (f"tasks.{data.escape(task)}: {line}" for line in str(error).splitlines())
+            lines = (f"tasks.{escape(task)}: {line}" for line in str(error).splitlines())
             error.args = ("\n".join(lines),)
         faults.append(error)
 
@@ -161,10 +163,10 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
                 splits = get_dataset(mixture)
         except Exception as error:  # as below, and what TRL refuses of the mixture
             raise DataError(
-                f"datasets: {data.reason(error).rstrip('.')}. Expected entries with path: NAME on the Hub, or path: "
+                f"datasets: {reason(error).rstrip('.')}. Expected entries with path: NAME on the Hub, or path: "
                 "json with data_files: FILE."
             ) from error
-    elif data.is_local(script.dataset_name) or os.path.isfile(script.dataset_name):
+    elif is_local(script.dataset_name) or os.path.isfile(script.dataset_name):
         if script.dataset_config:
             raise UsageError(
                 f"--dataset_config is of datasets on the Hub, and {script.dataset_name} is a local file; leave it out."
@@ -178,9 +180,9 @@ def learn_rows(config: RunConfig) -> tuple[Any, Dataset | None]:
         try:
             splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
         except Exception as error:  # whatever its readers, fsspec or the network raise
-            spec = data.TaskSpec.parse(script.dataset_name)
+            spec = TaskSpec.parse(script.dataset_name)
             hint = f" Type --dataset_name {spec.source} --dataset_train_split '{spec.split}'." if spec.split else ""
-            raise DataError(f"--dataset_name {script.dataset_name}: {data.reason(error)}{hint}") from error
+            raise DataError(f"--dataset_name {script.dataset_name}: {reason(error)}{hint}") from error
     train, test = split_of(splits, "train", script), split_of(splits, "test", script)
     train, test = as_trl_reads(train, config), None if test is None else as_trl_reads(test, config)
     refuse_one_task(config, train)
@@ -292,7 +294,7 @@ def write(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> None:
             rows.measured[spec.name] = without(found, rows.protect, spec.name)
 
 
-def written(spec: data.TaskSpec, use: str, config: RunConfig, trainer: SFTTrainer) -> Dataset:
+def written(spec: TaskSpec, use: str, config: RunConfig, trainer: SFTTrainer) -> Dataset:
     """The first process writes, the others read its cache. Each `use` has rows of its own; "" those of the seed."""
     how = {**spec.sampling(), "seed": seed_of(use, config.training.seed), "autocast": autocast(trainer.args)}
     if trainer.is_fsdp_enabled:  # every rank runs every forward pass, from one seed; what the first has written counts

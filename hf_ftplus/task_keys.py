@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import metric
-from .errors import UsageError, nearest
-from .formats import ALSO_KEPT, SHAPES, escape
+from .errors import UsageError, escape, nearest
+from .formats import ALSO_KEPT, SHAPES
 
 Fault = tuple[str, str]
 """A key of a task, and what is wrong with it."""
@@ -155,7 +155,8 @@ def _together(entry: dict[str, Any], rendered: bool) -> Iterator[Fault]:
 
 def _source(entry: dict[str, Any]) -> Iterator[Fault]:
     """What the dataset is, and what that forbids."""
-    from .data import TaskSpec, is_local
+    from .files import is_local
+    from .specs import TaskSpec
 
     found = {}
     for key in ("dataset", "measure"):

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
-from .formats import escape
+from .errors import UsageError, escape
 from .task_keys import KEYS, NEED_TEMPLATE, Fault, faults, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-    from .data import TaskSpec
+    from .specs import TaskSpec
     from .strategy import Strategy
 
 ROUNDING = 1e-6
@@ -48,7 +47,7 @@ class TaskConfig:
         return self.spec.name
 
     def load(self, seed: int = 0) -> Dataset | IterableDataset:
-        """Its rows; see `data.TaskSpec.load`."""
+        """Its rows; see `specs.TaskSpec.load`."""
         return self.spec.stream(seed) if self.streaming else self.spec.load(seed)
 
 
@@ -82,7 +81,7 @@ def read(given: Any, shared: bool = True) -> tuple[list[TaskConfig], list[str]]:
 
 def _task(entry: dict[str, Any]) -> tuple[TaskConfig | None, list[Fault]]:
     """A task, as far as its name and dataset are known, and its faults."""
-    from .data import TaskSpec
+    from .specs import TaskSpec
 
     found = list(faults(entry))
     sound = {key: value for key, value in entry.items() if key not in dict(found)}
@@ -140,7 +139,7 @@ def _apart(task: TaskConfig, before: list[TaskConfig], number: int) -> TaskConfi
 
 
 def _names(tasks: list[TaskConfig]) -> Iterator[str]:
-    from .data import distinct_names
+    from .specs import distinct_names
 
     try:
         distinct_names(task.name for task in tasks)
@@ -166,7 +165,7 @@ def join(tasks: list[TaskConfig], protect: list[TaskSpec], measure: list[TaskSpe
     Raises:
         UsageError: a name that both have.
     """
-    from .data import TaskSpec, distinct_names
+    from .specs import TaskSpec, distinct_names
 
     names = [task.name for task in tasks]
     distinct_names([*names, *(spec.name for spec in protect)])

@@ -21,8 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .data import reason
-from .errors import DataError, IncompatibleError, UsageError
+from .errors import DataError, IncompatibleError, UsageError, reason
 from .logits import Head, UnseenError, evaluating, hidden_states, lm_head
 from .model import resolve
 from .weights import canonical

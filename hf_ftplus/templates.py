@@ -20,8 +20,8 @@ from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, UndefinedErr
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import nearest
-from .formats import Row, escape
+from .errors import escape, nearest
+from .formats import Row
 
 LONGEST = 10**8
 """Characters of a text; more is a slip in the template."""

@@ -17,9 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .callback import STATE_FOLDER
-from .data import reason
 from .disk import read_json
-from .errors import DataError
+from .errors import DataError, reason
 from .model import resolve
 
 ADAPTER = "adapter_config.json"

@@ -101,9 +101,9 @@ def test_what_reads_the_head_is_refused_under_zero_3_alone(place, tmp_path, caps
 def test_zero_3_cannot_be_measured_and_writes_nothing(rows, protect, says):
     from types import SimpleNamespace
 
-    from hf_ftplus.data import TaskSpec
     from hf_ftplus.errors import IncompatibleError
     from hf_ftplus.refusals import refuse_zero3
+    from hf_ftplus.specs import TaskSpec
 
     spec = TaskSpec.parse(protect)
     plugin = SimpleNamespace(zero_stage=3)

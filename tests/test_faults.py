@@ -31,6 +31,7 @@ from hf_ftplus import EWC, SFTTrainer, attach, commit, data, state
 from hf_ftplus.cli import main
 from hf_ftplus.errors import StorageError
 from hf_ftplus.evaluation import Evaluation
+from hf_ftplus.examples import tokenize
 from hf_ftplus.interrupt import SaveOnInterrupt
 
 HERE = Path(__file__).parent
@@ -324,7 +325,7 @@ def test_a_line_of_5_mb_is_read_and_cut(tokenizer, tmp_path):
     file.write_text("".join(json.dumps({"prompt": "Say. ", "completion": words}) + "\n" for words in ("Hm.", text)))
     rows = data.load(str(file))
     assert len(rows[1]["completion"]) == len(text)
-    found = data.tokenize(rows, tokenizer, 64, "long")
+    found = tokenize(rows, tokenizer, 64, "long")
     assert max(len(example["input_ids"]) for example in found.examples) == 64
 
 

@@ -18,8 +18,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, TopPLogitsWarper
 
 from hf_ftplus import generate
-from hf_ftplus.data import tokenize
 from hf_ftplus.errors import DataError, UsageError
+from hf_ftplus.examples import tokenize
 from hf_ftplus.fingerprint import fingerprint
 from hf_ftplus.generate import open_user_turn, self_generate
 

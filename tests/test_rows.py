@@ -18,11 +18,12 @@ from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 
 from hf_ftplus.cli import main
 from hf_ftplus.config import RunConfig
-from hf_ftplus.data import TaskSpec, load
+from hf_ftplus.data import load
 from hf_ftplus.errors import DataError
 from hf_ftplus.measured import hold_out
 from hf_ftplus.row_checks import without
 from hf_ftplus.rows import gather, learn_rows
+from hf_ftplus.specs import TaskSpec
 
 SHORT = ["--max_steps", "2", "--save_strategy", "no", "--completions", "0"]
 

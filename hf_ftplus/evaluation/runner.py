@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data import distinct_names
 from ..logits import Head
+from ..specs import distinct_names
 from . import metrics, statistics
 from .drift import keep_head
 from .found import as_found, bare

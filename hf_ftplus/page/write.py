@@ -14,8 +14,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .. import disk
-from ..errors import StorageError
-from ..formats import escape
+from ..errors import StorageError, escape
 from ..report.table import by_prompt
 from ..report.text import MISSING, label, number
 from . import drawn, plots

@@ -14,9 +14,9 @@ from typing import Any
 
 from rich.text import Text
 
+from ..errors import escape
 from ..evaluation.results import TaskResult
 from ..evaluation.statistics import Estimate
-from ..formats import escape
 
 MISSING = "n/m"
 """Not measured."""

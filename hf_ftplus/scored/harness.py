@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from ..data import reason
-from ..errors import DataError, FTPlusError, UsageError, nearest
+from ..errors import DataError, FTPlusError, UsageError, nearest, reason
 from ..evaluation.found import as_found
 from ..measured import places
 from ..trained import Trained

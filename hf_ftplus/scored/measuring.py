@@ -16,8 +16,7 @@ from datasets import Dataset
 
 from ..batches import seed_of
 from ..callback import give_back_memory
-from ..data import distinct_names, reason
-from ..errors import DataError, IncompatibleError
+from ..errors import DataError, IncompatibleError, reason
 from ..evaluation import EvalTask, Evaluation, with_answers
 from ..evaluation.drift import keep_head
 from ..evaluation.found import as_found
@@ -27,6 +26,7 @@ from ..examples import Example, tokenize
 from ..generate import self_generate
 from ..logits import lm_head
 from ..model import cache
+from ..specs import distinct_names
 from ..trained import Trained, device_here, load, tokenizer_of
 from . import content
 from .cells import Cells, written

@@ -8,12 +8,12 @@ from typing import Any
 from datasets import Dataset
 
 from ..config import DEFAULTS, _metrics
-from ..data import TaskSpec, distinct_names, parse_all
 from ..errors import FTPlusError, UsageError
 from ..evaluation.tasks import Role
 from ..evaluation.verdict import MARGIN
 from ..measured import HELD_OUT, hold_out, spread
 from ..rows import noting, of_column, together
+from ..specs import TaskSpec, distinct_names, parse_all
 from ..tasks import read
 
 

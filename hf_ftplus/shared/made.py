@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from ..callback import StrategyCallback
-from ..data import TaskSpec, parse_all
 from ..disk import refuse_full
 from ..model import to_train
+from ..specs import TaskSpec, parse_all
 from ..strategies.ewc import EWC
 from ..strategy import Memory
 from ..trained import load

@@ -25,8 +25,9 @@ import yaml
 from ..chosen import strategies as chosen
 from ..conditions import RETENTION
 from ..config import merge
-from ..data import distinct_names, load, parse_all
+from ..data import load
 from ..errors import StorageError, UsageError
+from ..specs import distinct_names, parse_all
 from ..strategy import Strategy, settings
 from .plan import KEEP, MERGED, Plan, Stage
 

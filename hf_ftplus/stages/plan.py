@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from ..config import RunConfig, merge, read_yaml
-from ..data import distinct_names, is_local, parse_all
 from ..errors import FTPlusError, UsageError, nearest
+from ..files import is_local
+from ..specs import distinct_names, parse_all
 
 OWN = ("stages", "keep")
 """Keys above those of `ftplus sft`."""

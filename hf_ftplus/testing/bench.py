@@ -210,7 +210,7 @@ def rows_of(tasks: int) -> Any:
 
 def tiny_batches(seed: int, count: int = 12, size: int = 3) -> list[dict[str, Tensor]]:
     """The same as padded micro-batches, ready to protect."""
-    from ..data import collate
+    from ..examples import collate
 
     return collate(list(tiny_rows(seed, count)), 0, size)
 

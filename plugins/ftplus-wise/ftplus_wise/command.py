@@ -68,7 +68,7 @@ def repair(
 
     from transformers.utils import logging
 
-    from hf_ftplus.data import TaskSpec, distinct_names, parse_all
+    from hf_ftplus.specs import TaskSpec, distinct_names, parse_all
 
     from .curve import table
     from .repair import repair as mend

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_ftplus import Run
-from hf_ftplus.data import TaskSpec, collate, tokenize
 from hf_ftplus.errors import DataError, IncompatibleError, StorageError, UsageError
+from hf_ftplus.examples import collate, tokenize
 from hf_ftplus.generate import pad_id, self_generate
 from hf_ftplus.model import resolve
+from hf_ftplus.specs import TaskSpec
 from hf_ftplus.strategy import Memory
 from hf_ftplus.trained import Trained, base_of, began_with, load, weights
 from hf_ftplus.weights import match
