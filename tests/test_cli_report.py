@@ -100,7 +100,7 @@ def compared(runs):
     Report([result("facts", "learn"), result()]).save(runs / "cells/ewc/seed-42/ftplus/report.json")
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
     figures = dict.fromkeys(("learning", "retention", "drift", "learn_loss"), estimate)
-    costs = {"negative_flips": 1.5, "seconds": 12.0, "bytes": 5000, "peak_bytes": None}
+    costs = {"negative_flips": 1.5, "steps": 62.5, "seconds": 12.0, "bytes": 5000, "peak_bytes": None}
     cells = [{"seed": 42, "state": "finished", "folder": "elsewhere/cells/ewc/seed-42", "error": None}]
     lost = [{"seed": 42, "state": "failed", "folder": "elsewhere/cells/none/seed-42", "error": "it broke"}]
     none = {"value": None, "low": None, "high": None}
@@ -133,10 +133,12 @@ def test_a_comparison_says_which_to_take_and_shows_the_answers_of_each(runs):
         assert said in html
         assert said.split(",")[0] in text
     assert "| 1 ewc **recommended** | 3 | yes | +50.0 [40.0, 60.0] | 50.0 [40.0, 60.0] |" in text
-    assert "| 2 none | 0 |  | n/m | n/m | n/m | n/m | n/m | n/m | n/m |" in text
+    assert "| 1.5 | 62.5 | 12.0 | 5.0 kB | n/m |" in text
+    assert "| 2 none | 0 |  | n/m | n/m | n/m | n/m | n/m | n/m | n/m | n/m |" in text
     assert "1 ewc, seed 42" in html
     lines = list(csv.reader((runs / "report.csv").read_text().splitlines()))
     assert ["ewc", "", "", "3", "learning", "recommended", "0.5", "0.4", "0.6"] in lines
+    assert ["ewc", "", "", "3", "steps", "recommended", "62.5", "", ""] in lines
     assert ["none", "", "", "0", "seconds", "", "", "", ""] in lines
 
 

@@ -125,14 +125,14 @@ def _verdicts(scores: Scores) -> list[str]:
 
 def _comparison(found: Comparison) -> list[str]:
     view = compared(found)
-    keys = ("drift", "flips", "seconds", "bytes", "peak")
+    keys = ("drift", "flips", "steps", "seconds", "bytes", "peak")
     rows = [
         [f"{row['place']} {escaped(row['name'])}{' **recommended**' if row['best'] else ''}", str(row["n"])]
         + ["yes" if row["front"] else "", said(row["learning"]), said(row["retention"])]
         + [row[key] if isinstance(row[key], str) else said(row[key]) for key in keys]
         for row in view["rows"]
     ]
-    heads = ["candidate", "seeds", "front", "learnt, points", "kept %", *keys[:3], "state", "memory"]
+    heads = ["candidate", "seeds", "front", "learnt, points", "kept %", *keys[:4], "state", "memory"]
     again = [f"`{view['again'].replace('`', '')}`"] if view["again"] else []
     made = f"Made by {escaped(view['command'])}; {view['n']}, 95 % intervals over seeds."
     return [escaped(view["reason"]), *again, _table(heads, rows), made, *map(escaped, view["notes"])]

@@ -70,6 +70,10 @@ class Scores:
     runs: list[Run]
 
 
+TAKEN = ("steps", "seconds", "bytes", "peak_bytes")
+"""What a candidate took."""
+
+
 @dataclass
 class Candidate:
     """One row of a comparison; means over n seeds."""
@@ -80,6 +84,7 @@ class Candidate:
     retention: Estimate
     drift: Estimate
     negative_flips: float | None
+    steps: float | None
     seconds: float | None
     bytes: float | None
     peak_bytes: float | None
@@ -164,7 +169,7 @@ def comparison(file: Path) -> Comparison:
         known = {item.name: row[item.name] for item in fields(Candidate)}
         known |= {name: _estimate(row[name]) for name in ("learning", "retention", "drift")}
         rows.append(Candidate(**known))
-        for value in (row["n"], *(row[name] for name in ("negative_flips", "seconds", "bytes", "peak_bytes"))):
+        for value in (row["n"], *(row[name] for name in ("negative_flips", *TAKEN))):
             _number(value)
         notes += [f"{row['name']}, seed {cell['seed']}: {cell['error']}" for cell in row["cells"] if cell["error"]]
     each = {row["name"]: _finished(row, file.parent) for row in found["rows"]}

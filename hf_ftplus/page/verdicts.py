@@ -7,7 +7,7 @@ from typing import Any
 
 from ..report.text import MISSING, label, number, percent, size
 from .answers import differences, plain
-from .read import Call, Candidate, Comparison, Flip, Scores
+from .read import TAKEN, Call, Candidate, Comparison, Flip, Scores
 from .tables import Cell, cell
 
 MOST_FLIPS = 10
@@ -87,6 +87,7 @@ def compared(found: Comparison) -> dict[str, Any]:
             "retention": cell(row.retention, 100),
             "drift": cell(row.drift),
             "flips": number(row.negative_flips, 1),
+            "steps": MISSING if row.steps is None else f"{row.steps:g}",
             "seconds": number(row.seconds, 1),
             "bytes": MISSING if row.bytes is None else size(row.bytes),
             "peak": MISSING if row.peak_bytes is None else size(row.peak_bytes),
@@ -130,7 +131,7 @@ def lines_of_comparison(name: str, found: Comparison) -> Iterator[tuple[Any, ...
         for figure in ("learning", "retention", "drift"):
             estimate = getattr(row, figure)
             yield (f"{name}{row.name}", "", "", row.n, figure, moment, estimate.value, estimate.low, estimate.high)
-        for figure in ("negative_flips", "seconds", "bytes", "peak_bytes"):
+        for figure in ("negative_flips", *TAKEN):
             yield (f"{name}{row.name}", "", "", row.n, figure, moment, getattr(row, figure), None, None)
 
 

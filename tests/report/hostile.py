@@ -69,6 +69,6 @@ def full(text: str, name: str | None = None) -> Found:
     calls = [Call(text, task, "lost", [Flip(3, said)], [Flip(4, said)], text) for task in tasks]
     scores = Scores([text, text], 0.05, {tasks[0].name: 0.01}, [calls], [])
     half = Estimate(0.5, 0.4, 0.6)
-    rows = [Candidate(text, 3, half, half, half, 1.0, 2.0, 3.0, 4.0, True)]
+    rows = [Candidate(text, 3, half, half, half, 1.0, 60.0, 2.0, 3.0, 4.0, True)]
     comparison = Comparison(rows, text, text, text, text, [text])
     return Found(runs, {name: matrix}, [], {name: scores}, {name: comparison})
