@@ -137,9 +137,8 @@ def test_all_at_once_is_one_run_over_the_same_tasks(tmp_path):
     assert [task.name for task in config.tasks] == list(real.TASKS)
     assert config.training.max_steps == len(real.TASKS) * real.SHARED["max_steps"]
     cell = real.Cell([[0.1] * 4, [0.5, 0.5, 0.7, 0.7]], [[0.5] * 3, [0.4] * 3], [[1.0] * 3, [2.0] * 3], 60.0)
-    assert cell.figures() == pytest.approx((0.6, None, None, -0.1, 1.0, 60.0))
     assert real.table({"joint (multitask)": [cell]}).splitlines()[-1] == (
-        "| joint (multitask) | 1 | 0.600 | - | - | -0.100 | +1.000 | 60 |"
+        "| joint (multitask) | 1 | 60 |  | 50 | 50 | 70 | 70 | +1.000 | +1.000 | +1.000 |"
     )
     assert real.apart([[1, 2, 3, 4, 5, 6, 7]]) == ([[1, 2, 3, 4]], [[5, 6, 7]])
 
@@ -148,10 +147,11 @@ def test_figures_are_those_of_the_definitions():
     before, after = [0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]
     score = [before, [0.9, *before[1:]], [0.9, 0.9, *before[2:]], [0.9, 0.9, 0.9, 0.4], after]
     cell = real.Cell(score, [[0.5, 0.5, 0.5], *[[0.4, 0.4, 0.4]] * 4], [[1.0, 2.0, 3.0], *[[2.0, 2.0, 3.0]] * 4], 60.0)
-    acc, la, bwt, kept, rise, seconds = cell.figures()
-    assert acc == pytest.approx(0.65)
-    assert la == pytest.approx((0.9 * 3 + 0.8) / 4)
-    assert bwt == pytest.approx(((0.5 - 0.9) + (0.6 - 0.9) + (0.7 - 0.9)) / 3)
-    assert (kept, rise, seconds) == pytest.approx((-0.1, 1 / 3, 60.0))
-    table = real.table({"plain": [cell, cell]})
-    assert table.splitlines()[-1].startswith("| plain | 2 | 0.650 (0.650 to 0.650) | 0.875")
+    found = cell.figures()
+    assert found["ACC"] == pytest.approx(0.65)
+    assert found["BWT"] == pytest.approx(((0.5 - 0.9) + (0.6 - 0.9) + (0.7 - 0.9)) / 3)
+    assert [found[name] for name in real.KEEP] == pytest.approx([1.0, 0.0, 0.0])
+    other = real.Cell([*score[:-1], [0.7, 0.6, 0.7, 0.8]], cell.kept_score, cell.kept_loss, 60.0)
+    assert real.table({"plain": [cell, other]}).splitlines()[-1] == (
+        "| plain | 2 | 68 (65 - 70) | -27 | 90 -> 60 | 90 -> 60 | 90 -> 70 | 80 -> 80 | +1.000 | +0.000 | +0.000 |"
+    )

@@ -26,7 +26,7 @@ import click
 import yaml
 
 from hf_ftplus.disk import replace
-from hf_ftplus.evaluation.matrix import accuracy, backward_transfer, learning_accuracy
+from hf_ftplus.evaluation.matrix import backward_transfer
 from hf_ftplus.report import Report
 from hf_ftplus.report.matrix import Matrix
 
@@ -119,23 +119,25 @@ class Cell:
     kept_loss: list[list[float]]
     seconds: float
 
-    @property
-    def rise(self) -> float:
-        """Of the loss on what was there before, mean over its three kinds."""
-        return statistics.mean(self.kept_loss[-1]) - statistics.mean(self.kept_loss[0])
+    def figures(self) -> dict[str, float | None]:
+        """ACC, BWT (of tasks learnt at once none), the last score of each task, and the rise of each loss to keep."""
+        return {
+            "ACC": statistics.mean(self.score[-1]),
+            "BWT": backward_transfer(self.score) if self.in_a_row else None,
+            **dict(zip(TASKS, self.score[-1], strict=True)),
+            **{
+                name: after - before
+                for name, before, after in zip(KEEP, self.kept_loss[0], self.kept_loss[-1], strict=True)
+            },
+        }
+
+    def learnt(self) -> list[float]:
+        """The score of each task when its stage ended."""
+        return [row[task] for task, row in enumerate(self.score[1:])] if self.in_a_row else self.score[-1]
 
     @property
-    def in_a_row(self) -> tuple[float | None, ...]:
-        """ACC, LA and BWT; of tasks learnt at once only the first."""
-        if len(self.score) == 2:
-            return statistics.mean(self.score[-1]), None, None
-        return accuracy(self.score), learning_accuracy(self.score), backward_transfer(self.score)
-
-    def figures(self) -> tuple[float | None, ...]:
-        return (
-            *self.in_a_row,
-            statistics.mean(self.kept_score[-1]) - statistics.mean(self.kept_score[0]), self.rise, self.seconds,
-        )  # fmt: skip
+    def in_a_row(self) -> bool:
+        return len(self.score) > 2
 
 
 def measure(name: str, seed: int) -> Cell:
@@ -233,24 +235,27 @@ def main(seeds: int, only: tuple[str, ...], show: bool) -> None:
 
 
 def table(cells: dict[str, list[Cell]]) -> str:
-    """Markdown: means over seeds (lowest - highest)."""
-    lines = [
-        "| row | seeds | ACC | LA | BWT | kept tasks, score | kept tasks, loss | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown: means over seeds, of ACC with the lowest and highest; scores in percent, rises in nats per token."""
+    heads = ["row", "seeds", "ACC", "BWT", *TASKS, *(f"rise on {name}" for name in KEEP)]
+    lines = [heads, ["---"] * len(heads)]
     for name, found in cells.items():
-        columns = list(zip(*(cell.figures() for cell in found), strict=True))
-        words = [in_words(column, sign) for column, sign in zip(columns, ("", "", "+", "+", "+", ""), strict=True)]
-        lines.append(f"| {name} | {len(found)} | {' | '.join(words)} |")
-    return "\n".join(lines)
+        figures = [cell.figures() for cell in found]
+        mean = {key: None if None in each else statistics.mean(each) for key, each in columns(figures).items()}
+        learnt = map(statistics.mean, zip(*(cell.learnt() for cell in found), strict=True))
+        each = [
+            f"{100 * first:.0f} -> {100 * mean[task]:.0f}" if found[0].in_a_row else f"{100 * mean[task]:.0f}"
+            for task, first in zip(TASKS, learnt, strict=True)
+        ]
+        acc = [100 * cell["ACC"] for cell in figures]
+        spread = f" ({min(acc):.0f} - {max(acc):.0f})" if len(found) > 1 else ""
+        bwt = "" if mean["BWT"] is None else f"{100 * mean['BWT']:+.0f}"
+        rises = [f"{mean[name]:+.3f}" for name in KEEP]
+        lines.append([name, str(len(found)), f"{100 * mean['ACC']:.0f}{spread}", bwt, *each, *rises])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def in_words(values: tuple[float | None, ...], sign: str) -> str:
-    if None in values:
-        return "-"
-    form = f"{sign}.3f" if abs(values[0]) < 10 else f"{sign}.0f"
-    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
+def columns(rows: list[dict[str, float | None]]) -> dict[str, list[float | None]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 if __name__ == "__main__":
