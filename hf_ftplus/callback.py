@@ -103,12 +103,17 @@ class StrategyCallback(TrainerCallback):
 
     def bytes(self) -> dict[str, int]:
         """Bytes of state that each strategy holds."""
-        states = {strategy.name: self.call(strategy, "state_dict") for strategy in self.strategies}
-        for name, tensors in states.items():
+        states = self.states().items()
+        return {name: sum(t.numel() * t.element_size() for t in tensors.values()) for name, tensors in states}
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """What each strategy would go on from."""
+        found = {strategy.name: self.call(strategy, "state_dict") for strategy in self.strategies}
+        for name, tensors in found.items():
             odd = [f"{key!r}: {type(item).__name__}" for key, item in tensors.items() if not isinstance(item, Tensor)]
             if odd:
                 raise PluginError(f"{name}.state_dict() holds {odd[0]}; expected only {{str: Tensor}}.")
-        return {name: sum(t.numel() * t.element_size() for t in tensors.values()) for name, tensors in states.items()}
+        return found
 
     def _check_memory(self, model: torch.nn.Module) -> None:
         """Refuse memory of other weights where the model's are in a folder; else a sample of them tells (`sketch.py`).
@@ -219,10 +224,13 @@ class StrategyCallback(TrainerCallback):
             self._check_memory(model)
             if not self.told and args.process_index == 0:
                 warn_of_learnt_tokens(getattr(train_dataloader, "dataset", None), self.learn_rows, run.protect)
-            for strategy in self.strategies:
-                self.call(strategy, "prepare", run)
+            for hook in ("refuse", "prepare"):
+                for strategy in self.strategies:
+                    self.call(strategy, hook, run)
+            if self.memory is not None and not run.memory.asked and args.process_index == 0:
+                logger.warning("memory %s: no strategy of this run reads one; ewc and si do", self.memory)
         else:
-            self._restore(checkpoint, run.step)
+            self._restore(checkpoint, self.strategies, run.step)
         for name, held in self.bytes().items():
             logger.info("%s: ready after %.1f s, %.1f MB of state", name, self.seconds[name], held / 1e6)
         give_back_memory()
@@ -311,8 +319,8 @@ class StrategyCallback(TrainerCallback):
             return
         self.run.step = state.global_step
         try:
-            if args.load_best_model_at_end and state.best_model_checkpoint:
-                self._restore_best(Path(state.best_model_checkpoint))
+            if args.load_best_model_at_end and state.best_model_checkpoint:  # whose weights were put back: so is memory
+                self._restore(Path(state.best_model_checkpoint), self.acting("finish"))
             for strategy in self.acting("finish"):
                 self.call(strategy, "finish", self.run)
         except Exception as error:  # what was trained would die with the caller
@@ -367,7 +375,8 @@ class StrategyCallback(TrainerCallback):
             self._saved = folder
             self._plugins = published(self.strategies) if self._plugins is None else self._plugins
             facts = {"mixture": rows_drawn(self.run.tasks), "plugins": self._plugins}
-            state.save_checkpoint(folder, self.strategies, self.run.model, step, **facts)
+            settings = state.settings_of(self.strategies)
+            state.save_checkpoint(folder, self.states(), self.run.model, step, settings=settings, **facts)
 
     _saved: Path | None = None
     _plugins: dict[str, tuple[str, str]] | None = None
@@ -376,18 +385,8 @@ class StrategyCallback(TrainerCallback):
         """Refuse one of another model, adapter, mixture, strategies or settings before the Trainer loads any of it."""
         folder = Path(checkpoint) / STATE_FOLDER
         if self.strategies:
-            self._load(folder, model)
+            state.check_checkpoint(folder, state.settings_of(self.strategies), model)
         check_drawn(state.checkpoint_fact(folder, "mixture"), self.run.tasks if self.run else {})
-
-    def _load(self, folder: Path, model: torch.nn.Module, step: int | None = None) -> dict[str, dict[str, Tensor]]:
-        names, settings = [strategy.name for strategy in self.strategies], state.settings_of(self.strategies)
-        return state.load_checkpoint(folder, names, model, step, settings)
-
-    def _restore_best(self, checkpoint: Path) -> None:
-        """The Trainer has put the weights of its best checkpoint back: what is left as memory must be of those."""
-        states = self._load(checkpoint / STATE_FOLDER, self.run.model)
-        for strategy in self.acting("finish"):
-            self.call(strategy, "load_state_dict", states[strategy.name], self.run)
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The one that training goes on from."""
@@ -404,9 +403,10 @@ class StrategyCallback(TrainerCallback):
             )
         return guess
 
-    def _restore(self, checkpoint: Path, step: int) -> None:
-        states = self._load(checkpoint / STATE_FOLDER, self.run.model, step)
-        for strategy in self.strategies:
+    def _restore(self, checkpoint: Path, strategies: list[Strategy], step: int | None = None) -> None:
+        settings = state.settings_of(self.strategies)
+        states = state.load_checkpoint(checkpoint / STATE_FOLDER, settings, self.run.model, step)
+        for strategy in strategies:
             self.call(strategy, "load_state_dict", states[strategy.name], self.run)
 
 
@@ -425,7 +425,7 @@ def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
 
     Under fp16, too, where nobody scales the gradients of the Fisher pass: those of single tokens are large enough.
     """
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)  # accelerate's, too
     return partial(torch.autocast, args.device.type, dtype) if dtype else nullcontext
 
 

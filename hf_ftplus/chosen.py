@@ -21,9 +21,10 @@ def strategies(ours: dict[str, Any]) -> list[Strategy]:
         name, setting, value = _assignment(text)
         settings.setdefault(name, {})[setting] = value
     for name in names:
-        strategy = resolve((name, settings.pop(name, {})), blocked=tuple(ours.get("no_plugin", ())))
+        given = settings.pop(name, {})
+        strategy = resolve((name, given), blocked=tuple(ours.get("no_plugin", ())))
         late = settings.pop(strategy.name, None)  # settings go by the strategy's name even when a file was given
-        found[strategy.name] = resolve((type(strategy), late)) if late else strategy
+        found[strategy.name] = resolve((type(strategy), given | late)) if late else strategy
     if len(found) < len(names):
         raise UsageError(f"A strategy is given twice: {', '.join(names)}. Give each once.")
     for name in settings:

@@ -23,7 +23,9 @@ from .errors import PluginError, UsageError, nearest
 from .strategy import Strategy, settings
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-HOOKS = tuple(name for name in vars(Strategy) if not name.startswith("_") and callable(getattr(Strategy, name)))
+HOOKS = tuple(
+    name for name, item in vars(Strategy).items() if callable(item) and name[0] != "_" and name != "overrides"
+)
 KNOWN = tuple(name for name in vars(hookspecs) if name.startswith("ftplus_"))
 
 

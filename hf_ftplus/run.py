@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 from . import compat, stopping
-from .callback import STATE_FOLDER, autocast, give_back_memory
+from .callback import STATE_FOLDER, autocast, give_back_memory, rescued
 from .config import RunConfig
 from .configured import sft_trainer
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
@@ -251,8 +251,8 @@ def warn_of_idle(config: RunConfig) -> None:
     if config.protect and not config.strategies and not config.shares:
         names = ", ".join(spec.name for spec in config.protect)
         logger.info("--protect (%s): only measured, for there is no --plugin (ewc, distill, replay)", names)
-    if config.memory is not None and not any(strategy.overrides("finish") for strategy in config.strategies):
-        logger.warning("--memory: no strategy of this run reads one; --plugin ewc and --plugin si do")
+    if config.memory is not None and not config.strategies:
+        logger.warning("--memory: nothing without a strategy that reads one; --plugin ewc and --plugin si do")
 
 
 def warn_unsharded(trainer: SFTTrainer) -> None:
@@ -275,9 +275,9 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
         refuse_not_finite(trainer.model, trainer.state.global_step)  # of the last step, which no loss followed
     except torch.OutOfMemoryError as error:
         raise out_of_memory(trainer, error, config.go_on) from error
-    except StorageError:
+    except StorageError as error:
         if trainer.state.global_step >= trainer.state.max_steps > 0:  # trained to the end: its last checkpoint failed
-            trainer.save_model(config.training.output_dir)
+            error.args = (f"{error} {rescued(trainer.model, trainer.args, trainer.processing_class)}",)
         raise
     except KeyboardInterrupt:
         if interrupt.saved and trainer.is_world_process_zero():

@@ -48,11 +48,11 @@ SKETCH = "sketch of the model: "
 """Precedes the names of the tensors that tell which model a memory was left with."""
 
 
-def save_checkpoint(folder: Path, strategies: list[Strategy], model: nn.Module, step: int, **facts: Any) -> None:
+def save_checkpoint(
+    folder: Path, states: dict[str, dict[str, Tensor]], model: nn.Module, step: int, **facts: Any
+) -> None:
     """Write the state of every strategy, and `facts` about the run, into `folder` (`checkpoint-N/ftplus`)."""
-    files = {strategy.name: strategy.state_dict() for strategy in strategies}
-    facts |= {"step": step, "settings": settings_of(strategies)}
-    _write(folder, files, {**facts, "model": identity(model)})
+    _write(folder, states, {**facts, "step": step, "model": identity(model)})
 
 
 def settings_of(strategies: list[Strategy]) -> dict[str, str]:
@@ -66,44 +66,51 @@ def checkpoint_fact(folder: Path, name: str) -> Any:
 
 
 def load_checkpoint(
-    folder: Path,
-    names: list[str],
-    model: nn.Module,
-    step: int | None = None,
-    settings: dict[str, str] | None = None,
+    folder: Path, settings: dict[str, str], model: nn.Module, step: int | None = None
 ) -> dict[str, dict[str, Tensor]]:
-    """State of each named strategy.
+    """State of each strategy; arguments as for `check_checkpoint`.
+
+    Raises:
+        IncompatibleError: see there.
+        StorageError: a file does not have the contents it was written with.
+    """
+    manifest = check_checkpoint(folder, settings, model, step)
+    return {name: _read(folder, name, manifest) for name in settings}
+
+
+def check_checkpoint(
+    folder: Path, settings: dict[str, str], model: nn.Module, step: int | None = None
+) -> dict[str, Any]:
+    """What a checkpoint says of itself, if it is of this run; no tensor is read.
 
     Args:
         folder: `checkpoint-N/ftplus`.
-        names: of all strategies of the run.
-        model: of the run, in which nothing was loaded yet.
+        settings: of every strategy of the run by its name, as its `repr` says them.
+        model: of the run.
         step: that the trainer resumes at, once it is known.
-        settings: of each strategy, as its `repr` says them, if they are to be the same.
 
     Raises:
         IncompatibleError: no state there, other strategies or settings, another model, adapter or step; names what
             differs.
-        StorageError: a file does not have the contents it was written with.
     """
-    manifest = _manifest(folder)
+    names, manifest = sorted(settings), _manifest(folder)
     if manifest is None:
         raise IncompatibleError(
             f"{folder} holds no strategy state, so {', '.join(names)} would start from the weights of the checkpoint "
             "and protect those. Resume from a checkpoint that hf_ftplus wrote, or start a new run."
         )
     saved = sorted(manifest["files"])
-    if saved != sorted(names):
+    if saved != names:
         raise IncompatibleError(
-            f"{folder} was written with the strategies {saved or 'none'}; this run has {sorted(names) or 'none'}. "
+            f"{folder} was written with the strategies {saved or 'none'}; this run has {names or 'none'}. "
             "Resume with the same --plugin names, or start a new run."
             + "".join(_to_install(name, manifest) for name in saved if name not in names)
         )
-    _same_settings(manifest.get("settings", {}), settings or {}, folder)
+    _same_settings(manifest.get("settings", {}), settings, folder)
     same_identity(manifest["model"], identity(model), folder)
     if step is not None and manifest["step"] != step:
         raise IncompatibleError(f"{folder} is of step {manifest['step']}; the trainer resumes at step {step}.")
-    return {name: _read(folder, name, manifest) for name in names}
+    return manifest
 
 
 def missing_plugin(output: Path, name: str) -> str:

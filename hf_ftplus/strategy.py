@@ -242,6 +242,8 @@ class Memory:
 
     read: Path | None = None
     write: Path | None = None
+    asked: bool = False
+    """Whether any strategy looked into it."""
 
     @staticmethod
     def at(path: str | Path) -> Path:
@@ -259,6 +261,7 @@ class Memory:
         """
         from . import state
 
+        self.asked = True
         return None if self.read is None else state.load_memory(self.read, name, run)
 
     def save(self, name: str, tensors: dict[str, torch.Tensor], run: Run) -> None:

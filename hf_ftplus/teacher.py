@@ -174,7 +174,7 @@ def copied(weights: dict[str, nn.Parameter], dtype: str, device: str) -> dict[st
     is the nearest of 255 levels between -max and max of each row, so a row's largest weight is exact.
 
     Raises:
-        IncompatibleError: the weights are sharded, or held by DeepSpeed ZeRO-3.
+        IncompatibleError: the weights are sharded.
     """
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():

@@ -82,6 +82,11 @@ class StrategyMixin(MixingMixin):
         stay_differentiable(self.model)
         self.ftplus = _WithinTrainer(*strategies, protect=protect, memory=memory)
         refuse(self.ftplus.strategies, self.args)
+        if getattr(self, "model_init", None) is not None and (acting := self.ftplus.acting("token_loss")):
+            raise IncompatibleError(
+                f"{acting[0].name} reads what the model's layers say, and model_init= makes another model when "
+                "training starts. Give the trainer model= instead."
+            )
         if not self.args.resume_from_checkpoint:
             self.ftplus.refuse(self.model, self.args, self.processing_class)
         self.add_callback(self.ftplus)
@@ -125,10 +130,15 @@ class StrategyMixin(MixingMixin):
         inner = causal_lm(self.model)
         try:
             # before training compiles: later hooks would not be seen
-            with captured(inner, lambda hidden: self._hidden.append(hidden) if inner.training else None):
+            with captured(inner, self._keep_if_learnt):
                 yield
         finally:
             self._hidden.clear()
+
+    def _keep_if_learnt(self, hidden: Tensor) -> None:
+        """Not those of an evaluation, nor of a pass for figures alone: TRL makes one where it smooths labels."""
+        if causal_lm(self.model).training and torch.is_grad_enabled():
+            self._hidden.append(hidden)
 
     @contextmanager
     def _rotating(self) -> Iterator[None]:
@@ -159,7 +169,7 @@ class StrategyMixin(MixingMixin):
 
     def _skips(self) -> bool:
         """Whether steps whose gradient is not finite are skipped, or DeepSpeed has made or skipped them already."""
-        return self.args.fp16 or under_deepspeed(self.args)
+        return self.args.mixed_precision == "fp16" or under_deepspeed(self.args)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)

@@ -59,11 +59,12 @@ def test_zero_3_is_refused_before_anything_is_launched(place, tmp_path, capsys, 
         ("zero2", ("--bf16", "true"), "bf16"),
         ("zero2", ("--fp16", "true"), "fp16"),
         ("zero2", ("--fp16", "true", "--mixed_precision", "fp16"), "fp16"),
-        ("multi_gpu", (), None),  # as it is configured, which the Trainer takes
+        ("multi_gpu", (), "no"),
+        ("multi_gpu", ("--bf16", "true"), None),  # as it is configured, which the Trainer takes
         ("multi_gpu", ("--mixed_precision", "fp16"), "fp16"),
     ],
 )
-def test_deepspeed_is_told_the_precision_of_the_trainer(place, tmp_path, monkeypatch, launch, more, found):
+def test_accelerate_is_told_the_precision_of_the_trainer(place, tmp_path, monkeypatch, launch, more, found):
     from accelerate.commands import launch as accelerate
 
     seen = []
@@ -131,6 +132,20 @@ def test_nothing_is_asked_of_a_model_that_reads_rows_in_parts(
     assert "Under context parallelism (cp_size: 2)" in error
     assert says in error
     assert not (tmp_path / "out").exists()
+
+
+def test_switches_of_accelerate_may_stand_in_yaml(place, tmp_path, monkeypatch, capsys):
+    from accelerate.commands import launch as accelerate
+
+    seen = []
+    monkeypatch.setattr(accelerate, "launch_command", seen.append)
+    (tmp_path / "run.yaml").write_text("use_fsdp: true\nmulti_gpu: false\nnum_processes: 2\n")
+    assert main(words(place, tmp_path / "out", "--config", str(tmp_path / "run.yaml"))) == 1  # no rank said anything
+    (args,) = seen
+    assert (args.use_fsdp, args.multi_gpu, args.num_processes, args.training_script) == (True, False, 2, "hf_ftplus")
+    (tmp_path / "run.yaml").write_text("use_fsdp: often\n")
+    assert main(words(place, tmp_path / "out", "--config", str(tmp_path / "run.yaml"))) == 2
+    assert "use_fsdp: often in the YAML file; expected true or false" in capsys.readouterr().err
 
 
 def test_bad_flags_of_accelerate_are_one_line(place, tmp_path, capsys):
@@ -226,13 +241,15 @@ def test_two_processes_may_be_launched_from_outside(place, tmp_path, way):
     [
         ("multi_gpu", 3, ["--max_length", "3"], "supervised token"),
         ("fsdp2", 5, ["--fail-if-retention-below", "1e9"], "protect: retention"),
+        ("single_gpu", 3, ["--max_length", "3", "--quiet"], "supervised token"),
     ],
 )
 def test_a_named_config_launches_and_exit_codes_reach_the_shell_with_one_sentence(
     place, tmp_path, config, code, more, says
 ):
     """And FSDP, which accelerate leaves out on CPUs without a word, is missed."""
-    done = run(command(*on_cpu(place, tmp_path / "out", *more), "--accelerate_config", config, *TWO[:2], *NO_PORT))
+    two = [] if config == "single_gpu" else [*TWO[:2], *NO_PORT]
+    done = run(command(*on_cpu(place, tmp_path / "out", *more), "--accelerate_config", config, *two))
     assert done.returncode == code, done.stderr[-3000:]
     assert done.stderr.count(says) == 1
     assert done.stderr.count("accelerate shards on no CPU: each of 2 processes") == (config == "fsdp2")

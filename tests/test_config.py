@@ -7,6 +7,7 @@ from training import arguments
 from trl import ModelConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig, DatasetMixtureConfig
 
+from hf_ftplus.chosen import strategies
 from hf_ftplus.config import DEFAULTS, RunConfig, build, merge
 from hf_ftplus.errors import UsageError
 from hf_ftplus.facts import masked
@@ -80,3 +81,15 @@ def test_tasks_that_a_flag_replaces_take_their_metrics_along():
         build(merge({"measure": ("learn=c",)}, {**given, "metric": {"othr": "exact_match"}})[0])
     with pytest.raises(UsageError, match="no task 'other'"):
         build(merge({"measure": ("learn=c",), "metric": ("other=choice",)}, given)[0])
+
+
+def test_settings_of_a_file_in_yaml_stay_where_others_are_typed(tmp_path):
+    file = tmp_path / "idea.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom hf_ftplus import Strategy, setting\n\n\n"
+        '@dataclass\nclass Two(Strategy):\n    """Two numbers."""\n\n    name: ClassVar[str] = "two"\n'
+        '    one: float = setting(0.5, "a number", unit="of one")\n    more: float = setting(0.5, "a number", unit="of one")\n'
+    )
+    given = {"plugin": [str(file)], "settings": {str(file): {"one": 2.0}}, "set": ["two.more=3"]}
+    (found,) = strategies(given)
+    assert (found.one, found.more) == (2.0, 3.0)

@@ -233,7 +233,7 @@ def test_a_run_that_finishes_twice_remembers_once(place, tmp_path):
 def test_state_and_commit_of_the_first_release_still_load(tmp_path):
     """`tests/stored/0.1.0` is as it was written then, and never changes."""
     stored = shutil.copytree(HERE / "stored" / "0.1.0", tmp_path / "checkpoint-3")
-    found = state.load_checkpoint(stored / "ftplus", ["box"], tiny_llama(layers=1, hidden=8), step=3)["box"]
+    found = state.load_checkpoint(stored / "ftplus", {"box": "Box()"}, tiny_llama(layers=1, hidden=8), step=3)["box"]
     assert torch.equal(found["w"], torch.arange(6.0).reshape(2, 3))
     assert found["half"].dtype == torch.bfloat16
     assert commit.read_commit(stored)["step"] == 3
@@ -246,7 +246,7 @@ def test_an_older_format_is_migrated_in_memory_and_its_file_stays(tmp_path, monk
     stored = shutil.copytree(HERE / "stored" / "0.1.0", tmp_path / "checkpoint-3")
     before = [(stored / "ftplus" / name).read_bytes() for name in ("manifest.json", "commit.json")]
     readers = {
-        state: lambda: state.load_checkpoint(stored / "ftplus", ["box"], tiny_llama()),
+        state: lambda: state.load_checkpoint(stored / "ftplus", {"box": "Box()"}, tiny_llama()),
         commit: lambda: commit.read_commit(stored),
     }
     for module, read in readers.items():
@@ -258,7 +258,7 @@ def test_an_older_format_is_migrated_in_memory_and_its_file_stays(tmp_path, monk
             2: lambda old: {**old, "step": old["step"] + len(old["said"])},
         }
         monkeypatch.setattr(module, "MIGRATIONS", steps)
-    assert state.load_checkpoint(stored / "ftplus", ["box"], tiny_llama(layers=1, hidden=8), step=8)["box"]
+    assert state.load_checkpoint(stored / "ftplus", {"box": "Box()"}, tiny_llama(layers=1, hidden=8), step=8)["box"]
     assert commit.read_commit(stored)["step"] == 8
     assert [(stored / "ftplus" / name).read_bytes() for name in ("manifest.json", "commit.json")] == before
 
@@ -353,7 +353,7 @@ def test_a_pickle_is_never_loaded_as_state(tmp_path, name):
     assert commit.fault(tmp_path / "checkpoint-3")
     if name != "commit.json":
         with pytest.raises(StorageError):
-            state.load_checkpoint(folder, ["box"], tiny_llama(layers=1, hidden=8))
+            state.load_checkpoint(folder, {"box": "Box()"}, tiny_llama(layers=1, hidden=8))
     assert not marker.exists()
     pickle.loads((folder / name).read_bytes())
     assert marker.exists()
@@ -407,9 +407,9 @@ def test_no_name_leads_out_of_its_folder(tmp_path, name):
 
     box = Box()
     box.held = {name: torch.ones(2)}
-    state.save_checkpoint(tmp_path / "in" / "ftplus", [box], tiny_llama(), step=1)
+    state.save_checkpoint(tmp_path / "in" / "ftplus", {"box": box.state_dict()}, tiny_llama(), step=1)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["box.safetensors", "manifest.json"]
-    assert name in state.load_checkpoint(tmp_path / "in" / "ftplus", ["box"], tiny_llama())["box"]
+    assert name in state.load_checkpoint(tmp_path / "in" / "ftplus", {"box": "Box()"}, tiny_llama())["box"]
 
 
 CANARY = "hf_canaryCANARYcanaryCANARY"
@@ -482,12 +482,12 @@ def test_files_that_claim_too_much_are_refused(tmp_path):
         manifest["files"]["box"]["sha256"] = hashlib.sha256(content).hexdigest()  # by somebody who means it
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(StorageError, match="is no safetensors file"):
-            state.load_checkpoint(folder, ["box"], tiny_llama(layers=1, hidden=8))
+            state.load_checkpoint(folder, {"box": "Box()"}, tiny_llama(layers=1, hidden=8))
     for text in ("[" * 200_000, '{"a":' * 200_000, "1" * 10_000_000):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(StorageError, match="is damaged"):
-            state.load_checkpoint(folder, ["box"], tiny_llama(layers=1, hidden=8))
+            state.load_checkpoint(folder, {"box": "Box()"}, tiny_llama(layers=1, hidden=8))
     with (folder / "manifest.json").open("wb") as file:
         file.truncate(2**36)  # takes no room, and would take all memory
     with pytest.raises(StorageError, match="is damaged"):
-        state.load_checkpoint(folder, ["box"], tiny_llama(layers=1, hidden=8))
+        state.load_checkpoint(folder, {"box": "Box()"}, tiny_llama(layers=1, hidden=8))

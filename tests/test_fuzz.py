@@ -105,7 +105,7 @@ def refused_or_read(call, content: bytes):
 @pytest.fixture
 def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint-3"
-    state.save_checkpoint(folder / "ftplus", [Box()], tiny_llama(layers=1, hidden=8), step=3)
+    state.save_checkpoint(folder / "ftplus", {"box": Box().state_dict()}, tiny_llama(layers=1, hidden=8), step=3)
     (folder / "trainer_state.json").write_text('{"global_step": 3}')
     commit.commit(folder, 3, True, {"model": state.identity(tiny_llama(layers=1, hidden=8))})
     return folder
@@ -119,7 +119,7 @@ def test_every_damaged_state_file_is_refused(checkpoint, times):
     content = file.read_bytes()
     for _ in range(times):
         file.write_bytes(bad := mutated(content, chance))
-        found = refused_or_read(lambda: state.load_checkpoint(file.parent, ["box"], model), bad)
+        found = refused_or_read(lambda: state.load_checkpoint(file.parent, {"box": "Box()"}, model), bad)
         assert isinstance(found, FTPlusError), bad
         assert commit.fault(checkpoint), bad
 
@@ -135,7 +135,7 @@ def test_every_damaged_manifest_is_refused_or_says_what_it_said(checkpoint, name
         if bad == content:
             continue
         file.write_bytes(bad)
-        found = refused_or_read(lambda: state.load_checkpoint(file.parent, ["box"], model), bad)
+        found = refused_or_read(lambda: state.load_checkpoint(file.parent, {"box": "Box()"}, model), bad)
         if not isinstance(found, FTPlusError):  # what was hurt is not of the state: white space, or the other file
             assert all(torch.equal(found["box"][key], tensor) for key, tensor in whole.items()), bad
         why = refused_or_read(lambda: commit.fault(checkpoint), bad)

@@ -403,7 +403,10 @@ def test_a_class_that_breaks_the_contract_is_refused_with_the_cure(idea, source,
 
 
 def test_methods_of_its_own_are_welcome(idea):
-    own = "".join(f"    def {name}(self): pass\n" for name in ("penalty", "state", "teacher", "_before_stp", "predict"))
+    own = "".join(
+        f"    def {name}(self): pass\n"
+        for name in ("penalty", "state", "teacher", "_before_stp", "predict", "override")
+    )
     assert plugins.load(idea(ONE, own)).name == "one"
 
 

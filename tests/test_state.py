@@ -40,9 +40,16 @@ def run_of(model):
     return Run(model, trainable(model), {}, lambda rows: [], torch.device("cpu"), 0, Memory())
 
 
+BOX = {"box": "Box()"}
+
+
+def save(folder, box, model, step, **facts):
+    state.save_checkpoint(folder, {"box": box.state_dict()}, model, step, settings=BOX, **facts)
+
+
 @pytest.fixture
 def saved(tmp_path):
-    state.save_checkpoint(tmp_path / "ftplus", [Box()], tiny_llama(), step=3)
+    save(tmp_path / "ftplus", Box(), tiny_llama(), step=3)
     return tmp_path / "ftplus"
 
 
@@ -51,7 +58,7 @@ def saved(tmp_path):
 
 @pytest.mark.fault("B7")
 def test_tensors_come_back_bit_for_bit_in_their_dtype(saved):
-    found = state.load_checkpoint(saved, ["box"], tiny_llama(), step=3)["box"]
+    found = state.load_checkpoint(saved, BOX, tiny_llama(), step=3)["box"]
     for name, tensor in Box().held.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
@@ -61,8 +68,8 @@ def test_views_that_share_memory_and_live_weights_can_be_saved(tmp_path):
     box = Box()
     base = torch.arange(12.0).reshape(3, 4)
     box.held = {"a": base, "b": base.T, "c": base[1:], "weight": tiny_llama().lm_head.weight}
-    state.save_checkpoint(tmp_path / "ftplus", [box], tiny_llama(), step=1)
-    found = state.load_checkpoint(tmp_path / "ftplus", ["box"], tiny_llama())["box"]
+    save(tmp_path / "ftplus", box, tiny_llama(), step=1)
+    found = state.load_checkpoint(tmp_path / "ftplus", BOX, tiny_llama())["box"]
     assert torch.equal(found["b"], base.T)
     assert torch.equal(found["c"], base[1:])
 
@@ -78,14 +85,14 @@ def test_a_flipped_byte_is_noticed(saved):
     content[-1] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(StorageError, match=r"box\.safetensors is missing or not what was written there"):
-        state.load_checkpoint(saved, ["box"], tiny_llama())
+        state.load_checkpoint(saved, BOX, tiny_llama())
 
 
 @pytest.mark.fault("B1")
 def test_a_missing_file_is_noticed(saved):
     (saved / "box.safetensors").unlink()
     with pytest.raises(StorageError, match="is missing"):
-        state.load_checkpoint(saved, ["box"], tiny_llama())
+        state.load_checkpoint(saved, BOX, tiny_llama())
 
 
 @pytest.mark.fault("B1")
@@ -93,7 +100,7 @@ def test_a_missing_file_is_noticed(saved):
 def test_a_damaged_manifest_is_told_as_such(saved, text):
     (saved / "manifest.json").write_text(text)
     with pytest.raises(StorageError, match=r"damaged\. Use an earlier checkpoint"):
-        state.load_checkpoint(saved, ["box"], tiny_llama())
+        state.load_checkpoint(saved, BOX, tiny_llama())
 
 
 @pytest.mark.fault("B12")
@@ -101,7 +108,7 @@ def test_a_format_of_the_future_is_refused(saved):
     manifest = json.loads((saved / "manifest.json").read_text())
     (saved / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(IncompatibleError, match=r"format 99.*Upgrade hf-ftplus"):
-        state.load_checkpoint(saved, ["box"], tiny_llama())
+        state.load_checkpoint(saved, BOX, tiny_llama())
 
 
 def test_without_manifest_there_is_no_state_however_many_files(saved):
@@ -110,38 +117,38 @@ def test_without_manifest_there_is_no_state_however_many_files(saved):
     with pytest.raises(
         IncompatibleError, match="holds no strategy state, so box would start from the weights of the checkpoint"
     ):
-        state.load_checkpoint(saved, ["box"], tiny_llama())
+        state.load_checkpoint(saved, BOX, tiny_llama())
 
 
 @pytest.mark.fault("B3", "B11", "B13")
 def test_another_step_other_strategies_and_another_model_are_refused(saved):
     with pytest.raises(IncompatibleError, match="is of step 3; the trainer resumes at step 4"):
-        state.load_checkpoint(saved, ["box"], tiny_llama(), step=4)
+        state.load_checkpoint(saved, BOX, tiny_llama(), step=4)
     with pytest.raises(IncompatibleError, match=r"strategies \['box'\]; this run has \['ewc'\]"):
-        state.load_checkpoint(saved, ["ewc"], tiny_llama())
+        state.load_checkpoint(saved, {"ewc": "EWC()"}, tiny_llama())
     with pytest.raises(
         IncompatibleError, match=r"other shapes: model\.embed_tokens\.weight \[384, 32\] there, \[384, 16\] here"
     ):
-        state.load_checkpoint(saved, ["box"], tiny_llama(hidden=16))
+        state.load_checkpoint(saved, BOX, tiny_llama(hidden=16))
     with pytest.raises(IncompatibleError, match=r"Missing there: model\.layers\.2\."):
-        state.load_checkpoint(saved, ["box"], tiny_llama(layers=3))
+        state.load_checkpoint(saved, BOX, tiny_llama(layers=3))
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(IncompatibleError, match=r"fits 0 of 4 .*lora_A"):
-        state.load_checkpoint(saved, ["box"], adapted)
+        state.load_checkpoint(saved, BOX, adapted)
 
 
 @pytest.mark.fault("B3")
 def test_other_settings_are_named_and_those_of_one_version_alone_do_not_count(saved):
-    assert state.load_checkpoint(saved, ["box"], tiny_llama(), settings={"box": "Box()"})
+    assert state.load_checkpoint(saved, {"box": "Box()"}, tiny_llama())
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest["settings"] = {"box": "Box(size=3, shape='round', older=1)"}
     (saved / "manifest.json").write_text(json.dumps(manifest))
-    same = {"box": "Box(size=3, shape='round', newer=2)", "other": "Other(size=1)"}
-    assert state.load_checkpoint(saved, ["box"], tiny_llama(), settings=same)
+    same = {"box": "Box(size=3, shape='round', newer=2)"}
+    assert state.load_checkpoint(saved, same, tiny_llama())
     with pytest.raises(
         IncompatibleError, match=r"box\.size 3 there, 4 here; box\.shape 'round' there, 'flat' here\. Put"
     ):
-        state.load_checkpoint(saved, ["box"], tiny_llama(), settings={"box": "Box(size=4, shape='flat')"})
+        state.load_checkpoint(saved, {"box": "Box(size=4, shape='flat')"}, tiny_llama())
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,7 @@ def test_a_strategy_that_is_not_installed_is_named_with_what_to_install(tmp_path
     for step, version in ((3, "1.2"), (4, "1.3")):
         folder = tmp_path / f"checkpoint-{step}" / "ftplus"
         published = {"plugins": {"box": ["ftplus-box", version]}}
-        state.save_checkpoint(folder, [Box()], tiny_llama(), step=step, **published)
+        save(folder, Box(), tiny_llama(), step=step, **published)
         os.utime(folder, (step, step))
     says = "checkpoint-4 was written with it. box came from ftplus-box 1.3: install it from where you had it."
     assert state.missing_plugin(tmp_path, "box").endswith(says)
@@ -173,7 +180,7 @@ def test_a_strategy_that_is_not_installed_is_named_with_what_to_install(tmp_path
     with pytest.raises(
         IncompatibleError, match=r"strategies \['box'\]; this run has none.*box came from ftplus-box 1.3: install"
     ):
-        state.load_checkpoint(tmp_path / "checkpoint-4" / "ftplus", [], tiny_llama())
+        state.load_checkpoint(tmp_path / "checkpoint-4" / "ftplus", {}, tiny_llama())
     (tmp_path / "checkpoint-4" / "ftplus" / "manifest.json").write_text("{")  # the one before still tells
     assert state.missing_plugin(tmp_path, "box").endswith("ftplus-box 1.2: install it from where you had it.")
 
@@ -190,33 +197,33 @@ def test_another_adapter_of_the_same_shapes_is_refused_and_what_an_earlier_versi
         return get_peft_model(tiny_llama(), LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **kwargs}))
 
     folder = tmp_path / "ftplus"
-    state.save_checkpoint(folder, [Box()], adapted(lora_alpha=16), step=1)
-    assert state.load_checkpoint(folder, ["box"], adapted(lora_alpha=16))
+    save(folder, Box(), adapted(lora_alpha=16), step=1)
+    assert state.load_checkpoint(folder, BOX, adapted(lora_alpha=16))
     with pytest.raises(
         IncompatibleError, match=r"another adapter: lora_alpha 16 there, 8 here; use_rslora False there, True"
     ):
-        state.load_checkpoint(folder, ["box"], adapted(lora_alpha=8, use_rslora=True))
+        state.load_checkpoint(folder, BOX, adapted(lora_alpha=8, use_rslora=True))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["model"]["adapters"]["default"]["target_modules"] == ["q_proj"]
     del manifest["model"]["adapters"]["default"]["use_rslora"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert state.load_checkpoint(folder, ["box"], adapted(lora_alpha=16, use_rslora=True))
+    assert state.load_checkpoint(folder, BOX, adapted(lora_alpha=16, use_rslora=True))
 
 
 def test_a_wrapped_model_is_the_same_model(saved):
-    assert state.load_checkpoint(saved, ["box"], torch.compile(tiny_llama()))
+    assert state.load_checkpoint(saved, BOX, torch.compile(tiny_llama()))
 
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "ftplus").write_text("a file")
     with pytest.raises(StorageError, match=r"Could not write strategy state.*--output_dir"):
-        state.save_checkpoint(tmp_path / "ftplus", [Box()], tiny_llama(), step=1)
+        save(tmp_path / "ftplus", Box(), tiny_llama(), step=1)
 
 
 def test_a_manifest_that_cannot_be_written_is_a_storage_error_too(tmp_path):
     (tmp_path / "ftplus" / "manifest.json").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"Could not write strategy state.*manifest\.json"):
-        state.save_checkpoint(tmp_path / "ftplus", [Box()], tiny_llama(), step=1)
+        save(tmp_path / "ftplus", Box(), tiny_llama(), step=1)
 
 
 @pytest.mark.fault("B1")
@@ -226,7 +233,7 @@ def test_a_file_that_somebody_wrote_anew_with_its_sum_is_refused_as_no_tensors(s
     manifest["files"]["box"]["sha256"] = sha256(saved / "box.safetensors")
     (saved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StorageError, match=r"box\.safetensors is no safetensors file.*Use an earlier checkpoint"):
-        state.load_checkpoint(saved, ["box"], tiny_llama())
+        state.load_checkpoint(saved, BOX, tiny_llama())
 
 
 @pytest.mark.fault("D1", "D2")
@@ -235,9 +242,9 @@ def test_state_and_memory_that_are_not_finite_are_refused_by_name_and_nothing_is
     box, before = Box(), (saved / "manifest.json").read_text()
     box.held["half"][1] = value
     with pytest.raises(IncompatibleError, match=r"State of box: half is not finite at step 4.*Lower the strength"):
-        state.save_checkpoint(saved, [box], tiny_llama(), step=4)
+        save(saved, box, tiny_llama(), step=4)
     assert (saved / "manifest.json").read_text() == before
-    assert state.load_checkpoint(saved, ["box"], tiny_llama(), step=3)
+    assert state.load_checkpoint(saved, BOX, tiny_llama(), step=3)
     with pytest.raises(IncompatibleError, match="State of box: half is not finite"):
         state.save_memory(tmp_path / "memory", "box", box.held, run_of(tiny_llama()))
     assert not (tmp_path / "memory").exists()
@@ -246,8 +253,8 @@ def test_state_and_memory_that_are_not_finite_are_refused_by_name_and_nothing_is
 def test_writing_again_replaces(saved):
     box = Box()
     box.held = {"w": torch.zeros(1)}
-    state.save_checkpoint(saved, [box], tiny_llama(), step=4)
-    assert state.load_checkpoint(saved, ["box"], tiny_llama(), step=4)["box"].keys() == {"w"}
+    save(saved, box, tiny_llama(), step=4)
+    assert state.load_checkpoint(saved, BOX, tiny_llama(), step=4)["box"].keys() == {"w"}
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

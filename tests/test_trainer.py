@@ -24,6 +24,7 @@ from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trai
 
 from hf_ftplus import EWC, SI, Distill, Replay, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
 from hf_ftplus.batches import examples_of
+from hf_ftplus.callback import autocast
 from hf_ftplus.disk import LOCK, locked
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 from hf_ftplus.logits import causal_lm
@@ -856,6 +857,80 @@ def test_a_strategy_that_raises_is_named_with_hook_and_step(tmp_path):
 
     with pytest.raises(PluginError, match=r"'broken' failed in before_step at step 1: KeyError"):
         trainer(tmp_path, Broken(), protect=None).train()
+
+
+@pytest.mark.fault("C2")
+def test_a_strategy_that_cannot_say_its_state_is_named(tmp_path):
+    @dataclass
+    class Broken(Strategy):
+        """Fails at its second checkpoint."""
+
+        name: ClassVar[str] = "broken"
+
+        def state_dict(self):
+            if self.run.step == 2:
+                raise KeyError("lost")
+            return {}
+
+        def prepare(self, run):
+            self.run = run
+
+    with pytest.raises(PluginError, match=r"'broken' failed in state_dict at step 2: KeyError"):
+        trainer(tmp_path, Broken(), protect=None, save_strategy="steps", save_steps=1).train()
+
+
+@pytest.mark.parametrize("how", ["callback", "attach", "trainer"])
+def test_every_strategy_may_refuse_the_loaded_model(tmp_path, how):
+    @dataclass
+    class Picky(Strategy):
+        """Wants adapters."""
+
+        name: ClassVar[str] = "picky"
+
+        def refuse(self, run):
+            if run is not None and not any("lora" in name for name in run.weights):
+                raise IncompatibleError("picky wants LoRA")
+
+    ways = {
+        "callback": lambda: trainer(tmp_path, cls=trl.SFTTrainer, callbacks=[StrategyCallback(Picky())]).train(),
+        "attach": lambda: attach(trainer(tmp_path, cls=trl.SFTTrainer), Picky()),
+        "trainer": lambda: trainer(tmp_path, Picky()),
+    }
+    with pytest.raises(IncompatibleError, match="picky wants LoRA"):
+        ways[how]()
+
+
+def test_a_model_that_is_made_when_training_starts_is_refused_by_what_watches_it(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8, "labels": [[1, 2, 3]] * 8})
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "max_steps": 2}
+    it = Trainer(model_init=lambda: tiny_llama(), args=TrainingArguments(**given), train_dataset=rows)
+    with pytest.raises(IncompatibleError, match=r"model_init= makes another model.*Give the trainer model= instead"):
+        attach(it, Distill(on="learn"))
+    again = Trainer(model_init=lambda: tiny_llama(), args=TrainingArguments(**given), train_dataset=rows)
+    attach(
+        again, EWC(), protect=[{"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[1, 2, 3]])}]
+    ).train()
+    assert far(dict(again.model.state_dict()), dict(tiny_llama().state_dict())) > 0
+
+
+@pytest.mark.parametrize("said", ["no", "bf16", "fp16"])
+def test_precision_is_that_which_trains_also_where_only_accelerate_says_it(tmp_path, monkeypatch, said):
+    """TRL's configurations for accelerate say bf16, and `--bf16 false` beside it does not take it back."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", said)
+    it = trainer(tmp_path, EWC())
+    assert it.accelerator.mixed_precision == said
+    with autocast(it.args)():
+        assert torch.is_autocast_enabled("cpu") == (said != "no")
+        assert said == "no" or torch.get_autocast_dtype("cpu") == {"bf16": torch.bfloat16, "fp16": torch.float16}[said]
+    assert it._skips() == (said == "fp16")
+
+
+@pytest.mark.parametrize("strategy", [Distill(), EWC()])
+def test_a_memory_that_nobody_reads_is_said(tmp_path, caplog, strategy):
+    first = trainer(tmp_path / "first", EWC())
+    first.train()
+    trainer(tmp_path / "out", strategy, model=first.model, memory=tmp_path / "first", max_steps=1).train()
+    assert ("no strategy of this run reads one" in caplog.text) == (strategy.name == "distill")
 
 
 PLAIN_TOO = pytest.mark.parametrize("strategies", [(), ("ewc",)], ids=["plain", "EWC"])

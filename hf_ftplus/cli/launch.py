@@ -60,6 +60,21 @@ def flags() -> set[str]:
     return {flag.lstrip("-").replace("-", "_") for flag in found if flag.startswith("--")} | {"accelerate_config"}
 
 
+def as_typed(pairs: Sequence[str]) -> list[str]:
+    """Flags and values that stood in YAML, as accelerate's parser wants them: a switch such as --use_fsdp has no value.
+
+    Raises:
+        UsageError: a switch is neither true nor false.
+    """
+    switches = {flag for action in parser()._actions if action.nargs == 0 for flag in action.option_strings}
+    words: list[str] = []
+    for flag, value in zip(pairs[::2], pairs[1::2], strict=True):
+        if flag in switches and value not in ("True", "False"):
+            raise UsageError(f"{flag[2:]}: {value} in the YAML file; expected true or false.")
+        words += [flag] * (value == "True") if flag in switches else [flag, value]
+    return words
+
+
 def launched() -> bool:
     """Whether accelerate or torchrun started this process."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -96,7 +111,7 @@ def start(
         launch: words for accelerate.
         words: for `ftplus`.
         strategies: of the run.
-        precision: no, bf16 or fp16, as the Trainer was told; None to leave it as it stands in the configuration.
+        precision: no, bf16 or fp16, as the Trainer was told; None where there is none.
 
     Raises:
         UsageError: accelerate refuses its flags.
@@ -112,7 +127,7 @@ def start(
     with tempfile.TemporaryDirectory(prefix="ftplus-") as folder, _passing_on() as asked:
         try:
             args = parser().parse_args([*_resolved([*map(str, launch)]), "--module", "hf_ftplus", *words])
-            _look_at_deepspeed(args, strategies, precision)
+            _look_at_configuration(args, strategies, precision)
             args.multi_gpu = args.multi_gpu or _silently_one(args)
             args.signals_to_handle = "SIGHUP,SIGQUIT"  # torchrun, where it knows this, kills 30 s after passing one on
             _hush_torchrun()
@@ -124,6 +139,8 @@ def start(
             raise IncompatibleError(f"accelerate launch: {str(error).rstrip('.')}.") from None
         except CalledProcessError as error:  # one process, without torchrun
             crash = error.returncode, f"the process ended with {error.returncode}"
+        except SystemExit as error:  # the same under --quiet
+            crash = int(error.code or 0), f"the process ended with {error.code}"
         except ChildFailedError as error:
             first = next(iter(error.failures.values()))  # as they were noticed: others may have died of this one
             crash = first.exitcode, f"process {first.local_rank} ended with {first.exitcode}: {first.message}"
@@ -231,13 +248,15 @@ def _silently_one(args: Namespace) -> bool:
     return (args.num_processes or 1) > 1 and not any(told) and not torch.accelerator.is_available()
 
 
-def _look_at_deepspeed(args: Namespace, strategies: Sequence[Strategy], precision: str | None) -> None:
-    """Refuse what DeepSpeed would, before any process is launched and not once per rank; and tell it the precision of
-    the Trainer, for TRL's configurations say bf16 also where there is none, and it wants both alike.
+def _look_at_configuration(args: Namespace, strategies: Sequence[Strategy], precision: str | None) -> None:
+    """Refuse what DeepSpeed would, before any process is launched and not once per rank; and say in the Trainer's words
+    what precision there is: TRL's configurations say bf16 also where there is none, and DeepSpeed wants both alike.
     """
     file = args.config_file or _own_config()
     said = read_yaml(str(file), "accelerate's --config_file") if file else {}
     if not args.use_deepspeed and said.get("distributed_type") != "DEEPSPEED":
+        if args.mixed_precision is None and (precision, said.get("mixed_precision")) == ("no", "bf16"):
+            args.mixed_precision = "no"
         return
     from ..strategy import refuse_deepspeed
 

@@ -157,7 +157,11 @@ def _built(ours: dict[str, Any], words: Sequence[str], yaml: dict[str, Any]) -> 
 def _value(words: Sequence[str], name: str) -> str | None:
     """What follows the last `--name` among words that are not parsed yet."""
     pairs = zip(words, [*words[1:], ""], strict=False)
-    found = [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == f"--{name}"]
+    found = [
+        word.partition("=")[2] or after
+        for word, after in pairs
+        if word.partition("=")[0].replace("-", "_") == f"__{name}"
+    ]
     return found[-1] if found else None
 
 
@@ -178,7 +182,7 @@ def parse_trl(
     """
     parser = _trl_parser()
     _check_yaml(yaml, parser)
-    for_launch = parser.set_defaults_with_config(**yaml)
+    for_launch = launch.as_typed(parser.set_defaults_with_config(**yaml))
     use_cpu = parser.parse_known_args(list(words))[0].use_cpu
     parser.set_defaults(**_that_work_here([*words, *(f"--{key}" for key in yaml)], use_cpu, trains=not no_data))
     try:

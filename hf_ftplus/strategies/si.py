@@ -83,7 +83,7 @@ class SI(Strategy):
         """Note the starting weights, and take the importances that earlier runs left."""
         import torch
 
-        from ..weights import local, match, place, warn_of_16_bits
+        from ..weights import match, place, warn_of_16_bits
 
         self._bind(run)
         memory = run.memory.load(self.name, run) if self.decay else None
@@ -102,7 +102,7 @@ class SI(Strategy):
         importance = {}
         if memory is not None:
             importance = {name: place(self.decay * memory[name], weight) for name, weight in run.weights.items()}
-        if importance and not self._sharded and not any(local(t).any() for t in importance.values()):
+        if memory is not None and not any(tensor.any() for tensor in memory.values()):
             raise DataError(
                 f"The memory of si in {run.memory.read} is 0 throughout: no weight moved in the run that left it, or "
                 "none to any use. Train that run again, or leave --memory out."

@@ -253,6 +253,8 @@ class Look(Strategy):
             "requires_grad": tuple(weight.requires_grad for weight in run.model.parameters()),
             "whether gradients are recorded": torch.is_grad_enabled(),
         }
+        if hook == "read_gradients":
+            facts["gradients"] = _digest(*(weight.grad for weight in weights if weight.grad is not None))
         if hook in ("prepare", "finish"):
             facts["weights"] = _digest(*run.model.parameters())
         if hook == "prepare":
@@ -271,6 +273,9 @@ class Look(Strategy):
     def token_loss(self, run: Run, batch: Batch) -> Tensor:
         self._look("token_loss", run)
         return batch.hidden.sum() * 0.0
+
+    def read_gradients(self, run: Run) -> None:
+        self._look("read_gradients", run)
 
     def before_step(self, run: Run) -> None:
         self._look("before_step", run)

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..callback import NEEDS_TRAINER
+from ..contract import NAME
 from ..errors import UsageError
+from ..plugins import headline
 from ..strategy import Setting, Strategy, settings
 from ..weights import trainable
 from .bench import Bench, Companion, Look, Weights, distance, last_logged, state_of, strategy_of, weights_of
@@ -81,7 +83,9 @@ def law_remembers(bench: Bench) -> None:
 
 
 def law_leaves_no_trace(bench: Bench) -> None:
-    """Model, gradients and random numbers are as found after each hook; nothing stays in the model after training."""
+    """After each hook random numbers, modes and, but where it is to move them, weights and gradients are as found;
+    nothing stays in the model after training.
+    """
     for kind in bench.kinds:
         before, after = Look("look before"), Look("look after")
         trainer = bench.train(before, bench.fresh(), after, lora=kind.lora, dropout=0.1)
@@ -124,12 +128,9 @@ def law_travels_light(bench: Bench) -> None:
 def law_introduces_itself(bench: Bench) -> None:
     """`repr` pastes back; it, and each setting, has help; numbers have units; a bad value is refused by name."""
     kind, strategy = type(bench.strategy), bench.strategy
-    named = re.fullmatch(r"[a-z][a-z0-9_-]*", kind.name or "")
+    named = NAME.fullmatch(kind.name or "")
     bench.demand(bool(named), f"its name is {kind.name!r}, expected lower-case letters, digits, - and _")
-    help = (kind.__doc__ or "").strip()
-    bench.demand(
-        bool(help) and not help.startswith(f"{kind.__name__}("), "its class has no docstring, expected a line of help"
-    )
+    bench.demand(bool(headline(kind)), "its class has no docstring, expected a line of help")
     pasted = _pasted(strategy)
     bench.demand(pasted == strategy, f"{strategy!r} pastes back as {pasted!r}, expected an equal strategy")
     known = {item.name: item for item in settings(kind)}

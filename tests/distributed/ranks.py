@@ -111,11 +111,11 @@ def held(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
     found |= {
         f"figure.{name}": torch.tensor(value) for name, value in strategy.metrics().items() if name != "grad_ratio"
     }
-    state.save_checkpoint(folder / "saved", [strategy], model, step=3)
+    state.save_checkpoint(folder / "saved", {"ewc": strategy.state_dict()}, model, step=3)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     back = EWC(strength=50.0, fisher="empirical")
-    back.load_state_dict(state.load_checkpoint(folder / "saved", ["ewc"], model)["ewc"], run)
+    back.load_state_dict(state.load_checkpoint(folder / "saved", {"ewc": repr(strategy)}, model)["ewc"], run)
     with torch.no_grad():
         for weight in run.weights.values():
             weight.grad = torch.zeros_like(weight)

@@ -152,7 +152,7 @@ def taken_over(out: Path) -> dict[str, Tensor]:
 
     it = shards(tiny_llama())
     run = Run(it, trainable(it), {}, lambda rows: [], torch.device("cpu"), 0, Memory())
-    states = state.load_checkpoint(out / f"checkpoint-{CUT}/ftplus", [one.name for one in STACKS["all"]()], it, CUT)
+    states = state.load_checkpoint(out / f"checkpoint-{CUT}/ftplus", state.settings_of(STACKS["all"]()), it, CUT)
     found = {}
     for strategy in (ewc(), SI()):
         strategy.load_state_dict(states[strategy.name], run)

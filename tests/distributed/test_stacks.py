@@ -122,10 +122,10 @@ def test_two_processes_resume_to_the_same_bits(kind, stack, request):
 @pytest.mark.fault("B8")
 def test_what_two_processes_saved_of_shards_one_process_takes_over(shards, shards_folder, folder):
     """And is what one process saves: a state file does not tell on how many ranks it was written."""
-    names = [strategy.name for strategy in module().STACKS["all"]()]
+    settings = state.settings_of(module().STACKS["all"]())
     where = f"all/checkpoint-{module().CUT}/ftplus"
-    there, here = (state.load_checkpoint(base / where, names, tiny_llama()) for base in (shards_folder, folder))
-    for name in names:
+    there, here = (state.load_checkpoint(base / where, settings, tiny_llama()) for base in (shards_folder, folder))
+    for name in settings:
         assert there[name].keys() == here[name].keys()
         for key, tensor in here[name].items():
             assert torch.allclose(there[name][key], tensor, rtol=1e-4, atol=1e-6), key
@@ -133,8 +133,8 @@ def test_what_two_processes_saved_of_shards_one_process_takes_over(shards, shard
 
 def test_what_one_process_saved_two_take_over_in_shards(shards, folder):
     where = folder / f"all/checkpoint-{module().CUT}/ftplus"
-    names = [strategy.name for strategy in module().STACKS["all"]()]
-    saved = state.load_checkpoint(where, names, tiny_llama())
+    settings = state.settings_of(module().STACKS["all"]())
+    saved = state.load_checkpoint(where, settings, tiny_llama())
     for rank in shards:
         for name in ("ewc", "si"):
             taken = part(rank, f"taken over/{name}.")
