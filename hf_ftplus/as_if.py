@@ -54,14 +54,17 @@ class AsIf:
                     f"{nearest(key, known)}"
                 )
             given[key] = value
-        if not given.get("world", "8").isdecimal() or int(given.get("world", 8)) < 1:
-            raise UsageError(f"--as-if: world is {given['world']!r}; expected the number of ranks, 1 or more.")
-        if given.get("sharding", "fsdp2") not in SHARDINGS:
+        if "world" in given:
+            if not given["world"].isdecimal() or int(given["world"]) < 1:
+                raise UsageError(f"--as-if: world is {given['world']!r}; expected the number of ranks, 1 or more.")
+            given["world"] = int(given["world"])
+        found = cls(**given)
+        if found.sharding not in SHARDINGS:
             raise UsageError(
-                f"--as-if: sharding is {given['sharding']!r}; expected one of {', '.join(SHARDINGS)}."
-                f"{nearest(given['sharding'], list(SHARDINGS))}"
+                f"--as-if: sharding is {found.sharding!r}; expected one of {', '.join(SHARDINGS)}."
+                f"{nearest(found.sharding, list(SHARDINGS))}"
             )
-        return cls(**{**given, "world": int(given.get("world", 8))})
+        return found
 
 
 def plan(config: RunConfig, asked: AsIf) -> None:
@@ -78,7 +81,7 @@ def plan(config: RunConfig, asked: AsIf) -> None:
     built = on_meta(asked.model or config.model.model_name_or_path, config)
     model, layout = numbers(built), layout_of(config, asked, built)
     device = Device()
-    for line in (*about(asked, config, model, layout), *about_strategies(config, built, model, layout, device)):
+    for line in (*about(asked, config, model, layout, device), *about_strategies(config, built, model, layout, device)):
         click.echo(line)
     rate = device.wire(layout.world) / 1e9
     click.echo(
@@ -148,14 +151,8 @@ def numbers(built: torch.nn.Module) -> Model:
     table, head = inner.get_input_embeddings().weight, inner.get_output_embeddings()
     tied = head is not None and head.weight is table
     experts = sum(weight.numel() for name, weight in built.named_parameters() if ".experts." in name)
-    several = next(
-        (
-            n
-            for n in (getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
-            if n
-        ),
-        1,
-    )
+    counts = (getattr(text, key, 0) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    several = next(filter(None, counts), 1)
     chosen = getattr(text, "num_experts_per_tok", None) or several
     inside = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     if experts:
@@ -203,10 +200,8 @@ def optimizer_bytes(kind: str, wide: int) -> float:
 # ---- strategies ------------------------------------------------------------------------------------------------------
 
 
-def cost(strategy: Strategy, built: torch.nn.Module, model: Model, layout: Layout, config: RunConfig) -> Cost | None:
-    """What a strategy adds; None of one whose arithmetic nobody described here: then only its state is known."""
-    lora = bool(getattr(built, "peft_config", None))
-    state = state_bytes(strategy, built, config) / (layout.world if layout.sharding in IN_SHARDS and not lora else 1)
+def cost(strategy: Strategy, state: float, model: Model, layout: Layout, config: RunConfig, lora: bool) -> Cost | None:
+    """What a strategy adds beside its bytes of state; None of one whose arithmetic nobody described here."""
     if strategy.name == "ewc":
         if lora and layout.sharding in IN_SHARDS:
             raise IncompatibleError("ewc cannot hold a LoRA adapter under FSDP2; use sharding=ddp.")
@@ -259,9 +254,9 @@ def sight(built: torch.nn.Module, config: RunConfig, protect: dict[str, list]) -
 # ---- in words --------------------------------------------------------------------------------------------------------
 
 
-def about(asked: AsIf, config: RunConfig, model: Model, layout: Layout) -> list[str]:
+def about(asked: AsIf, config: RunConfig, model: Model, layout: Layout, device: Device) -> list[str]:
     """The run, and each rank's memory and wire."""
-    held, sent, device = scaling.memory(model, layout), scaling.wire(model, layout), Device()
+    held, sent = scaling.memory(model, layout), scaling.wire(model, layout)
     computing, sending = scaling.flops(model, layout) / device.flops, sum(sent.values()) / device.wire(layout.world)
     name = asked.model or config.model.model_name_or_path
     rows = f"{layout.rows} rows of {layout.length} tokens"
@@ -281,17 +276,17 @@ def about_strategies(
     config: RunConfig, built: torch.nn.Module, model: Model, layout: Layout, device: Device
 ) -> list[str]:
     """What each strategy adds, or why it would not train so."""
-    found = []
+    found, lora = [], bool(getattr(built, "peft_config", None))
+    parted = layout.world if layout.sharding in IN_SHARDS and not lora else 1
     for strategy in config.strategies:
         try:
-            added = cost(strategy, built, model, layout, config)
+            state = state_bytes(strategy, built, config) / parted
+            added = cost(strategy, state, model, layout, config, lora)
         except FTPlusError as error:
             found.append(f"strategy  {strategy.name}: refused: {error}")
             continue
-        if added is None:
-            said = f"{size(state_bytes(strategy, built, config))} of state on all ranks; its time is not known"
-        else:
-            said = in_words(added, model, layout, device)
+        unknown = f"{size(state)} of state on each rank; its time is not known"
+        said = in_words(added, model, layout, device) if added else unknown
         found.append(f"strategy  {strategy.name}: {said}")
     return found
 

@@ -32,10 +32,10 @@ def ask_all(
         IncompatibleError: answers are missing, and the teacher is gone or other ranks keep theirs elsewhere.
     """
     places = [(source, index) for source in sources for index in range(len(source))]
-    looked, (rank, _) = range(len(places)), ranks()
+    looked, (rank, world) = range(len(places)), ranks()
     if teacher is not None:
         found = [_lacking(answers, places, looked) if rank == 0 else None]
-        if dist.is_initialized():
+        if world > 1:
             dist.broadcast_object_list(found)  # one look for all: a later one sees what another rank has written
         wanted = found[0]
         if wanted:
@@ -44,7 +44,7 @@ def ask_all(
                 batch = source[index]
                 answers.add(batch, *ask(teacher, batch, run, top_k, temperature))
             answers.write()
-            if dist.is_initialized():
+            if world > 1:
                 dist.barrier()
             answers.refresh()
         looked = wanted if rank == 0 else looked  # others may keep theirs elsewhere
@@ -81,8 +81,7 @@ def seconds_to_ask(teacher: Teacher, batches: Batches, run: Run, top_k: int, tem
         return 0.0
     begin = time.perf_counter()
     ask(teacher, batches[0], run, top_k, temperature)[0].cpu()  # waits for the device
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    return (time.perf_counter() - begin) * -(-len(batches) // world)
+    return (time.perf_counter() - begin) * -(-len(batches) // ranks()[1])
 
 
 def key_of_answers(teacher: Teacher, run: Run, top_k: int, temperature: float) -> str:

@@ -37,6 +37,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from .disk import flush, read_format, read_manifest, replace, sha256
 from .errors import FTPlusError, IncompatibleError, StorageError
+from .weights import ranks
 
 logger = logging.getLogger("hf_ftplus")
 
@@ -144,7 +145,7 @@ def writing(checkpoint: Path) -> Iterator[None]:
         if not of_the_disk(error):
             raise
         left, whole = None, begun and (checkpoint / COMMIT).is_file()
-        if _rank() == 0:
+        if ranks()[0] == 0:
             if begun and not whole:  # else what stands there is an earlier one
                 shutil.rmtree(checkpoint, ignore_errors=True)
             left = newest(checkpoint.parent)
@@ -159,7 +160,7 @@ def writing(checkpoint: Path) -> Iterator[None]:
             + "Free some space, then go on with --resume_from_checkpoint "
             + ("true." if left else "auto.")
         ) from error
-    if _rank() == 0 and (_replaced(checkpoint) / COMMIT).is_file():  # not what another program wrote
+    if ranks()[0] == 0 and (_replaced(checkpoint) / COMMIT).is_file():  # not what another program wrote
         shutil.rmtree(_replaced(checkpoint), ignore_errors=True)
 
 
@@ -409,10 +410,11 @@ def _set_aside(checkpoint: Path, why: str) -> None:
 
 def on_first_rank(call: Callable[[], Any]) -> Any:
     """What `call` returns on the first process, on all of them; where it raises an error of ours, all raise it."""
-    if not _several():
+    rank, world = ranks()
+    if world == 1:
         return call()
     found: list[Any] = [None, None]
-    if _rank() == 0:
+    if rank == 0:
         try:
             found[0] = call()
         except (FTPlusError, OSError) as error:
@@ -421,11 +423,3 @@ def on_first_rank(call: Callable[[], Any]) -> Any:
     if found[1]:
         raise found[1][0](found[1][1])
     return found[0]
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _several() else 0

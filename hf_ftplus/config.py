@@ -301,34 +301,33 @@ def build(ours: dict[str, Any]) -> RunConfig:
     if any(spec.name == "learn" for spec in protect):
         raise UsageError("A protect task is called 'learn', the name of the new data. Name it: --protect OTHER=DATA.")
     join(tasks, protect, measure)
-    learns = [task.name for task in tasks if task.role == "learn"] or ["learn"]
-    known = list(dict.fromkeys([*learns, *(spec.name for spec in (*protect, *measure))]))
     chosen = strategies(ours)
     refuse_shares(tasks, chosen)
     gate = ours.get("fail_if_retention_below")
     if gate is not None and (not 0 < gate < float("inf") or 1 < gate <= 100):  # more closes always: to try an alarm
         meant = f" {gate:g} looks like percent: type {gate / 100:g}." if 1 < gate <= 100 else ""
         raise UsageError(f"--fail-if-retention-below {gate:g}; expected a share above 0 and up to 1.{meant}")
-    stop_when, unmeasured = ours.get("stop_when", []), [task.name for task in tasks if task.measure is False]
-    judges = ["--fail-if-retention-below"] if gate is not None else []
-    judges += [f"--stop-when {conditions.RETENTION}"] if conditions.read(stop_when).retention is not None else []
-    for judge in judges:
-        if ours["measure_rows"] == 0:
-            raise UsageError(f"{judge} needs a measurement, but --measure-rows is 0.")
-        if all(spec.name in unmeasured for spec in protect):
-            raise UsageError(f"{judge} has no protect task to judge. Type --protect DATA or self:256.")
-    return RunConfig(
+    config = RunConfig(
         strategies=chosen,
         protect=protect,
         measure=measure,
-        metrics={task.name: task.metric for task in tasks if task.metric} | _metrics(ours.get("metric", ()), known),
         tasks=tasks,
         memory=_memory(ours.get("memory")),
         measure_rows=_at_least(0, ours["measure_rows"], "measure_rows"),
         completions=_at_least(0, ours["completions"], "completions"),
         fail_if_retention_below=gate,
-        stop_when=stop_when,
+        stop_when=ours.get("stop_when", []),
     )
+    known = list(dict.fromkeys([*config.learns, *(spec.name for spec in (*protect, *measure))]))
+    config.metrics = {task.name: task.metric for task in tasks if task.metric} | _metrics(ours.get("metric", ()), known)
+    judges = ["--fail-if-retention-below"] if gate is not None else []
+    judges += [f"--stop-when {conditions.RETENTION}"] if conditions.read(config.stop_when).retention is not None else []
+    for judge in judges:
+        if config.measure_rows == 0:
+            raise UsageError(f"{judge} needs a measurement, but --measure-rows is 0.")
+        if all(spec.name in config.unmeasured for spec in protect):
+            raise UsageError(f"{judge} has no protect task to judge. Type --protect DATA or self:256.")
+    return config
 
 
 def _metrics(texts: Iterable[str], tasks: list[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from . import tensorfile
 from .disk import read_format, replace, sha256
 from .errors import FTPlusError, IncompatibleError, StorageError
 from .sketch import compare, sketch
-from .weights import canonical, full_shape, local, match
+from .weights import canonical, full_shape, local, match, ranks
 
 if TYPE_CHECKING:
     from .strategy import Run, Strategy
@@ -268,9 +268,9 @@ def _write(
 
 def agreed(said: str) -> str:
     """What this rank says went wrong, or the first that any of them says."""
-    if not torch.distributed.is_initialized():
+    if ranks()[1] == 1:
         return said
-    every: list[str] = [""] * torch.distributed.get_world_size()
+    every: list[str] = [""] * ranks()[1]
     torch.distributed.all_gather_object(every, said)
     return next(filter(None, every), "")
 
@@ -288,7 +288,7 @@ def _written(
     folder: Path, files: dict[str, dict[str, Tensor]], facts: dict[str, Any], kept: dict[str, Any] | None
 ) -> str:
     """What went wrong, if anything."""
-    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    writes = ranks()[0] == 0
     entries, failed = dict(kept or {}), ""
     for name, tensors in files.items():
         try:

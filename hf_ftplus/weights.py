@@ -75,7 +75,7 @@ def full_shape(weight: Tensor) -> torch.Size:
 
 def ranks() -> tuple[int, int]:
     """The number of this process, and how many there are."""
-    there = torch.distributed.is_initialized()
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
 
 

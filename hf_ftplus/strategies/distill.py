@@ -212,15 +212,16 @@ class Distill(Strategy):
     def metrics(self) -> dict[str, float]:
         """kl_learn, kl_protect: KL(teacher || student) in nats per token; penalty: what that adds to the loss."""
         import torch
-        import torch.distributed as dist
+
+        from ..weights import ranks
 
         if not self._seen:
             return {}
         places = list(self.strengths)
         sums = [torch.as_tensor(part).to(self.device) for place in places for part in self._window.get(place, (0.0, 0))]
         table = torch.stack([part.float() for part in sums]).view(-1, 2)  # of the kl, and of tokens
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(table)
+        if ranks()[1] > 1:
+            torch.distributed.all_reduce(table)
         self._window, self._seen = {}, 0
         means = {place: kl / tokens for place, (kl, tokens) in zip(places, table.tolist(), strict=True) if tokens}
         penalty = sum(self.strengths[place] * self.temperature**2 * kl for place, kl in means.items())
@@ -437,7 +438,7 @@ def refuse_zero3(model: nn.Module) -> None:
 
 def refuse_reentrant(model: nn.Module) -> None:
     """Raise where DDP would see the gradient of a checkpointed layer twice in a backward pass."""
-    import torch.distributed as dist
+    from ..weights import ranks
 
     funcs = [
         module._gradient_checkpointing_func
@@ -445,7 +446,7 @@ def refuse_reentrant(model: nn.Module) -> None:
         if getattr(module, "gradient_checkpointing", False)
     ]
     reentrant = any(getattr(func, "keywords", {}).get("use_reentrant") for func in funcs)
-    if reentrant and dist.is_initialized() and dist.get_world_size() > 1:
+    if reentrant and ranks()[1] > 1:
         raise IncompatibleError(
             "distill runs the model on learn and protect rows in one backward pass; with reentrant gradient "
             "checkpointing DDP takes the second gradient of a layer for an error. Type --gradient_checkpointing_kwargs "
