@@ -15,6 +15,7 @@ import torch
 from commands import command, make_place, same_file, stopped, words
 
 from hf_ftplus.cli import launch, main
+from hf_ftplus.interrupt import ONE_PRESS
 
 TWO = [
     "--num_processes", "2", "--num_machines", "1", "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -303,7 +304,7 @@ def test_a_second_ctrl_c_stops_at_once_also_a_rank_that_hangs(place, tmp_path):
     def twice(pid):
         psutil.Process(pid).children()[1].suspend()  # never again reaches the end of a step
         os.killpg(pid, signal.SIGINT)
-        time.sleep(launch.ONE_PRESS + 0.2)
+        time.sleep(ONE_PRESS + 0.2)
         os.killpg(pid, signal.SIGINT)
 
     ended, error = stopped(command(*on_cpu(place, tmp_path / "out", *steps)), twice, seconds=30)

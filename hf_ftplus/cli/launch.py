@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
     from ..strategy import Strategy
 
-ONE_PRESS = 1.0
-"""Seconds within which signals are one and the same Ctrl-C, as in the ranks (interrupt.py)."""
-
 Endings = list[tuple[int, str]]
 """Exit code and sentence of each rank that left any, lowest rank first."""
 
@@ -202,6 +199,8 @@ def ending(said: Endings, crash: tuple[int, str], asked: int = 0) -> tuple[int, 
 @contextmanager
 def _passing_on() -> Iterator[list[int]]:
     """Pass Ctrl-C and SIGTERM on to the ranks and wait on; a second Ctrl-C kills them. Gives what was passed on."""
+    from ..interrupt import ONE_PRESS
+
     asked: list[int] = []
     since = 0.0
 

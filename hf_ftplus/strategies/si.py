@@ -231,7 +231,6 @@ class SI(Strategy):
     def _bind(self, run: Run) -> None:
         from ..weights import sharded
 
-        self.refuse(run)
         self._sharded = sharded(run.weights.values())
         self._held = self._explained = None
         self._zeros = 0
