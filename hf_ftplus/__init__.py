@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .strategies.si import SI
     from .strategy import Batch, Memory, Run, Strategy, setting
     from .trainer import SFTTrainer, StrategyMixin, attach
+    from .weights import place
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "StrategyMixin",
     "attach",
     "hookimpl",
+    "place",
     "sequence",
     "setting",
 ]
@@ -52,6 +54,7 @@ _LAZY = {
     "Replay": ".strategies.replay",
     "SI": ".strategies.si",
     "hookimpl": ".hookspecs",
+    "place": ".weights",
     **dict.fromkeys(("Batch", "Memory", "Run", "Strategy", "setting"), ".strategy"),
     "StrategyCallback": ".callback",
     "SaveOnInterrupt": ".interrupt",

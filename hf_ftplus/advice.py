@@ -65,9 +65,3 @@ TABLE = (
         "LoRA",
     ),
 )
-
-
-def markdown() -> str:
-    """The table as it stands in the README."""
-    rows = [f"| {item.situation} | `{item.take}` | {item.why} |" for item in TABLE]
-    return "\n".join(["| situation | begin with | why |", "|---|---|---|", *rows])

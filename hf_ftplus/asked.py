@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import data
@@ -46,7 +46,8 @@ def ask(models: list[Trained], rows: list[list[Row]], how: How) -> Iterator[Answ
     """
     for start in range(0, len(rows[0]), how.batch_size):
         group = [own[start : start + how.batch_size] for own in rows]
-        found = [_answers(model, own, how) for model, own in zip(models, group, strict=True)]
+        drawn = replace(how, seed=how.seed + start)  # else every batch would draw the same
+        found = [_answers(model, own, drawn) for model, own in zip(models, group, strict=True)]
         for i, row in enumerate(group[0]):
             wanted = expected(row, models[0].tokenizer) if "completion" in row or "messages" in row else None
             yield Answered(asked_text(row, models[0].tokenizer), [texts[i] for texts in found], wanted)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 from urllib.parse import quote
 from zlib import crc32
@@ -35,6 +36,10 @@ CHUNK = 10_000
 """Learn rows looked at at once."""
 PROTECT_BATCH = 4
 """Rows in a micro-batch of protect data. Each batch is one sample of every weight's importance: small is steady."""
+
+
+BLOCK = 64
+"""Rows of which those of like length share a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,8 @@ def protect_batches(
                 length,
                 done.why(),
             )
-        examples = by_length(done.examples)
-        found[name] = collate(examples, pad_id(tokenizer), min(PROTECT_BATCH, args.per_device_train_batch_size))
+        size = min(PROTECT_BATCH, args.per_device_train_batch_size)
+        found[name] = collate(by_length(done.examples, size), pad_id(tokenizer), size)
     return found
 
 
@@ -129,10 +134,17 @@ def seed_of(use: str, seed: int) -> int:
     return seed + crc32(use.encode())
 
 
-def by_length(examples: list[Example], block: int = 64) -> list[Example]:
-    """Rows of like length side by side, to save padding; within blocks, so that the first rows stay a fair sample."""
-    blocks = (examples[start : start + block] for start in range(0, len(examples), block))
-    return [example for part in blocks for example in sorted(part, key=lambda example: len(example["input_ids"]))]
+def by_length(examples: list[Example], size: int) -> list[Example]:
+    """Rows of like length side by side in micro-batches of `size`, to save padding; those of a block come in any order,
+    so that the first rows stay a fair sample."""
+    block, found = BLOCK // size * size, []
+    for start in range(0, len(examples), block):
+        part = sorted(examples[start : start + block], key=lambda example: len(example["input_ids"]))
+        groups = [part[place : place + size] for place in range(0, len(part), size)]
+        short = [groups.pop()] if len(groups[-1]) < size else []
+        Random(start).shuffle(groups)
+        found += [example for group in groups + short for example in group]
+    return found
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,17 @@ def learn_batches(dataloader: Any, batch_size: int, rows: int) -> Sequence[dict[
         return []
     batches = LearnBatches(dataset, dataloader.collate_fn, batch_size, min(rows, len(dataset)))
     return batches if batches and {"input_ids", "labels"} <= batches[0].keys() else []
+
+
+def first_rows(batches: Sequence[dict[str, Tensor]], rows: int) -> list[dict[str, Tensor]]:
+    """Micro-batches holding the first `rows` rows."""
+    kept = []
+    for batch in batches:
+        if rows <= 0:
+            break
+        kept.append({key: value[:rows] for key, value in batch.items()})
+        rows -= len(batch["labels"])
+    return kept
 
 
 def examples_of(batches: list[dict[str, Tensor]]) -> list[dict[str, list[int]]]:

@@ -77,7 +77,8 @@ def load(
 
 
 def stream(source: str, split: str | None = None, config: str | None = None, **how: Any) -> IterableDataset:
-    """The rows of `load`, read as they are needed and never held; what is wrong with one is said when its turn comes.
+    """The rows of `load`, read as they are needed and never held (but a .json that is one array, which is read whole);
+    what is wrong with one is said when its turn comes.
 
     Raises:
         DataError: missing, empty, in no known format, or with a bad row among the first.

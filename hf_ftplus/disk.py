@@ -45,6 +45,11 @@ def replace(path: Path, write: Callable[[Path], Any], private: bool = False) -> 
         temporary.unlink(missing_ok=True)
 
 
+def write(path: Path, text: str, private: bool = False) -> None:
+    """Text, whole or not at all; see `replace`."""
+    replace(path, lambda file: file.write_text(text, encoding="utf-8"), private)
+
+
 def writable(folder: Path, flag: str) -> Path:
     """The folder that was typed after `flag`, tried before anything is loaded; it is not made yet.
 

@@ -46,7 +46,7 @@ class Tokenized:
 
     @property
     def dropped(self) -> int:
-        """Rows left out because truncation took every supervised token."""
+        """Rows left out: nothing of them is supervised, or truncation took it all; `why` tells."""
         return self.rows - len(self.kept)
 
     def why(self) -> str:

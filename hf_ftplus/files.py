@@ -7,10 +7,10 @@ text: pyarrow's readers, which `datasets` uses, turn strings that look like date
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +118,17 @@ def _csv(path: Path) -> Iterator[Entry]:
     """Every field is text, as written: no dates, no numbers, no missing values are guessed."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        text = _decode(path)
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        _unique([(name, "") for name in reader.fieldnames or []])
-        _refuse_separators(reader.fieldnames or [], text.splitlines()[1:2])
-        for row in reader:
-            yield f"{path}:{reader.line_num}", partial(_csv_row, row)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            below = [line.rstrip("\r\n") for line in islice(file, 1, 2)]
+            file.seek(0)
+            reader = csv.DictReader(file, strict=True)
+            _unique([(name, "") for name in reader.fieldnames or []])
+            _refuse_separators(reader.fieldnames or [], below)
+            for row in reader:
+                yield f"{path}:{reader.line_num}", partial(_csv_row, row)
+    except UnicodeDecodeError:
+        _decode(path)  # says where
+        raise
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error}).") from None
     except ValueError as error:

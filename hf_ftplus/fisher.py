@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .errors import DataError, IncompatibleError
 from .logits import evaluating, hidden_states, lm_head, stay_whole
-from .weights import Adapter, local, ranks
+from .weights import Adapter, local, ranks, sharded
 
 Batches = list[dict[str, Tensor]]
 
@@ -85,7 +85,7 @@ def fisher(
     adapters = adapters or {}
     rank, world = ranks()
     # FSDP2 averages gradients over ranks while reducing; the Fisher wants their sum
-    sharded = any(hasattr(weight, "to_local") for weight in weights.values())
+    parted = sharded(weights.values())
     batches = _by_row(batches) if estimator == "empirical" else batches
     result = Fisher(
         diagonal={name: torch.zeros_like(weight.detach(), dtype=torch.float32) for name, weight in weights.items()}
@@ -94,22 +94,22 @@ def fisher(
     tokens = torch.zeros((), dtype=torch.long, device=generator.device)
 
     # Around all batches: autocast drops its copies of the weights when its outermost block ends. Shards come and go.
-    once = nullcontext if sharded else autocast
+    once = nullcontext if parted else autocast
     with once(), _undisturbed(model), row_column_sums(adapters, generator) as sums:
-        mine = progress(_shares(batches, rank, world, sharded, apart=estimator == "empirical"))
+        mine = progress(_shares(batches, rank, world, parted, apart=estimator == "empirical"))
         for number, (index, batch) in enumerate(mine):
             generator.manual_seed(seed * 1_000_003 + index)  # of the batch: the same on any number of ranks
             tokens += backward_logits(model, batch, estimator, generator, autocast, check=number == 0)
             for name, weight in weights.items():
                 if weight.grad is not None:
                     gradient = local(weight.grad).float()
-                    local(result.diagonal[name]).addcmul_(gradient, gradient, value=float(world**2 if sharded else 1))
+                    local(result.diagonal[name]).addcmul_(gradient, gradient, value=float(world**2 if parted else 1))
                 weight.grad = None
 
     for name, (rows, columns) in sums.items():
         result.rows[name], result.columns[name] = rows, columns
     if world > 1:
-        _reduce(result, tokens, sharded)
+        _reduce(result, tokens, parted)
     result.tokens = int(tokens)
     _normalise(result)
     return result
@@ -280,13 +280,12 @@ def _shares(batches: Batches, rank: int, world: int, sharded: bool, apart: bool)
     Gradients of a sharded model are summed over ranks before they are squared. That is harmless for random v, whose
     cross terms vanish in the mean; examples that must be squared `apart` take turns.
     """
-    numbered = list(enumerate(batches))
-    if not sharded:
-        return numbered[rank::world]
-    if apart:
-        return [(i, batch if i % world == rank else _unsupervised(batch)) for i, batch in numbered]
-    mine = numbered[rank::world]
-    return mine if len(mine) == -(-len(batches) // world) else [*mine, (len(batches), _unsupervised(batches[0]))]
+    places = range(len(batches))
+    if sharded and apart:
+        return [(i, batches[i] if i % world == rank else _unsupervised(batches[i])) for i in places]
+    mine = [(i, batches[i]) for i in places[rank::world]]
+    short = sharded and len(mine) < -(-len(batches) // world)
+    return [*mine, (len(batches), _unsupervised(batches[0]))] if short else mine
 
 
 def _unsupervised(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -190,7 +190,7 @@ def _turn(turn: Any, where: str) -> Row:
     if not isinstance(turn, dict) or "from" not in turn:
         raise ValueError(f"{where} is {_what(turn)}; expected a turn with 'from' and 'value'")
     speaker = turn["from"]
-    if speaker not in ROLES:
+    if not isinstance(speaker, str) or speaker not in ROLES:
         hint = nearest(str(speaker), list(ROLES))
         raise ValueError(f"{where} is from {escape(str(speaker))!r}; expected one of {', '.join(ROLES)}.{hint}")
     return {"role": ROLES[speaker], "content": turn.get("value")}
@@ -223,7 +223,11 @@ def _tokenized(row: Row) -> Row:
 
 def _unlabelled(row: Row) -> Row:
     ids, mask = row["input_ids"], row.get("assistant_masks")
-    labels = ids if mask is None else [token if kept else -100 for token, kept in zip(ids, mask, strict=False)]
+    if mask is not None and not isinstance(mask, list):
+        raise ValueError(f"'assistant_masks' is {_what(mask)}; expected a list of 0 and 1")
+    labels = ids
+    if mask is not None and isinstance(ids, list):
+        labels = [token if kept else -100 for token, kept in zip(ids, mask, strict=False)]
     return _tokenized({"input_ids": ids, "labels": labels})
 
 

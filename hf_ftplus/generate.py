@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from .data import load
-from .disk import replace
+from .disk import write
 from .errors import DataError, UsageError
 from .fingerprint import architecture, fingerprint, tokenizer_fingerprint
 from .formats import Row
@@ -246,7 +246,7 @@ def _sampler(
 
     def write(openings: list[str], tokens: int, stop: str) -> list[str]:
         last = stops | _first_special(tokenizer, stop)
-        ids, mask = _left_padded(
+        ids, mask = left_padded(
             [tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings], tokenizer
         )
         if ids.shape[1] >= room:
@@ -314,8 +314,9 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _left_padded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    width, pad = max(map(len, rows)), pad_id(tokenizer)
+def left_padded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Token ids of prompts side by side, and the mask of what is no padding; both [rows, longest]."""
+    width, pad = max(1, *map(len, rows)), pad_id(tokenizer)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
@@ -364,4 +365,4 @@ def _cached(file: Path, count: int) -> Dataset | None:
 def store(file: Path, rows: list[Row]) -> None:
     """Rows as JSON lines, for their owner alone: a model may say what it was trained on."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    replace(file, lambda scratch: scratch.write_text("".join(lines), encoding="utf-8"), private=True)
+    write(file, "".join(lines), private=True)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,26 +100,18 @@ def lm_head(model: nn.Module) -> Head:
             "reason). Take 'lm_head' out of target_modules, or train it whole: modules_to_save=['lm_head']."
         )
     config = inner.config.get_text_config()
-    scale = next(
-        (
-            value
-            for value in (
-                getattr(config, key, None) for key in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            )
-            if value is not None
-        ),
-        None,
-    )
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
+    scale = _first_of(config, "logit_scale", "output_multiplier", "lm_head_multiplier")
+    if scale is None and (divisor := _first_of(config, "logits_scaling")) is not None:
         # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by
-        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
-    caps = (
-        "final_logit_softcapping",
-        "logits_soft_cap",
-        "output_logit_soft_cap",
-    )  # the last two: RecurrentGemma, xLSTM
-    softcap = next((cap for cap in (getattr(config, key, None) for key in caps) if cap is not None), None)
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    # the last two: RecurrentGemma, xLSTM
+    softcap = _first_of(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     return Head(layer.weight, getattr(layer, "bias", None), 1.0 if scale is None else scale, softcap)
+
+
+def _first_of(config: Any, *names: str) -> Any:
+    """The first of these settings that a config has."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def stay_whole(model: nn.Module) -> None:

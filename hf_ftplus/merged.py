@@ -85,14 +85,16 @@ def merge(
         found = "holds no adapter (adapter_config.json)" if os.path.isdir(name) or "/" in name else "is no folder"
         raise UsageError(f"{name} {found}: nothing to merge. Expected what `ftplus sft --use_peft` wrote.")
     refuse_full(out)
-    it = load(name, dtype, device)
+    it = load(name, "auto", device)  # rounded once: when all is added up
     if getattr(it.model.config, "quantization_config", None):
         raise IncompatibleError(
             f"The base of {name}, {base_of(name)}, is quantised; what is merged into it would be rounded to a few "
             "bits. Name the unquantised model as base_model_name_or_path in adapter_config.json."
         )
-    precision = {_plain(key): weight.dtype for key, weight in it.model.named_parameters()}
-    kept = it.model.get_base_model().dtype
+    own = it.model.get_base_model().dtype
+    kept = own if dtype == "auto" else getattr(torch, dtype)
+    each = {_plain(key): weight.dtype for key, weight in it.model.named_parameters()}
+    precision = {key: kept if found == own else found for key, found in each.items()}
     _round(it.model, {}, torch.float32)
     last = it.model.get_input_embeddings().weight.shape[0] - 1
     ids = torch.linspace(0, last, min(PROBE, positions(it.model))).long()[None].to(it.model.device)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from .errors import DataError, IncompatibleError
+from .errors import DataError, IncompatibleError, escape
 from .strategy import Task
 
 SHOWN = 20
@@ -157,7 +157,7 @@ def table(tasks: dict[str, Task], epochs: float) -> str:
         counts = ("", "") if streamed else (f"{task.drawn:.0f}", f"{task.drawn * epochs / (task.rows or 1):.2f}")
         lines.append(
             (
-                name,
+                escape(name),
                 task.role,
                 "stream" if task.rows is None else str(task.rows),
                 counts[0],
@@ -187,8 +187,8 @@ def check_drawn(was: dict[str, list[float]] | None, tasks: dict[str, Task]) -> N
     now = rows_drawn(tasks)
     if was is None and now:
         raise IncompatibleError(
-            f"The checkpoint does not say which rows of {', '.join(now)} it had drawn, so they would not go on where "
-            "they stopped. Resume from one that this version wrote, or start a new run."
+            f"The checkpoint does not say which rows of {', '.join(map(escape, now))} it had drawn, so they would not "
+            "go on where they stopped. Resume from one that this version wrote, or start a new run."
         )
     was = was or {}
     for name in dict.fromkeys([*was, *now]):
@@ -196,6 +196,6 @@ def check_drawn(was: dict[str, list[float]] | None, tasks: dict[str, Task]) -> N
             continue
         had, has = (f"{s[name][1]:g} of {s[name][0]:g} rows" if name in s else "no row" for s in (was, now))
         raise IncompatibleError(
-            f"The checkpoint drew {had} of task {name!r} in an epoch, this run draws {has}, so its rows "
+            f"The checkpoint drew {had} of task {escape(name)!r} in an epoch, this run draws {has}, so its rows "
             "would not go on where they stopped. Resume with the same data and settings, or start a new run."
         )

@@ -30,6 +30,7 @@ from .rows import Rows, tokenizer_of
 from .run import costs, in_words, len_of, prepare, speak
 from .specs import TaskSpec
 from .trainer import SFTTrainer
+from .weights import full_shape
 
 SHOWN = 3
 """Rows that a dry run shows in all, but one of every task."""
@@ -100,14 +101,20 @@ def share_in_words(rows: Any) -> str:
 
 
 def count(trainer: SFTTrainer) -> str:
-    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
-    total = sum(weight.numel() for weight in trainer.model.parameters())
+    sizes = [(_numbers(weight), weight.requires_grad) for weight in trainer.model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
     return f"{total / 1e6:.1f} M weights, {trained / 1e6:.1f} M trained, on {trainer.args.device}"
+
+
+def _numbers(weight: Any) -> int:
+    """Of a weight, also where it is packed to 4 bits, or in the hands of ZeRO-3."""
+    packed = 2 * weight.element_size() if type(weight).__name__ == "Params4bit" else 1
+    return full_shape(weight).numel() * packed
 
 
 def training(trainer: SFTTrainer) -> str:
     """How long, how many rows at once and at which rate."""
-    args, learn = trainer.args, trainer.train_dataset
+    args, learn = trainer.args, trainer.train_dataset if trainer._mixture is None else trainer._mixture
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps
     if steps <= 0 and hasattr(learn, "__len__"):

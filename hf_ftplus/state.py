@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tensorfile
-from .disk import read_format, replace, sha256
+from .disk import read_format, sha256, write
 from .errors import FTPlusError, IncompatibleError, StorageError
 from .sketch import compare, sketch
 from .weights import canonical, full_shape, local, match, ranks
@@ -298,7 +298,7 @@ def _written(
     if writes and not failed:
         text = json.dumps({"format": FORMAT, **facts, "files": entries}, indent=1)
         try:
-            replace(folder / MANIFEST, lambda file: file.write_text(text))
+            write(folder / MANIFEST, text)
         except OSError as error:
             failed = str(error)
     return failed

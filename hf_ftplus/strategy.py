@@ -24,7 +24,7 @@ The smallest useful one, L2-SP (Li 2018), keeps every law (`ftplus plugin test .
 
     from dataclasses import dataclass
     from typing import ClassVar
-    from hf_ftplus import Strategy, setting
+    from hf_ftplus import Strategy, place, setting
 
 
     @dataclass
@@ -46,7 +46,7 @@ The smallest useful one, L2-SP (Li 2018), keeps every law (`ftplus plugin test .
             return self.start
 
         def load_state_dict(self, state, run):
-            self.start = {name: state[name].to(weight) for name, weight in run.weights.items()}
+            self.start = {name: place(state[name], weight) for name, weight in run.weights.items()}
 """
 
 from __future__ import annotations

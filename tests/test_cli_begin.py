@@ -16,7 +16,7 @@ import pytest
 import yaml
 from commands import command, make_place
 
-from hf_ftplus.advice import TABLE, markdown
+from hf_ftplus.advice import TABLE
 from hf_ftplus.cli import COMMANDS, main
 from hf_ftplus.cli.init import MARK, QUESTIONS
 
@@ -281,8 +281,10 @@ def test_what_is_wrong_is_said(here, capsys, monkeypatch):
 
 def test_advise_has_the_table_of_the_readme(capsys):
     assert main(["advise", "--json"]) == 0
-    assert [row["key"] for row in json.loads(capsys.readouterr().out)] == ["data", "none", "sequence", "small"]
-    assert markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["key"] for row in rows] == ["data", "none", "sequence", "small"]
+    table = [f"| {row['situation']} | `{row['take']}` | {row['why']} |" for row in rows]
+    assert "\n".join(table) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_advise_answers_one_situation(capsys):

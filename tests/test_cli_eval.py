@@ -293,6 +293,12 @@ def test_tasks_are_exported_without_a_model_and_what_cannot_be_is_named(place, t
     (tmp_path / "turns.jsonl").write_text(json.dumps({"messages": turns}))
     assert main(["eval", "--export", str(out), "--measure", f"t={tmp_path / 'turns.jsonl'}"]) == 3
     assert "t cannot be exported: row 1 has 3 messages before its answer" in capsys.readouterr().err
+    other = {"prompt": "Red or blue? ", "completion": "Red, of course.", "choices": ["Red", "Blue"]}
+    (tmp_path / "other.jsonl").write_text(json.dumps(other))
+    line = ["eval", "--export", str(out), "--measure", f"o={tmp_path / 'other.jsonl'}"]
+    assert main([*line, "--metric", "o=exact_match"]) == 0
+    assert main([*line, "--metric", "o=choice"]) == 3
+    assert "row 1 is none of its 'choices'. Correct it, or type --metric o=exact_match" in capsys.readouterr().err
 
 
 def test_an_exported_task_leaves_a_model_room_to_reason_as_ours_does(place, tmp_path):

@@ -490,8 +490,8 @@ def test_an_adapter_that_rounding_would_swallow_is_not_merged_into_few_bits(plac
 def test_what_is_lost_is_what_rounding_the_weights_does(place, tmp_path):
     """Not what few bits do to the forward pass, of which the adapter is as innocent as the merge."""
     done = merge(str(place / "adapter"), tmp_path / "out", "bfloat16", "cpu")
-    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.bfloat16)
-    exact = PeftModel.from_pretrained(base.float(), place / "adapter").eval()
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    exact = PeftModel.from_pretrained(base, place / "adapter").eval()
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.linspace(0, base.config.vocab_size - 1, PROBE).long()[None]
     with torch.no_grad():
@@ -549,3 +549,24 @@ def test_what_the_stack_tells_its_developers_reaches_no_user(place, tmp_path):
         assert main(["merge", "--model", str(place / "adapter"), "--out", str(tmp_path / "merged")]) == 0
         assert main(words(place, tmp_path / "adapter", "--use_peft", "true", "--max_steps", "1", *QUICK)) == 0
     assert not [warning for warning in heard if "gradient_checkpointing` is deprecated" in str(warning.message)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_one_prompt_given_several_times_is_answered_in_several_ways(place, tmp_path, size):
+    flags = [flag for _ in range(6) for flag in ("--prompt", "Why?")]
+    rows = asked(place, tmp_path, "--model", place / "adapter", *flags, "--temperature", "2", "--batch_size", size)
+    assert len({row["completion"] for row in rows}) > 4
+
+
+def test_merged_weights_are_rounded_once(place, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    assert main(["merge", "--model", str(tmp_path / "adapter"), "--out", str(out), "--dtype", "bfloat16"]) == 0
+    wanted = model.merge_and_unload().to(torch.bfloat16).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name

@@ -135,6 +135,17 @@ def test_nothing_is_asked_of_a_model_that_reads_rows_in_parts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("typed", [["--accelerate_config", "fsdp2"], ["--accelerate-config=fsdp2"]])
+def test_a_configuration_that_is_typed_wins_over_yaml(place, tmp_path, monkeypatch, typed):
+    from accelerate.commands import launch as accelerate
+
+    seen = []
+    monkeypatch.setattr(accelerate, "launch_command", seen.append)
+    (tmp_path / "run.yaml").write_text("accelerate_config: multi_gpu\nnum_processes: 2\n")
+    assert main(words(place, tmp_path / "out", "--config", str(tmp_path / "run.yaml"), *typed)) == 1
+    assert seen[0].config_file.endswith("fsdp2.yaml")
+
+
 def test_switches_of_accelerate_may_stand_in_yaml(place, tmp_path, monkeypatch, capsys):
     from accelerate.commands import launch as accelerate
 

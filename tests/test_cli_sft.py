@@ -229,7 +229,9 @@ def test_the_report_says_what_rows_a_figure_is_of(place, tmp_path, capsys, caplo
     assert any(
         "measured on the rows that protect it" in note and "there are 3" in note for note in tasks["few"]["notes"]
     )
-    assert any("1 of 13 rows lost their answer to truncation" in note for note in tasks["long"]["notes"])
+    assert any(
+        "1 of 13 rows are not measured at max_length 60: 1 are cut before" in note for note in tasks["long"]["notes"]
+    )
     assert not any("rows" in note for note in tasks["protect"]["notes"])
     assert "learn: measured on trained rows" in capsys.readouterr().out
     assert "cut: nothing is left to protect in 1 of 11 rows (9 %) at max_length 60: 1 are cut" in caplog.text

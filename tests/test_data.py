@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from hf_ftplus.data import load, normalise, stream
 from hf_ftplus.errors import DataError
+from hf_ftplus.files import READERS
 
 
 def lines(path: Path, *rows: object) -> str:
@@ -283,6 +284,9 @@ def test_a_field_of_two_types_is_one_sentence(rows, chunk, tmp_path, monkeypatch
         ({"text": None}, "row 1: 'text' is None; expected a string"),
         ({"input_ids": [1, 2], "labels": [1]}, "row 1: 'input_ids' has 2 tokens and 'labels' 1"),
         ({"input_ids": None}, "row 1: 'input_ids' is None"),
+        ({"input_ids": None, "assistant_masks": [1]}, "row 1: 'input_ids' is None"),
+        ({"input_ids": [1, 2], "assistant_masks": 1}, "row 1: 'assistant_masks' is the number 1; expected a list"),
+        ({"conversations": [{"from": ["x"], "value": "y"}]}, "conversations[0] is from"),
     ],
 )
 def test_a_bad_row_in_python_is_refused_with_its_number(row, reason):
@@ -312,6 +316,15 @@ def test_csv_faults_have_lines(tmp_path):
     assert message[1].startswith(f"{path}:5: 'completion' is None")
     path.write_text("prompt,prompt\na,b\n")
     assert "has 'prompt' twice" in failure(str(path))
+
+
+def test_a_csv_is_read_as_it_is_needed(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbfprompt,completion\r\n" + b'"Who,\r\nand why?",Me.\r\n' * 20_000 + b"\xff,x\r\n")
+    _, first = next(READERS[".csv"](path))
+    assert first() == {"prompt": "Who,\r\nand why?", "completion": "Me."}
+    with pytest.raises(DataError, match=r"a\.csv:40002:1: .*UTF-8"):
+        load(str(path))
 
 
 @pytest.mark.fault("E1")

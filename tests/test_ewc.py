@@ -16,6 +16,7 @@ from training import LEARN, PROTECT, far, sequence, trainer, weights_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_ftplus import EWC, Run, Strategy, state
+from hf_ftplus.batches import first_rows
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
 from hf_ftplus.fisher import fisher
 from hf_ftplus.quadratic import fitted, importance_names
@@ -148,7 +149,7 @@ def in_fp16(monkeypatch):
     def on(it, scale):
         it.accelerator.native_amp, it.accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
         monkeypatch.setitem(vars(it.accelerator.state), "_mixed_precision", "fp16")
-        it.args.fp16 = True
+        it.args.fp16, it.args.mixed_precision = True, "fp16"
         return it
 
     return on
@@ -412,11 +413,12 @@ def test_held_weights_is_the_share_that_the_protect_data_says_something_about(lo
 
 
 def test_rows_limits_the_rows_looked_at(tmp_path):
-    found = []
-    for given in ({"strategies": [EWC(rows=5)], "protect": PROTECT}, {"strategies": [EWC()], "protect": PROTECT[:5]}):
-        it = trainer(tmp_path, *given["strategies"], protect=given["protect"], max_steps=1)
+    found, protect = [], PROTECT
+    for strategy in (EWC(rows=5), EWC()):
+        it = trainer(tmp_path, strategy, protect=protect, max_steps=1)
         it.train()
-        found.append(it.ftplus.strategies[0].importance)
+        found.append(strategy.importance)
+        protect = first_rows(it.ftplus.run.protect["protect"], 5)
     assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-9) for name in found[0])
     assert EWC(rows=5).preview(prepared(tiny_llama(), EWC())[1])["rows"] == 5
 

@@ -214,6 +214,7 @@ def test_the_table_of_streams_leaves_out_what_is_not_known():
 def test_the_table_of_very_many_tasks_is_cut():
     many = {f"task {i}": Task("learn", 1, 1, 1.0, 1.0) for i in range(SHOWN + 5)}
     lines = table(many, epochs=1).splitlines()
+    assert "\x1b" not in table({"\x1b[31mred": next(iter(many.values()))}, epochs=1)
     assert len(lines) == SHOWN + 3
     assert lines[-1] == "... and 5 more"
 

@@ -22,6 +22,7 @@ from hf_ftplus.batches import examples_of
 from hf_ftplus.cli import main
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
 from hf_ftplus.pools import supervised_tokens
+from hf_ftplus.preview import training
 from hf_ftplus.strategies.replay import Replay, rehearsed
 from hf_ftplus.testing import check_strategy
 
@@ -331,6 +332,14 @@ def test_a_stream_cannot_be_shared_by_tokens(tmp_path):
 def test_without_protect_data_it_says_what_to_type(tmp_path):
     with pytest.raises(DataError, match=r"replay has nothing to replay.*--protect self:256"):
         trainer(tmp_path, "replay", protect=None)
+
+
+def test_a_plan_counts_the_steps_of_an_epoch_that_is_drawn_and_not_of_all_rows(tmp_path):
+    it = trainer(tmp_path, Replay(share=0.25), learn=LEARN[:6], max_steps=-1, num_train_epochs=3)
+    assert len(it.train_dataset) == 6 + len(PROTECT)
+    assert training(it).startswith("6 steps of 4 rows")
+    it.train()
+    assert it.state.global_step == 6
 
 
 @pytest.mark.parametrize("order", ["group_by_length", "sequential", "batch_rebalance"])

@@ -7,6 +7,8 @@ import os
 import shutil
 
 import pytest
+import transformers
+import yaml
 from commands import same_file
 from sequences import make_sequence_place, sequence_yaml
 
@@ -15,6 +17,8 @@ from hf_ftplus import contents
 from hf_ftplus.errors import StorageError
 from hf_ftplus.report.matrix import Matrix
 from hf_ftplus.stages import runner
+from hf_ftplus.stages.plan import read
+from hf_ftplus.stages.reservoir import rows_taken
 
 LORA = {"use_peft": True, "lora_r": 2, "lora_target_modules": "all-linear"}
 
@@ -47,6 +51,27 @@ def test_what_changed_is_said_by_its_place_and_the_matrix_stays(done):
     with pytest.raises(StorageError, match=r"pools.colours\.jsonl holds 8 rows, but with keep: 12 it would be 12"):
         hf_ftplus.sequence({**asked, "keep": 12})
     hf_ftplus.sequence(asked)
+
+
+def test_a_setting_that_a_later_version_has_changes_nothing_of_what_was_made_before_it(done):
+    asked, out = done
+    for file in out.glob("0*/**/*.yaml"):
+        made = yaml.safe_load(file.read_text())
+        if "plugins" in made:
+            del made["plugins"][0]["replay"]["unit"]
+            file.write_text(yaml.safe_dump(made))
+    hf_ftplus.sequence(asked)
+
+
+def test_several_gpus_are_the_business_of_what_each_stage_launches(place, tmp_path, monkeypatch):
+    """The process that runs the stages trains none where there are several; only their count is made up here."""
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 4))
+    plan = read(given(place, tmp_path))
+    runner.check(plan)
+    facts = {"steps": 3, "processes": 4}
+    assert (
+        rows_taken(plan.stages[0].config, facts) == 3 * 4 * plan.stages[0].config.training.per_device_train_batch_size
+    )
 
 
 def test_rows_that_changed_since_are_not_mixed_with_those_of_before(done, place):

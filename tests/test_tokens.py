@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from tiny import tiny_llama, tiny_tokenizer
 
+from hf_ftplus.batches import by_length
 from hf_ftplus.data import normalise
 from hf_ftplus.errors import DataError, IncompatibleError
 from hf_ftplus.examples import collate, tokenize
@@ -180,6 +181,17 @@ def test_micro_batches_have_few_widths():
     examples = [{"input_ids": [1] * length, "labels": [1] * length} for length in range(1, 41)]
     widths = [batch["input_ids"].shape[1] for batch in collate(examples, pad_token_id=0, batch_size=1)]
     assert widths == [16] * 16 + [32] * 16 + [40] * 8
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_the_first_protect_rows_are_a_fair_sample_of_all_and_share_micro_batches_with_their_like(size):
+    rows = [{"input_ids": [0] * (10 + i), "labels": [0] * (10 + i)} for i in range(64)]
+    found = by_length(rows, size)
+    assert sorted(found, key=lambda row: len(row["input_ids"])) == rows
+    lengths = [len(row["input_ids"]) for row in found]
+    assert abs(sum(lengths[:32]) / 32 - 41.5) < 4  # in order it would be 25.5
+    whole = [lengths[i : i + size] for i in range(0, 64 // size * size, size)]
+    assert all(max(part) - min(part) < size for part in whole)
 
 
 def test_padding_does_not_change_the_loss(chat_rows, tokenizer, model):

@@ -183,7 +183,7 @@ def _make_room(out: Path) -> None:
 
 
 def _write(answered: list[Answered], models: list[Trained], out: Path) -> None:
-    from ..disk import replace
+    from ..disk import write
 
     lines = [
         json.dumps(
@@ -195,7 +195,7 @@ def _write(answered: list[Answered], models: list[Trained], out: Path) -> None:
         for item in answered
     ]
     try:
-        replace(out, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        write(out, "\n".join(lines) + "\n")
     except OSError as error:
         raise StorageError(f"--out {out} cannot be written: {error.strerror}. Choose another file.") from error
     click.echo(f"{len(lines)} answers written to {out}", err=True)

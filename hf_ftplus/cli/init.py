@@ -52,7 +52,7 @@ BYTES = {"ewc": 8, "distill": 4}
 )
 def init(model: str | None, learn: str | None, protect: tuple[str, ...], hardware: str | None, out: Path) -> None:
     """Write the YAML of a run: four questions, or their flags."""
-    from ..disk import replace, writable
+    from ..disk import writable, write
 
     if str(out) != "-":
         if out.exists():
@@ -73,7 +73,7 @@ def init(model: str | None, learn: str | None, protect: tuple[str, ...], hardwar
     if str(out) == "-":
         click.echo(text, nl=False)
         return
-    replace(out, lambda file: file.write_text(text, encoding="utf-8"))
+    write(out, text)
     for name in [given["learn"], *(spec.partition("=")[2] or spec for spec in given["protect"])]:
         if Path(name).suffix in FILES and not Path(name).exists():
             click.echo(f'{name} is not there yet: one row a line, {{"prompt": ..., "completion": ...}}.', err=True)

@@ -151,13 +151,20 @@ def start(
 
 
 def _resolved(launch: list[str]) -> list[str]:
-    """With the file of `--accelerate_config NAME`, as TRL finds it."""
+    """With the file of the last `--accelerate_config NAME`, as TRL finds it: flags stand behind what YAML says."""
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+    names, rest, words = [], [], iter(launch)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.replace("-", "_") == "__accelerate_config":
+            names.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
+    name = "".join(names[-1:])
     try:
-        return resolve_accelerate_config_argument(launch)
+        return resolve_accelerate_config_argument(["--accelerate_config", name, *rest]) if names else rest
     except ValueError:
-        name = "".join(launch[launch.index("--accelerate_config") + 1 :][:1])
         known = sorted(file.name[:-5] for file in files("trl.accelerate_configs").iterdir() if file.suffix == ".yaml")
         raise UsageError(
             f"--accelerate_config {name}: no file, and none of TRL's own ({', '.join(known)}).{nearest(name, known)}"

@@ -143,7 +143,6 @@ class Shown:
 def _silence() -> Iterator[None]:
     """The laws train dozens of tiny models: what each of them would say is not for the author."""
     import logging
-    import warnings
 
     from transformers.utils import logging as transformers_logging
 

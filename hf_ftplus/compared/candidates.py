@@ -92,7 +92,7 @@ def parse(word: str) -> Candidate:
     parts = []
     for text in NEXT.split(word):
         name, *given = PART.split(text)
-        if not name or (":" in name and "=" in name) or "=" in name:
+        if not name or "=" in name:
             raise UsageError(f"--plugins {word!r}: {text!r}; expected a name, or NAME:SETTING=VALUE: ewc:strength=100")
         parts.append((name, dict(item.split("=", 1) for item in given)))
     if NONE not in [name for name, _ in parts]:

@@ -68,7 +68,7 @@ class Cell:
 
     def keep(self, **facts: Any) -> None:
         text = json.dumps(facts, indent=1) + "\n"
-        disk.replace(self.stage.folder / "ftplus" / "cell.json", lambda file: file.write_text(text, encoding="utf-8"))
+        disk.write(self.stage.folder / "ftplus" / "cell.json", text)
 
     def report(self) -> Report:
         from ..report import Report

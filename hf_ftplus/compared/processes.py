@@ -85,7 +85,7 @@ class Runner:
             refuse_other_data(stage)
             self.know(cell)
             text = yaml.safe_dump(without_secrets(stage.yaml), sort_keys=False, allow_unicode=True)
-            disk.replace(stage.file, lambda file: file.write_text(text, encoding="utf-8"))
+            disk.write(stage.file, text)
         return checkpoint
 
     def know(self, cell: Cell) -> None:

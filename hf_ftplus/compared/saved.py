@@ -92,7 +92,7 @@ def save(found: Judgement, out: Path, command: str) -> dict[str, Any]:
     }
     try:
         for name, text in texts.items():
-            disk.replace(out / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+            disk.write(out / name, text)
     except OSError as error:
         raise StorageError(f"--out {out} cannot be written: {error.strerror}. Choose another folder.") from error
     return facts

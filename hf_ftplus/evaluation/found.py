@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..generate import private_rng
 from ..logits import causal_lm, evaluating, reshard
@@ -30,11 +29,6 @@ def bare(model: nn.Module) -> nn.Module:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model takes its input; with a device map, not where its last layer is."""
     return causal_lm(model).get_input_embeddings().weight.device
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread the weights over the ranks: each forward pass is then one of all of them together."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 @contextmanager

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..formats import Row
-from ..generate import pad_id, stop_ids
+from ..generate import left_padded, pad_id, stop_ids
 from ..logits import causal_lm, positions
-from .found import as_found, bare, device_of, is_sharded, warn_of_cut
+from ..weights import sharded
+from .found import as_found, bare, device_of, warn_of_cut
 from .scoring import Autocast
 from .tasks import answered, question
 
@@ -55,18 +55,15 @@ def answers(
     with tqdm(total=len(questions), desc=label, unit="row", disable=None, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             group = order[start : start + batch_size]
-            width = max(1, *(len(questions[i]) for i in group))
-            padded = [[settings.pad_token_id] * (width - len(questions[i])) + questions[i] for i in group]
-            mask = [[0] * (width - len(questions[i])) + [1] * len(questions[i]) for i in group]
-            device = device_of(model)
+            asked, mask = (part.to(device_of(model)) for part in left_padded([questions[i] for i in group], tokenizer))
             with autocast():
                 out = bare(model).generate(
-                    input_ids=torch.tensor(padded, device=device),
-                    attention_mask=torch.tensor(mask, device=device),
+                    input_ids=asked,
+                    attention_mask=mask,
                     generation_config=settings,
-                    synced_gpus=is_sharded(model) or None,  # None: as the library finds right
+                    synced_gpus=sharded(model.parameters()) or None,  # None: as the library finds right
                 )
-            for i, ids in zip(group, out[:, width:].tolist(), strict=True):
+            for i, ids in zip(group, out[:, asked.shape[1] :].tolist(), strict=True):
                 end = next((k for k, token in enumerate(ids) if token in stops), None)
                 texts[i] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
             bar.update(len(group))

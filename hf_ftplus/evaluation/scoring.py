@@ -78,7 +78,7 @@ def score(
                 states, logits = forward(model, batch)
             if n == 0:
                 refuse_other_logits(model, head, states, logits)
-            states, targets = supervised(states, batch["labels"].to(states.device))
+            states, targets = supervised(states.to(head.weight.device), batch["labels"].to(head.weight.device))
             figures = _figures(head, states, targets, now, start.hidden[n] if start else None)
             rows = (batch["labels"][:, 1:] != -100).nonzero()[:, 0].cpu()
             sums.index_add_(0, torch.tensor(order)[n * batch_size + rows], figures.cpu().double())

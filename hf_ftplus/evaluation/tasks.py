@@ -89,7 +89,7 @@ class EvalTask:
         kept = [rows[i] for i in done.kept]
         if metric is None and all(row.get("choices") for row in kept):
             metric = "choice"
-        lost = f"{done.dropped} of {done.rows} rows lost their answer to truncation at {max_length} tokens."
+        lost = f"{done.dropped} of {done.rows} rows are not measured at max_length {max_length}: {done.why()}."
         return cls(name, role, done.examples, kept, metric, [lost] if done.dropped else [])
 
 

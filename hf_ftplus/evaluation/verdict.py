@@ -21,9 +21,8 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from scipy.stats import norm
 
-from .statistics import LEVEL, Estimate
+from .statistics import Estimate, Z
 
 Verdict = Literal["kept", "lost", "gained", "not resolved", "not measured"]
 MARGIN = 0.05
@@ -53,7 +52,7 @@ def verdict(before: Estimate, change: Estimate, floor: float | None, rows: int, 
 
 def rows_to_keep(margin: float = MARGIN) -> int:
     """Rows from which none that flipped is an interval (`statistics.change_of_share`) within the margin."""
-    return int(np.ceil(norm.ppf((1 + LEVEL) / 2) * np.sqrt(2) / margin)) - 2
+    return int(np.ceil(Z * np.sqrt(2) / margin)) - 2
 
 
 def noise_floor(again: Estimate) -> float | None:

@@ -75,7 +75,7 @@ def write(found: Found, file: Path, command: str) -> Path:
         for path in texts:
             _refuse_foreign(path)
         for path, text in texts.items():
-            disk.replace(path, lambda place, text=text: place.write_text(text, encoding="utf-8"))
+            disk.write(path, text)
     except OSError as error:
         raise StorageError(f"{file} cannot be written: {error.strerror}. Choose another --out.") from error
     return file

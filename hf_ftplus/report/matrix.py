@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from ..disk import read_json, replace
+from ..disk import read_json, write
 from ..errors import DataError, StorageError
 from ..evaluation import matrix
 from ..evaluation.results import Level, TaskResult
@@ -106,8 +106,8 @@ class Matrix:
         path = Path(folder) / "sequence.json"
         try:
             text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-            replace(path, lambda file: file.write_text(text, encoding="utf-8"))
-            replace(path.with_suffix(".csv"), lambda file: file.write_text(self.to_csv(), encoding="utf-8"))
+            write(path, text)
+            write(path.with_suffix(".csv"), self.to_csv())
         except OSError as error:
             raise StorageError(f"Cannot write {path} ({error.strerror}). Choose another output_dir.") from error
         return path

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..disk import read_json, replace
+from ..disk import read_json, write
 from ..errors import DataError, StorageError
 from ..evaluation.results import TaskResult
 from .table import completions_view, table
@@ -51,7 +51,7 @@ class Report:
         path = Path(path)
         try:
             text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-            replace(path, lambda file: file.write_text(text, encoding="utf-8"))
+            write(path, text)
         except OSError as error:
             raise StorageError(
                 f"Cannot write {path} ({error.strerror}); expected a writable folder. Choose another --output_dir."

@@ -35,7 +35,7 @@ class Cells:
     def put(self, key: str, value: Any) -> None:
         text = json.dumps(strict(value), ensure_ascii=False, allow_nan=False)
         try:
-            disk.replace(self._file(key), lambda file: file.write_text(text, encoding="utf-8"))
+            disk.write(self._file(key), text)
         except OSError as error:
             raise StorageError(
                 f"{self._file(key)} cannot be written: {error.strerror}. Choose another --cache."

@@ -77,7 +77,7 @@ def export(plan: Plan, folder: Path) -> list[str]:
         logger.warning("%s", fault)
     try:
         for name, text in texts.items():
-            disk.replace(folder / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+            disk.write(folder / name, text)
     except OSError as error:
         raise StorageError(f"--export {folder} cannot be written: {error.strerror}. Choose another folder.") from error
     return [name for name in places.values() if f"{name}.yaml" in texts]
@@ -100,7 +100,12 @@ def _rows(found: Found) -> list[dict[str, Any]]:
             )
         prompt = asked if isinstance(asked, str) else asked[0]["content"]
         kept = {"prompt": prompt, "completion": expected(row), "metric": found.asked.metric or ""}
-        choices = list(row.get("choices") or ())
+        choices = list(row.get("choices") or ()) if found.asked.metric in (None, "choice") else []
+        if choices and kept["completion"] not in choices:
+            raise DataError(
+                f"{name} cannot be exported: the completion of row {number} is none of its 'choices'. Correct it, or "
+                f"type --metric {name}=exact_match."
+            )
         rows.append(kept | ({"choices": choices, "right": choices.index(kept["completion"])} if choices else {}))
     return rows
 

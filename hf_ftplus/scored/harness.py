@@ -88,7 +88,7 @@ class Benchmark:
         self.task.set_fewshot_seed(seed=FEWSHOT_SEED)  # its generator moves on with every call
         asked = {self.name: self._places()}
         try:
-            with quiet, as_found(model.model, seed), torch.no_grad():
+            with quiet, as_found(model.model, seed):
                 harness = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size)
                 # not simple_evaluate, which reads the harness's 14,000 YAML files again for every call
                 found = lm_eval.evaluate(harness, {"tasks": {self.name: self.task}}, samples=asked, bootstrap_iters=0)

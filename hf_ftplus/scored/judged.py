@@ -244,7 +244,7 @@ def rows_file(model: str, number: int, judged: Judged, i: int) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    disk.replace(file, lambda place: place.write_text(text + "\n", encoding="utf-8"))
+    disk.write(file, text + "\n")
 
 
 def _rows(task: EvalTask, moment: Moment, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:

@@ -67,7 +67,7 @@ def write(folder: Path, base: Base) -> None:
     """
     text = json.dumps(asdict(base), indent=1)
     try:
-        disk.replace(folder / FILE, lambda file: file.write_text(text, encoding="utf-8"))
+        disk.write(folder / FILE, text)
     except OSError as error:
         raise StorageError(f"{folder / FILE} cannot be written: {error.strerror}. Choose another folder.") from error
 
@@ -149,9 +149,9 @@ def _content_hash(files: tuple[tuple[Path, int, int], ...]) -> tuple[str, tuple[
             size = int.from_bytes(content.read(8), "little")
             try:
                 header = json.loads(content.read(size))
-            except (ValueError, OverflowError, MemoryError):
+                header.pop("__metadata__", None)
+            except (ValueError, AttributeError, TypeError, OverflowError, MemoryError):
                 raise StorageError(f"{file} is no safetensors file, or damaged. Get the model again.") from None
-        header.pop("__metadata__", None)
         tensors |= {key: (file, 8 + size, facts) for key, facts in header.items()}
     if not tensors:
         return None
@@ -182,7 +182,10 @@ def _files(name: str) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if (folder / INDEX).is_file():
-        return sorted({folder / file for file in disk.read_json(folder / INDEX)["weight_map"].values()})
+        try:
+            return sorted({folder / file for file in disk.read_json(folder / INDEX)["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise StorageError(f"{folder / INDEX} is damaged. Get the model again.") from None
     return []
 
 

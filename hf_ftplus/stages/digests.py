@@ -30,7 +30,7 @@ def see_data(stage: Stage, pools: Collection[str]) -> None:
 def note_data(stage: Stage) -> None:
     """Keep what its data holds now."""
     text = json.dumps(digests(stage), indent=1, ensure_ascii=False) + "\n"
-    disk.replace(_file(stage), lambda file: file.write_text(text, encoding="utf-8"))
+    disk.write(_file(stage), text)
 
 
 def refuse_other_data(stage: Stage) -> None:
@@ -73,8 +73,9 @@ def digests(stage: Stage) -> dict[str, str]:
 
     found = {name: _digest_of_all(name) for name in _sources(stage)}
     model = str(stage.config.model.model_name_or_path)
-    if stage.number == 1 and Path(model).is_dir():  # later ones start from what the stage before left
-        found[model] = of_folder(Path(model))
+    folder = Path(model).expanduser()
+    if stage.number == 1 and folder.is_dir():  # later ones start from what the stage before left
+        found[model] = of_folder(folder)
     return {name: digest for name, digest in found.items() if digest}
 
 

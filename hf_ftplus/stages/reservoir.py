@@ -9,7 +9,6 @@ Which rows are kept depends on the seed and on the order of the rows alone, so a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from .. import data, disk
+from .. import data
 from ..config import RunConfig
+from ..generate import store
 from ..row_checks import said
 
 T = TypeVar("T")
@@ -97,17 +97,13 @@ def divided(keep: int, sizes: dict[str, int]) -> dict[str, int]:
 def rows_taken(config: RunConfig, facts: dict[str, Any]) -> int:
     """Rows, unpacked, that a run took in the steps and processes that its report says."""
     training = config.training
-    return facts["steps"] * training.train_batch_size * training.gradient_accumulation_steps * facts["processes"]
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return facts["steps"] * rows * facts["processes"]
 
 
 def write(rows: Dataset, path: Path) -> None:
-    """JSON lines. The rows are a user's: only they may read them."""
-
-    def fill(file: Path) -> None:
-        file.touch(mode=0o600)
-        file.write_text("".join(json.dumps(_there(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-    disk.replace(path, fill)
+    """JSON lines, without what Arrow filled in."""
+    store(path, [_there(row) for row in rows])
 
 
 def _there(value: Any) -> Any:

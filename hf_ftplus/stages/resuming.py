@@ -7,6 +7,7 @@ refused, and so is what was trained from a stage that is gone; a folder of someb
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ def begun(stage: Stage) -> bool:
     return stage.report.is_file() or last_checkpoint(stage) is not None
 
 
+SETTING = re.compile(r"plugins\[\d+\]\.[^.]+\.[^.]+")
+"""A setting of a strategy. One that a later version alone has changes nothing of what is there."""
+
+
 def refuse_changed(stage: Stage, now: dict[str, Any]) -> None:
     """Refuse to go on with other settings than those that made what is there.
 
@@ -50,7 +55,9 @@ def refuse_changed(stage: Stage, now: dict[str, Any]) -> None:
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise StorageError(f"{stage.file} cannot be read ({error}). Choose a new output_dir.") from None
     now = _leaves(without_secrets(now))
-    differ = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    known = {key.rpartition(".")[0] for key in then}
+    newer = {key for key in now.keys() - then.keys() if SETTING.fullmatch(key) and key.rpartition(".")[0] in known}
+    differ = [key for key in {**then, **now} if key not in newer and then.get(key) != now.get(key)]
     if differ:
         said = "; ".join(f"{key} was {_short(then.get(key))}, is {_short(now.get(key))}" for key in differ[:3])
         raise StorageError(

@@ -67,6 +67,8 @@ def sequence(source: str | Path | Mapping[str, Any], dry_run: bool = False) -> M
 
 
 def _run_all(plan: Plan) -> Matrix:
+    from ..run import judge
+
     for note in plan.notes:
         click.echo(note, err=True)
     reports: list[Report] = []
@@ -75,7 +77,7 @@ def _run_all(plan: Plan) -> Matrix:
             with within(stage):
                 reports.append(run(plan, stage))
                 matrix = kept(plan, reports)
-                judge(stage, reports[-1])
+                judge(stage.config, reports[-1].tasks)  # of a finished one, too, or the same command passes it by
                 hand_on(plan, stage)
         matrix.show()
     finally:
@@ -99,7 +101,7 @@ def check(plan: Plan) -> dict[str, str]:
 
     from ..foreseen import refuse_foreseen
     from ..model import DEMO, to_train
-    from ..refusals import refuse, refuse_several_devices
+    from ..refusals import refuse
     from ..rows import find
     from ..run import len_of
     from .reservoir import pool
@@ -115,7 +117,6 @@ def check(plan: Plan) -> dict[str, str]:
             refuse_changed(stage, stage_yaml(plan, stage, *handed_on(plan, stage)))
             refuse_other_data(stage)
             see_data(stage, pools)
-            refuse_several_devices(config.training)
             if not stage.report.is_file():  # what taught a finished one may be gone
                 known = [it for it in config.strategies if not _waits(plan, stage, it)]
                 refuse(known, config.training)
@@ -203,7 +204,7 @@ def run(plan: Plan, stage: Stage) -> Report:
         refuse_other_data(stage)  # once more: the stages before it may have taken hours
         if not checkpoint:
             note_data(stage)
-        disk.replace(stage.file, lambda file: file.write_text(text, encoding="utf-8"))
+        disk.write(stage.file, text)
     try:
         train(stage, found, checkpoint)
     except (RetentionError, KeyboardInterrupt, click.ClickException) as error:  # the last: of launched processes
@@ -236,15 +237,6 @@ def train(stage: Stage, found: dict[str, Any], checkpoint: Path | None) -> None:
     config.training.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
     config.go_on = GO_ON
     sft(config)
-
-
-def judge(stage: Stage, report: Report) -> None:
-    """The retention gate of a stage; asked again of a finished one, or the same command would pass it by."""
-    from ..evaluation import retention_gate
-
-    gate = stage.config.fail_if_retention_below
-    if gate is not None and (lost := retention_gate(report.tasks, gate)):
-        raise RetentionError("\n".join(lost))
 
 
 def kept(plan: Plan, reports: list[Report]) -> Matrix:

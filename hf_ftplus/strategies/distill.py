@@ -256,7 +256,6 @@ class Distill(Strategy):
         if self.off:
             return
         self._check(run)
-        refuse_zero3(run.model)
         if self.protecting and not self._sharded:
             refuse_reentrant(run.model)
 
@@ -425,15 +424,6 @@ def states_through_output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor
     finally:
         hook.remove()
     return hidden + 0.0 * outputs[0].sum()
-
-
-def refuse_zero3(model: nn.Module) -> None:
-    """Raise under DeepSpeed ZeRO-3, where no weight is whole outside of the forward pass."""
-    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
-        raise IncompatibleError(
-            "distill reads the LM head outside of the model's forward pass, where DeepSpeed ZeRO-3 keeps it in parts. "
-            "Launch with --accelerate_config fsdp2, multi_gpu or zero2 instead."
-        )
 
 
 def refuse_reentrant(model: nn.Module) -> None:

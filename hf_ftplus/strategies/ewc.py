@@ -77,21 +77,22 @@ class EWC(Strategy):
         return self.strength if self.strength is not None else LORA if lora else FULL
 
     def preview(self, run: Run) -> dict[str, float]:
-        """Bytes of state, protect rows used, and seconds of the Fisher pass (extrapolated from two rows)."""
+        """Bytes of state, protect rows used, and seconds of the Fisher pass (extrapolated from a micro-batch)."""
+        from ..batches import first_rows
         from ..quadratic import state_bytes
+        from ..weights import ranks
 
         self._bind(run)
-        batches = [batch for task in run.protect.values() for batch in _first(task, self.rows)]
-        rows, tried = _rows(batches), _first(batches, 2)
+        batches = [batch for task in run.protect.values() for batch in first_rows(task, self.rows)]
         begin = time.perf_counter()
-        if tried:
-            self._importance(run, {"preview": tried})
-        seconds = (time.perf_counter() - begin) * rows / max(_rows(tried), 1)
-        return {"bytes": state_bytes(self.plain, self.adapters), "rows": rows, "seconds": seconds}
+        if batches:
+            self._importance(run, {"preview": batches[:1]})
+        seconds = (time.perf_counter() - begin) * -(-len(batches) // ranks()[1])
+        return {"bytes": state_bytes(self.plain, self.adapters), "rows": _rows(batches), "seconds": seconds}
 
     def prepare(self, run: Run) -> None:
         """Note the starting weights and estimate how much the protect data depends on each."""
-        from ..quadratic import fitted, no_importance, placed, starting, state_bytes
+        from ..quadratic import fitted, no_importance, placed, starting
         from ..weights import warn_of_16_bits
 
         self.refuse(run)
@@ -106,12 +107,10 @@ class EWC(Strategy):
         importance = memory if self.decay == 1 else {name: self.decay * tensor for name, tensor in memory.items()}
         importance = placed(importance, self.plain, self.adapters, "diagonal.")
         if run.protect:
-            tasks = {task: _first(batches, self.rows) for task, batches in run.protect.items()}
-            logger.info(
-                "ewc: %.1f MB of state; Fisher of %d protect rows",
-                state_bytes(self.plain, self.adapters) / 1e6,
-                sum(map(_rows, tasks.values())),
-            )
+            from ..batches import first_rows
+
+            tasks = {task: first_rows(batches, self.rows) for task, batches in run.protect.items()}
+            logger.info("ewc: Fisher of %d protect rows", sum(map(_rows, tasks.values())))
             importance = _added(importance, self._importance(run, tasks))
         warn_of_16_bits(run.weights, "ewc", "a pull that is small beside its gradient is rounded away")
         self._hold(starting(self.plain, self.adapters), importance)
@@ -247,17 +246,6 @@ class EWC(Strategy):
             )
             total = _added(total, {name: tensor.div_(len(tasks)) for name, tensor in found.named()})
         return total
-
-
-def _first(batches: list[dict[str, Tensor]], rows: int) -> list[dict[str, Tensor]]:
-    """Micro-batches holding the first `rows` rows."""
-    kept = []
-    for batch in batches:
-        if rows <= 0:
-            break
-        kept.append({key: value[:rows] for key, value in batch.items()})
-        rows -= len(batch["labels"])
-    return kept
 
 
 def _rows(batches: list[dict[str, Tensor]]) -> int:

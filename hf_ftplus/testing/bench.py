@@ -332,7 +332,7 @@ def rng_restored() -> Iterator[None]:
 
     python, numpy = random.getstate(), copy.deepcopy(np.random.get_state())
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
             yield
     finally:
         random.setstate(python)

@@ -74,7 +74,7 @@ FIXES = (
     (r"bytes", "Keep tensors of run.weights alone, four numbers a weight at most; nothing of frozen weights."),
     (r"no longer act", "Add to gradients (grad.add_), do not replace them; leave what others put there."),
     (
-        r"two processes",
+        r"two processes|one process and two",
         "Every rank must do the same to the same numbers: reduce what each rank saw of the data, draw nothing by rank.",
     ),
     (

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,34 @@ def two_processes(bench: Bench, args: dict[str, Any]) -> tuple[Weights, Weights]
             path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             environment = {**os.environ, **path, **{key: str(value) for key, value in inside.items()}}
             command = f"from hf_ftplus.testing.ranks import one_rank; one_rank({str(folder)!r}, {rank})"
-            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-            ranks.append(subprocess.Popen([sys.executable, "-c", command], env=environment, **pipes))
-        for rank, process in enumerate(ranks):
-            errors = process.communicate(timeout=SPAWN_SECONDS)[1].strip()
-            if process.returncode:
-                why = errors.splitlines()[-1] if errors else f"exit code {process.returncode}"
-                raise RuntimeError(f"process {rank} of two failed: {why}")
+            with (folder / f"rank{rank}.txt").open("w") as said:
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", command], env=environment, stdout=subprocess.DEVNULL, stderr=said
+                    )
+                )
+        _wait(ranks, folder)
     finally:
         for process in ranks:
             process.kill()
             process.wait()
     return load_file(folder / "rank0.safetensors"), load_file(folder / "rank1.safetensors")
+
+
+def _wait(ranks: list[subprocess.Popen], folder: Path) -> None:
+    """Until both have ended, or one has failed: that one is named, and not the other, which then misses it."""
+    end = time.monotonic() + SPAWN_SECONDS
+    while True:
+        codes = [process.poll() for process in ranks]
+        for rank, code in enumerate(codes):
+            if code:
+                said = (folder / f"rank{rank}.txt").read_text().strip().splitlines()
+                raise RuntimeError(f"process {rank} of two failed: {said[-1] if said else f'exit code {code}'}")
+        if None not in codes:
+            return
+        if time.monotonic() > end:
+            raise RuntimeError(f"two processes took more than {SPAWN_SECONDS:.0f} s")
+        time.sleep(0.05)
 
 
 def one_rank(folder: str, rank: int) -> None:

@@ -213,14 +213,14 @@ class KFAC(Strategy):
         """`outputs.NAME` (G), `inputs.NAME` (S) and `diagonal.NAME`, each task counting the same."""
         import torch.distributed as dist
 
+        from hf_ftplus.batches import first_rows
         from hf_ftplus.fisher import fisher
 
         total: dict[str, Tensor] = {}
         for index, batches in enumerate(run.protect.values()):
+            first = first_rows(batches, self.rows)
             with factors(self._layers) as sums:
-                found = fisher(
-                    run.model, _first(batches, self.rows), self._others, seed=run.seed + index, autocast=run.autocast
-                )
+                found = fisher(run.model, first, self._others, seed=run.seed + index, autocast=run.autocast)
             named = dict(found.named())
             for name, (outputs, inputs, positions) in sums.items():
                 for tensor in (outputs, inputs, positions) if dist.is_initialized() else ():
@@ -266,23 +266,13 @@ class KFAC(Strategy):
         if it.A.grad is None or it.B.grad is None:
             return 0.0
         start_a, start_b = (self._state[f"start.{name}.lora_{part}"].float() for part in "AB")
-        left = torch.cat([it.scale * it.B.detach().float(), -it.scale * start_b], 1)
-        right = torch.cat([it.A.detach().float(), start_a])
+        a, b = it.A.detach().float(), it.B.detach().float()
+        # scale ((B - B') A + B' (A - A')): the difference of the products would be lost to rounding
+        left, right = it.scale * torch.cat([b - start_b, start_b], 1), torch.cat([a, a - start_a])
         drift, of_left, of_right = thin_pull(left, right, self._state[f"outputs.{name}"], self._state[f"inputs.{name}"])
         it.B.grad.add_(of_left[:, :rank].to(it.B.grad.dtype), alpha=self.strength * it.scale)
-        it.A.grad.add_(of_right[:rank].to(it.A.grad.dtype), alpha=self.strength)
+        it.A.grad.add_((of_right[:rank] + of_right[rank:]).to(it.A.grad.dtype), alpha=self.strength)
         return drift
-
-
-def _first(batches: list[dict[str, Tensor]], rows: int) -> list[dict[str, Tensor]]:
-    """Micro-batches holding the first `rows` rows."""
-    kept = []
-    for batch in batches:
-        if rows <= 0:
-            break
-        kept.append({key: value[:rows] for key, value in batch.items()})
-        rows -= len(batch["labels"])
-    return kept
 
 
 @hookimpl

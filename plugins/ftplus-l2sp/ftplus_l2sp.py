@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from hf_ftplus import Run, Strategy, hookimpl, setting
+from hf_ftplus import Run, Strategy, hookimpl, place, setting
 from hf_ftplus.errors import IncompatibleError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class L2SP(Strategy):
                 f"l2sp: the saved start does not fit {len(missing)} of {len(run.weights)} weights, "
                 f"the first of them {missing[0]}. Resume with the model and adapter of the first run."
             )
-        self._start = {name: state[name].to(weight) for name, weight in run.weights.items()}
+        self._start = {name: place(state[name], weight) for name, weight in run.weights.items()}
         self._penalty = 0.0
 
     def _measure(self, run: Run) -> torch.Tensor:

@@ -15,7 +15,7 @@ directions, and weight decay shrinks them. So it is the weight that is put back,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
@@ -97,7 +97,7 @@ class OSF(Strategy):
         """Bytes of the directions that stay."""
         if self.share == 0 or _osf_layers(run.model):
             return {"bytes": 0.0}
-        shapes = [matrix.shape for matrix in _matrices(run.model).values()]
+        shapes = [matrix.shape for _, matrix in _matrices(run.model)]
         return {"bytes": 4.0 * sum((d + k + 1) * max(1, round(self.share * min(d, k))) for d, k in shapes)}
 
     def prepare(self, run: Run) -> None:
@@ -141,7 +141,7 @@ class OSF(Strategy):
         pins: list[Callable[[], Tensor]] = []
         for layer, key in layers:
             pins += [partial(_put_back, layer, key, factor) for factor in ("U_low", "V_low")]
-        for name, weight in {} if layers else _matrices(run.model).items():
+        for name, weight in () if layers else _matrices(run.model):
             left, values, right = (self._directions[f"{part}.{name}"] for part in ("left", "values", "right"))
             if name in adapters:
                 pins += [partial(clear, adapters[name].B.T, left.T), partial(clear, adapters[name].A, right)]
@@ -153,20 +153,22 @@ class OSF(Strategy):
 # ---- matrices --------------------------------------------------------------------------------------------------------
 
 
-def _matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Canonical module name -> W [d, k] of every Linear that training moves, itself or through B A; not the LM head."""
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Canonical module name and W [d, k] of every Linear that training moves, itself or through B A; not the LM head.
+
+    One at a time: below an adapter it may be packed to a few bits, and all of them unpacked are a second model.
+    """
     from torch import nn
 
     from hf_ftplus.logits import causal_lm
     from hf_ftplus.weights import canonical, lora
 
     head = causal_lm(model).get_output_embeddings()
-    adapters = lora(model)
-    found = {name: _frozen(adapter.layer.get_base_layer()) for name, adapter in adapters.items()}
+    for name, adapter in lora(model).items():
+        yield name, _frozen(adapter.layer.get_base_layer())
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and layer.weight.requires_grad and layer is not head and "lora_" not in name:
-            found[canonical(name)] = layer.weight
-    return found
+            yield canonical(name), layer.weight
 
 
 def _frozen(layer: nn.Module) -> Tensor:
@@ -176,12 +178,12 @@ def _frozen(layer: nn.Module) -> Tensor:
     return dequantize_module_weight(layer)
 
 
-def _decomposed(matrices: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+def _decomposed(matrices: Iterable[tuple[str, Tensor]], share: float) -> dict[str, Tensor]:
     """`left.NAME`, `values.NAME` and `right.NAME` of every matrix, the same on every rank."""
     import torch.distributed as dist
 
     found = {}
-    for name, weight in matrices.items():
+    for name, weight in matrices:
         for part, tensor in zip(("left", "values", "right"), top(weight, share), strict=True):
             if dist.is_initialized():
                 dist.broadcast(tensor, src=0)  # an SVD has signs to choose
@@ -222,7 +224,9 @@ def _put_back(layer: nn.Module, key: str, factor: str) -> Tensor:
 
 
 def _refuse_shards(run: Run) -> None:
-    if any(hasattr(weight, "to_local") for weight in run.weights.values()):
+    from hf_ftplus.weights import sharded
+
+    if sharded(run.weights.values()):
         raise IncompatibleError(
             "osf needs whole matrices, but under FSDP2 the rows of each live on different ranks. Train under DDP "
             "(--accelerate_config multi_gpu)."

@@ -186,17 +186,16 @@ def _asked(run: Run) -> tuple[Tensor, Tensor, Tensor]:
     import torch.distributed as dist
 
     from hf_ftplus.logits import evaluating
+    from hf_ftplus.weights import ranks, sharded
 
-    sharded = any(hasattr(weight, "to_local") for weight in run.weights.values())
-    together = dist.is_initialized() and not sharded
-    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    rank, world = (0, 1) if sharded(run.weights.values()) else ranks()
     batches = run.learn(ALL)
     mine: list[tuple[int, list[tuple[int, int]], list[float]]] = []
     with torch.no_grad(), evaluating(run.model), run.autocast():
         for index in range(rank, len(batches), world):
             batch = {key: value.to(run.device) for key, value in batches[index].items()}
             mine.append((index, list(_documents(batch)), _nats(run, batch).tolist()))
-    if together:
+    if world > 1:
         everyone: list = [None] * world
         dist.all_gather_object(everyone, mine)
         mine = sorted(item for share in everyone for item in share)

@@ -59,6 +59,25 @@ def test_the_thin_pull_is_the_whole_one():
     torch.testing.assert_close(of_right, right.grad)
 
 
+def test_an_adapter_that_was_trained_before_is_pulled_exactly_however_little_it_moved(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    it = trainer(tmp_path, KFAC(), model=model, max_steps=1, learning_rate=0.0)
+    it.train()
+    strategy, run = it.ftplus.strategies[0], it.ftplus.run
+    drift, total = 0.0, 0.0
+    with torch.no_grad():
+        for name, adapter in strategy._adapters.items():
+            for seed, weight in enumerate((adapter.A, adapter.B)):
+                weight.add_(1e-5 * random(*weight.shape, seed=seed)), setattr(weight, "grad", torch.zeros_like(weight))
+            drift += strategy._held_adapter(name).double()
+            b, a = adapter.B.double(), adapter.A.double()
+            old_b, old_a = (strategy._state[f"start.{name}.lora_{part}"].double() for part in "BA")
+            factors = (strategy._state[f"{part}.{name}"].double() for part in ("outputs", "inputs"))
+            total += kronecker_penalty(adapter.scale * (b @ a - old_b @ old_a), *factors)
+    torch.testing.assert_close(drift, total, rtol=1e-4, atol=0.0)
+    assert run is not None
+
+
 def protect_batch(tmp_path):
     it = trainer(tmp_path, learn=PROTECT[:6], per_device_train_batch_size=6)
     return dict(next(iter(it.get_train_dataloader())))

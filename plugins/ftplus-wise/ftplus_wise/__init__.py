@@ -93,6 +93,8 @@ class Wise(Strategy):
         """Put the average in place, measure the line from the start to it, and stay at the chosen point."""
         import torch
 
+        from hf_ftplus.weights import ranks
+
         from .curve import choose, table
 
         with torch.no_grad():
@@ -107,7 +109,7 @@ class Wise(Strategy):
             chosen = choose(self.points_measured, self.keep)
             self._stand(run, ended, chosen.alpha)
         logger.info("wise:\n%s", table(self.points_measured, chosen))
-        if run.memory.write and _first_rank():
+        if run.memory.write and ranks()[0] == 0:
             run.memory.write.parent.mkdir(parents=True, exist_ok=True)
             file = run.memory.write.parent / "wise.json"
             file.write_text(
@@ -187,12 +189,6 @@ def _adapters(run: Run) -> dict:
                 "(ftplus merge) and begin a fresh one, or type --set wise.keep=1."
             )
     return adapters
-
-
-def _first_rank() -> bool:
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @hookimpl

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_ftplus import Run
-from hf_ftplus.logits import evaluating, hidden_states, lm_head
+from hf_ftplus.batches import first_rows
+from hf_ftplus.logits import evaluating, hidden_states, lm_head, reshard
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,11 @@ def _ends(points: Sequence[Point]) -> tuple[Point, Point]:
 @torch.no_grad()
 def loss(run: Run, batches: Sequence[dict[str, Tensor]], rows: int) -> float:
     """Nats per supervised token over the first `rows` rows, without dropout; the model is left as found."""
-    total, tokens, left = 0.0, 0, rows
+    total, tokens = 0.0, 0
+    reshard(run.model)  # FSDP2 keeps the last layers whole after a pass, as they were then
     with evaluating(run.model):
-        for batch in batches:
-            if left <= 0:
-                break
-            part = {key: value[:left].to(run.device) for key, value in batch.items()}
-            left -= len(part["labels"])
+        for batch in first_rows(batches, rows):
+            part = {key: value.to(run.device) for key, value in batch.items()}
             with run.autocast():
                 hidden, labels = hidden_states(run.model, part)
                 head = lm_head(run.model).whole()
@@ -82,4 +81,5 @@ def loss(run: Run, batches: Sequence[dict[str, Tensor]], rows: int) -> float:
                     logits = head(hidden[piece]).float()
                     total += torch.nn.functional.cross_entropy(logits, labels[piece], reduction="sum").item()
             tokens += len(labels)
+    reshard(run.model)
     return total / max(tokens, 1)

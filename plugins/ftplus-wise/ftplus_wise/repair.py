@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ftplus import Run
+from hf_ftplus.disk import refuse_full
 from hf_ftplus.errors import DataError, IncompatibleError, StorageError, UsageError
 from hf_ftplus.examples import collate, tokenize
 from hf_ftplus.generate import pad_id, self_generate
@@ -76,8 +77,8 @@ def repair(
         DataError: rows or models that cannot be read.
         StorageError: `out` holds something, or cannot be written.
     """
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"--out {out} is not an empty folder. Choose another.")
+    if out is not None:
+        refuse_full(out)
     damaged = _damaged(name, base, dtype, device)
     run = _run(damaged.it, seed)
     damaged.stand(0.0)  # the base writes what `self:N` asks for
@@ -149,10 +150,13 @@ def _adapted(it: Trained) -> Damaged:
     model, key = it.model, it.model.active_adapter
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and key in layer.lora_A]
     config = model.peft_config[key]
-    if not layers or config.use_dora or config.modules_to_save or config.bias != "none":
+    moved = {id(part[key].weight) for layer in layers for part in (layer.lora_A, layer.lora_B)}
+    odd = [name for name, weight in model.named_parameters() if f".{key}." in f"{name}." and id(weight) not in moved]
+    if not layers or odd or config.bias != "none":
         raise IncompatibleError(
             f"{it.name} changes weights otherwise than by scale * B A alone ({config.peft_type.value}; DoRA, "
-            "modules_to_save and biases, too). Merge it (ftplus merge) and repair the whole model: --base MODEL."
+            "embeddings, modules_to_save and biases, too). Merge it (ftplus merge) and repair the whole model: --base "
+            "MODEL."
         )
     ended = [
         (layer, layer.lora_A[key].weight.detach().clone(), layer.lora_B[key].weight.detach().clone())

@@ -260,6 +260,16 @@ def test_a_mistake_is_a_sentence(capsys, monkeypatch, place, name, more, code, s
     assert (found, said in err) == (code, True), err
 
 
+def test_an_adapter_that_b_alone_does_not_move_is_refused(capsys, place, tmp_path):
+    """At alpha 0 its embeddings would stay as they were trained."""
+    base = LlamaForCausalLM.from_pretrained(place / "base")
+    both = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, both).save_pretrained(tmp_path / "odd")
+    tiny_tokenizer().save_pretrained(tmp_path / "odd")
+    code, _, err = mend(capsys, place, str(tmp_path / "odd"))
+    assert (code, "embeddings, modules_to_save and biases, too" in err) == (4, True), err
+
+
 def test_nothing_to_repair_for_is_said(capsys, place):
     assert main(["repair", str(place / "whole"), "--learn", str(place / "learn.jsonl")]) == 3
     assert "--protect self:64" in capsys.readouterr().err
