@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import data
+from .batches import seed_of
 from .errors import DataError, UsageError, reason
 from .evaluation.found import as_found
 from .evaluation.greedy import answers
@@ -46,7 +47,7 @@ def ask(models: list[Trained], rows: list[list[Row]], how: How) -> Iterator[Answ
     """
     for start in range(0, len(rows[0]), how.batch_size):
         group = [own[start : start + how.batch_size] for own in rows]
-        drawn = replace(how, seed=how.seed + start)  # else every batch would draw the same
+        drawn = replace(how, seed=seed_of(f"batch {start}" if start else "", how.seed))  # else all would draw the same
         found = [_answers(model, own, drawn) for model, own in zip(models, group, strict=True)]
         for i, row in enumerate(group[0]):
             wanted = expected(row, models[0].tokenizer) if "completion" in row or "messages" in row else None

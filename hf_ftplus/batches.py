@@ -125,7 +125,7 @@ def protect_batches(
                 done.why(),
             )
         size = min(PROTECT_BATCH, args.per_device_train_batch_size)
-        found[name] = collate(by_length(done.examples, size), pad_id(tokenizer), size)
+        found[name] = collate(by_length(done.examples), pad_id(tokenizer), size)
     return found
 
 
@@ -134,14 +134,15 @@ def seed_of(use: str, seed: int) -> int:
     return seed + crc32(use.encode())
 
 
-def by_length(examples: list[Example], size: int) -> list[Example]:
-    """Rows of like length side by side in micro-batches of `size`, to save padding; those of a block come in any order,
-    so that the first rows stay a fair sample."""
-    block, found = BLOCK // size * size, []
-    for start in range(0, len(examples), block):
-        part = sorted(examples[start : start + block], key=lambda example: len(example["input_ids"]))
-        groups = [part[place : place + size] for place in range(0, len(part), size)]
-        short = [groups.pop()] if len(groups[-1]) < size else []
+def by_length(examples: list[Example]) -> list[Example]:
+    """Rows of like length side by side, to save padding, in groups that come in any order, so that the first rows stay
+    a fair sample. The order is the same for micro-batches of any size, or strategies would draw others.
+    """
+    found: list[Example] = []
+    for start in range(0, len(examples), BLOCK):
+        part = sorted(examples[start : start + BLOCK], key=lambda example: len(example["input_ids"]))
+        groups = [part[place : place + PROTECT_BATCH] for place in range(0, len(part), PROTECT_BATCH)]
+        short = [groups.pop()] if len(groups[-1]) < PROTECT_BATCH else []
         Random(start).shuffle(groups)
         found += [example for group in groups + short for example in group]
     return found

@@ -35,6 +35,8 @@ from .zero import Around, under_deepspeed
 logger = logging.getLogger("hf_ftplus")
 
 STATE_FOLDER = "ftplus"
+RESCUED = "The trained model is saved in"
+"""Begins what is said where an error would have taken it along."""
 NEEDS_TRAINER = ("token_loss", "mix")
 NEEDS_WEIGHTS = ("prepare", "load_state_dict", "finish")
 """Hooks between which and the optimizer's steps a strategy compares weights."""
@@ -228,7 +230,7 @@ class StrategyCallback(TrainerCallback):
                 for strategy in self.strategies:
                     self.call(strategy, hook, run)
             if self.memory is not None and not run.memory.asked and args.process_index == 0:
-                logger.warning("memory %s: no strategy of this run reads one; ewc and si do", self.memory)
+                logger.warning("%s: no strategy of this run has read it; ewc and si do, unless decay is 0", self.memory)
         else:
             self._restore(checkpoint, self.strategies, run.step)
         for name, held in self.bytes().items():
@@ -472,4 +474,4 @@ def rescued(model: torch.nn.Module, args: TrainingArguments, tokenizer: Any) -> 
                 tokenizer.save_pretrained(args.output_dir)
     except Exception as error:
         return f"The trained model could not be saved: {type(error).__name__}: {error}"
-    return f"The trained model is saved in {args.output_dir}."
+    return f"{RESCUED} {args.output_dir}."

@@ -94,7 +94,10 @@ def merge(
     own = it.model.get_base_model().dtype
     kept = own if dtype == "auto" else getattr(torch, dtype)
     each = {_plain(key): weight.dtype for key, weight in it.model.named_parameters()}
-    precision = {key: kept if found == own else found for key, found in each.items()}
+    held = set(getattr(it.model.get_base_model(), "_keep_in_fp32_modules_strict", None) or ())
+    precision = {
+        key: found if found != own or held.intersection(key.split(".")) else kept for key, found in each.items()
+    }
     _round(it.model, {}, torch.float32)
     last = it.model.get_input_embeddings().weight.shape[0] - 1
     ids = torch.linspace(0, last, min(PROBE, positions(it.model))).long()[None].to(it.model.device)

@@ -14,11 +14,12 @@ from typing import Any
 import click
 import torch
 from datasets import disable_progress_bars
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from . import compat, stopping
-from .callback import STATE_FOLDER, autocast, give_back_memory, rescued
+from .callback import RESCUED, STATE_FOLDER, autocast, give_back_memory
 from .config import RunConfig
 from .configured import sft_trainer
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
@@ -251,8 +252,8 @@ def warn_of_idle(config: RunConfig) -> None:
     if config.protect and not config.strategies and not config.shares:
         names = ", ".join(spec.name for spec in config.protect)
         logger.info("--protect (%s): only measured, for there is no --plugin (ewc, distill, replay)", names)
-    if config.memory is not None and not config.strategies:
-        logger.warning("--memory: nothing without a strategy that reads one; --plugin ewc and --plugin si do")
+    if config.memory is not None and not any(strategy.overrides("finish") for strategy in config.strategies):
+        logger.warning("--memory: no strategy of this run reads one; --plugin ewc and --plugin si do")
 
 
 def warn_unsharded(trainer: SFTTrainer) -> None:
@@ -276,8 +277,11 @@ def train(trainer: SFTTrainer, config: RunConfig) -> None:
     except torch.OutOfMemoryError as error:
         raise out_of_memory(trainer, error, config.go_on) from error
     except StorageError as error:
-        if trainer.state.global_step >= trainer.state.max_steps > 0:  # trained to the end: its last checkpoint failed
-            error.args = (f"{error} {rescued(trainer.model, trainer.args, trainer.processing_class)}",)
+        ended = trainer.state.global_step >= trainer.state.max_steps > 0  # its last checkpoint failed
+        if ended and RESCUED not in str(error):  # else a strategy's `finish` failed, and the callback has saved it
+            with suppress(OSError, RuntimeError, SafetensorError):
+                trainer.save_model(config.training.output_dir, _internal_call=True)  # and pushes nothing
+                error.args = (f"{error} {RESCUED} {config.training.output_dir}.",)
         raise
     except KeyboardInterrupt:
         if interrupt.saved and trainer.is_world_process_zero():

@@ -109,8 +109,9 @@ class Strategy:
 
         Args:
             run: None at first; before the model is loaded, one whose model has shapes and no numbers (torch's meta
-                device), if its config tells them; then that of the loaded model. `protect` names its tasks, of which no
-                row was read yet, and there are no learn rows.
+                device), if its config tells them; then that of the loaded model, whose `protect` names tasks of which
+                no row was read yet, without learn rows; and once more before `prepare`, with all of it. A bare callback
+                knows the loaded model only then.
         """
 
     def prepare(self, run: Run) -> None:

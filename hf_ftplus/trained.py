@@ -72,7 +72,7 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> Trained:
         return Trained(name, model.eval().to(device), _tokenizer(path, base), adapted=base is not None)
     except torch.OutOfMemoryError as error:
         raise DataError(
-            f"{name} does not fit into the memory of {device}: {reason(error)} Type --dtype bfloat16, or --device cpu."
+            f"{name} does not fit into the memory of {device}: {reason(error)} Type --device cpu."
         ) from error
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or torch was built without
         raise DataError(f"--device {device}: {reason(error).rstrip('.')}. Leave it out, or type cpu.") from error

@@ -195,6 +195,7 @@ class Listener(Strategy):
         return batch.hidden.sum() * 0.0
 
 
+@pytest.mark.filterwarnings("ignore:.label_smoothing_factor. is deprecated")
 def test_another_loss_of_the_task_changes_nothing_of_what_distill_adds(tmp_path):
     """DFT scales each token of the task's loss by its probability; labels that are smoothed take a pass of their own,
     and another one, without gradients, for figures. A nat of KL stays a nat."""

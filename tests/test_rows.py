@@ -274,7 +274,7 @@ def test_text_under_another_name_is_learnt_from_a_file(place, tmp_path, streamin
     [
         (["--lora_r", "4"], "--lora_r: nothing without --use_peft"),
         (["--model_revision", "v2"], "a folder, which has none"),
-        (["--memory", "memory"], "--memory: nothing without a strategy that reads one"),
+        (["--memory", "memory"], "--memory: no strategy of this run reads one"),
     ],
 )
 def test_what_does_nothing_is_said(place, tmp_path, caplog, flags, said):

@@ -61,6 +61,9 @@ def test_a_setting_that_a_later_version_has_changes_nothing_of_what_was_made_bef
             del made["plugins"][0]["replay"]["unit"]
             file.write_text(yaml.safe_dump(made))
     hf_ftplus.sequence(asked)
+    other = {"plugins": [{"replay": {"share": 0.25, "unit": "tokens"}}]}
+    with pytest.raises(StorageError, match=r"plugins\[0\]\.replay\.unit was not there, is 'tokens'"):
+        hf_ftplus.sequence({**asked, "stages": [{**stage, **other} for stage in asked["stages"]]})
 
 
 def test_several_gpus_are_the_business_of_what_each_stage_launches(place, tmp_path, monkeypatch):

@@ -287,6 +287,20 @@ def test_every_trace_is_caught(trace, words):
     broken(Messy(), words, testing.law_leaves_no_trace, peft=False)
 
 
+def test_gradients_that_are_changed_where_they_are_to_be_read_are_caught():
+    @dataclass
+    class Doubler(Idle):
+        """Learns twice as fast."""
+
+        name: ClassVar[str] = "doubler"
+
+        def read_gradients(self, run):
+            for weight in run.weights.values():
+                weight.grad.mul_(2)
+
+    broken(Doubler(), "its read_gradients changed gradients", testing.law_leaves_no_trace, peft=False)
+
+
 @pytest.mark.fault("C9")
 def test_random_numbers_drawn_while_training_are_caught():
     @dataclass

@@ -16,6 +16,7 @@ import yaml
 
 from ..config import without_secrets
 from ..errors import StorageError
+from ..strategy import settings
 from .plan import MERGED, Plan, Stage
 
 
@@ -39,7 +40,7 @@ def begun(stage: Stage) -> bool:
 
 
 SETTING = re.compile(r"plugins\[\d+\]\.[^.]+\.[^.]+")
-"""A setting of a strategy. One that a later version alone has changes nothing of what is there."""
+"""Of a strategy. One that a later version alone has changes nothing of what is there, where it is left as it is."""
 
 
 def refuse_changed(stage: Stage, now: dict[str, Any]) -> None:
@@ -56,7 +57,12 @@ def refuse_changed(stage: Stage, now: dict[str, Any]) -> None:
         raise StorageError(f"{stage.file} cannot be read ({error}). Choose a new output_dir.") from None
     now = _leaves(without_secrets(now))
     known = {key.rpartition(".")[0] for key in then}
-    newer = {key for key in now.keys() - then.keys() if SETTING.fullmatch(key) and key.rpartition(".")[0] in known}
+    usual = {f"{it.name}.{item.name}": item.default for it in stage.config.strategies for item in settings(type(it))}
+    newer = {
+        key
+        for key in now.keys() - then.keys()
+        if SETTING.fullmatch(key) and key.rpartition(".")[0] in known and now[key] == usual.get(key.partition("].")[2])
+    }
     differ = [key for key in {**then, **now} if key not in newer and then.get(key) != now.get(key)]
     if differ:
         said = "; ".join(f"{key} was {_short(then.get(key))}, is {_short(now.get(key))}" for key in differ[:3])

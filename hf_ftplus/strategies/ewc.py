@@ -87,7 +87,8 @@ class EWC(Strategy):
         begin = time.perf_counter()
         if batches:
             self._importance(run, {"preview": batches[:1]})
-        seconds = (time.perf_counter() - begin) * -(-len(batches) // ranks()[1])
+        world = 1 if self.fisher == "empirical" else ranks()[1]  # which shares out the rows of each micro-batch
+        seconds = (time.perf_counter() - begin) * -(-len(batches) // world)
         return {"bytes": state_bytes(self.plain, self.adapters), "rows": _rows(batches), "seconds": seconds}
 
     def prepare(self, run: Run) -> None:

@@ -65,6 +65,7 @@ FIXES = (
     ),
     (r"random numbers", "Draw from a torch.Generator of your own, seeded with run.seed."),
     (r"training mode|requires_grad|gradients are recorded", "Put it back in a `finally`, or use a context manager."),
+    (r"read_gradients changed gradients", "Read there; what you add to gradients belongs into before_step."),
     (r"changed weights|changed gradients", "`prepare` looks: work on copies, and give .grad back as it was."),
     (r"stays on", "Remove hooks and patches in a `finally`, within the hook that made them."),
     (r"evaluation loss", "Act in hooks alone: what is patched into the model changes evaluation, too."),
