@@ -160,6 +160,7 @@ def _through_datasets(where: str, path: str, **options: Any) -> Dataset:
             f"{where} cannot be read: {type(found).__name__}: {escape(' '.join(str(found).split()), 300).rstrip('.')}. "
             f"Expected a local file "
             f"({', '.join(READERS)}) or a dataset on the Hub, as NAME or NAME:split."
+            f"{'' if path == 'parquet' else _neighbour(Path(path))}"
         ) from error
 
 

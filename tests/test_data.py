@@ -340,6 +340,12 @@ def test_a_hub_name_out_of_reach_is_one_sentence():
     assert "\n" not in message
 
 
+def test_a_misspelt_suffix_is_taken_for_the_hub_and_names_its_neighbour(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines(tmp_path / "rows.jsonl", ROW)
+    assert failure("rows.jsnol").endswith("Did you mean 'rows.jsonl'?")
+
+
 def test_reading_shows_no_bars_and_leaves_the_bar_setting(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(sys.modules["datasets.utils.tqdm"], "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
     datasets.enable_progress_bars()
