@@ -65,8 +65,9 @@ def _refuse_taken(config: RunConfig, folder: Path) -> None:
         raise StorageError(f"--output_dir {folder} cannot be written: it is a file. Choose another.")
     found = [path for name in OUTPUTS for path in folder.glob(name)]
     if resume_point(config) is None and found:
+        newest = max(found, key=os.path.getmtime)
         raise StorageError(
-            f"{folder} holds another run ({found[0].relative_to(folder)}). Go on: --resume_from_checkpoint true. "
+            f"{folder} holds another run ({newest.relative_to(folder)}). Go on: --resume_from_checkpoint true. "
             "Or choose another --output_dir."
         )
 
