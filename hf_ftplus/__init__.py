@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from .strategies.multitask import MultiTask
     from .strategies.replay import Replay
     from .strategies.si import SI
-    from .strategy import Batch, Memory, Run, Strategy, setting
+    from .strategy import Batch, Memory, Run, Strategy, place, setting
     from .trainer import SFTTrainer, StrategyMixin, attach
-    from .weights import place
 
 __version__ = "0.1.0"
 
@@ -54,8 +53,7 @@ _LAZY = {
     "Replay": ".strategies.replay",
     "SI": ".strategies.si",
     "hookimpl": ".hookspecs",
-    "place": ".weights",
-    **dict.fromkeys(("Batch", "Memory", "Run", "Strategy", "setting"), ".strategy"),
+    **dict.fromkeys(("Batch", "Memory", "Run", "Strategy", "place", "setting"), ".strategy"),
     "StrategyCallback": ".callback",
     "SaveOnInterrupt": ".interrupt",
     "sequence": ".stages",

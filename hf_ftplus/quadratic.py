@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .weights import Adapter, canonical, local, over_shards, place, sharded
+from .strategy import place
+from .weights import Adapter, canonical, local, over_shards, sharded
 
 logger = logging.getLogger("hf_ftplus")
 

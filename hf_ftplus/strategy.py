@@ -91,6 +91,15 @@ def setting(
     return field(default=default, metadata={"setting": rule})
 
 
+def place(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor on the device, and in the sharding, of the weight `like`; its dtype is kept."""
+    if hasattr(like, "to_local"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor.to(like.device)
+
+
 @dataclass
 class Strategy:
     """Base of every strategy. Subclasses are dataclasses and are not subclassed further."""

@@ -101,15 +101,6 @@ def over_shards(total: Tensor, weights: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def place(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device, and in the sharding, of the weight `like`; its dtype is kept."""
-    if hasattr(like, "to_local"):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-    return tensor.to(like.device)
-
-
 def match(expected: Iterable[str], found: Iterable[str], what: str) -> None:
     """Demand that two sets of names are equal.
 

@@ -66,6 +66,14 @@ def test_help_and_plugins_import_nothing_heavy(words):
     assert modules_after(*words).isdisjoint(HEAVY)
 
 
+def test_what_authors_import_is_not_heavy():
+    """Else every plugin that is installed would slow the list of plugins."""
+    names = "Batch, Memory, Run, Strategy, hookimpl, place, setting"
+    code = f"import sys; from hf_ftplus import {names}; from hf_ftplus.errors import IncompatibleError; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()).isdisjoint(HEAVY)
+
+
 def test_help_imports_only_what_it_prints():
     loaded = modules_after("--help")
     assert "click" in loaded

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import DataError, IncompatibleError
 from ..hookspecs import hookimpl
-from ..strategy import Run, Strategy, setting
+from ..strategy import Run, Strategy, place, setting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,7 +83,7 @@ class SI(Strategy):
         """Note the starting weights, and take the importances that earlier runs left."""
         import torch
 
-        from ..weights import match, place, warn_of_16_bits
+        from ..weights import match, warn_of_16_bits
 
         self._bind(run)
         memory = run.memory.load(self.name, run) if self.decay else None
@@ -175,7 +175,7 @@ class SI(Strategy):
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
-        from ..weights import match, place
+        from ..weights import match
 
         self._bind(run)
 

@@ -19,7 +19,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from hf_ftplus import Run, Strategy, hookimpl, setting
+from hf_ftplus import Run, Strategy, hookimpl, place, setting
 from hf_ftplus.errors import DataError, IncompatibleError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Wise(Strategy):
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
-        from hf_ftplus.weights import match, place
+        from hf_ftplus.weights import match
 
         self._begin(run)
         for part, wanted, held in (("start", self.keep < 1, self._start), ("average", self.decay > 0, self._average)):
