@@ -405,6 +405,16 @@ def test_what_trl_or_an_older_run_left_is_not_overwritten(place, tmp_path, capsy
     assert (tmp_path / "out" / name).read_text() == "mine"
 
 
+@pytest.mark.fault("A7")
+def test_of_another_run_the_newest_checkpoint_is_named(place, tmp_path, capsys):
+    for age, step in ((20, 100), (10, 900)):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    assert main(words(place, tmp_path / "out")) == 6
+    assert "holds another run (checkpoint-900)" in capsys.readouterr().err
+
+
 def test_the_model_is_not_overwritten_by_its_own_training(place, tmp_path, capsys):
     before = (place / "model" / "model.safetensors").read_bytes()
     for more in ([], ["--resume_from_checkpoint", "true"]):
