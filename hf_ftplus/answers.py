@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .disk import replace
 from .errors import IncompatibleError, StorageError
-from .examples import Example, sent
+from .examples import Example, sent, supervised_in
+from .formats import IGNORED
 
 FORMAT = 2
 """Part of the folder's name: raise it when the same teacher and example come to give another answer."""
@@ -151,7 +152,7 @@ def _pieces(ids: Tensor, labels: Tensor, places: Tensor | None) -> Iterator[Exam
     starts = [0] if places is None else [0, *((places[1:] == 0).nonzero()[:, 0] + 1).tolist()]
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         if end > start:
-            yield {"input_ids": ids[start:end].tolist(), "labels": [-100, *labels[start + 1 : end].tolist()]}
+            yield {"input_ids": ids[start:end].tolist(), "labels": [IGNORED, *labels[start + 1 : end].tolist()]}
 
 
 def key_of(example: Example) -> bytes:
@@ -163,10 +164,6 @@ def key_of(example: Example) -> bytes:
 def bytes_per_token(count: int) -> int:
     """On disk, for each supervised token of which `count` likeliest tokens are kept."""
     return 4 * count + 2 * (count + 1)
-
-
-def supervised_in(example: Example) -> int:
-    return sum(label != -100 for label in example["labels"])
 
 
 def _same_count(examples: int, answers: int) -> None:

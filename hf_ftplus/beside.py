@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .answers import examples_in, supervised_in
+from .answers import examples_in
 from .errors import DataError
-from .examples import Example, collate, sent
+from .examples import Example, collate, sent, supervised_in
+from .formats import IGNORED
 
 
 @dataclass
@@ -67,13 +68,13 @@ def tokens_of_rows(inputs: dict[str, Any]) -> Tensor:
     """
     labels, positions = inputs["labels"], inputs.get("position_ids")
     if positions is None or inputs.get("attention_mask") is not None:
-        return (labels[:, 1:] != -100).sum(1)
+        return (labels[:, 1:] != IGNORED).sum(1)
     positions = positions.expand_as(labels).flatten()
     # behind the last token that is not the first of its row there is only padding, of position 0
     within = (positions > 0).flip(0).cumsum(0).flip(0) > 0
     starts = (positions == 0) & within
     owner = starts.cumsum(0) - 1
-    predicted = (labels.flatten() != -100) & ~starts
+    predicted = (labels.flatten() != IGNORED) & ~starts
     return torch.zeros(int(owner[-1]) + 1, dtype=torch.long, device=labels.device).index_add_(
         0, owner, predicted.long()
     )

@@ -21,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from . import state
 from .batches import SelfText, learn_batches, protect_batches, same_batches, warn_of_learnt_tokens
 from .errors import FTPlusError, IncompatibleError, PluginError, UsageError
+from .examples import text_tokenizer
 from .hookspecs import HOST
 from .logits import causal_lm
 from .mixture import check_drawn, rows_drawn
@@ -169,7 +170,7 @@ class StrategyCallback(TrainerCallback):
             autocast=autocast(args),
             clip=None if args.max_grad_norm and not (self.within_trainer or under_deepspeed(args)) else 1.0,
             strategies=tuple(self.strategies),
-            tokenizer=getattr(tokenizer, "tokenizer", tokenizer),
+            tokenizer=text_tokenizer(tokenizer),
         )
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

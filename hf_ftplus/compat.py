@@ -5,6 +5,7 @@ Each with the version and a link, so that it can be deleted one day. What passes
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -39,6 +40,14 @@ def quiet() -> None:
     will drop. https://github.com/huggingface/transformers/releases"""
     for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
         warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
+
+
+def no_bars_unseen() -> None:
+    """No progress bars of transformers where nobody watches: whether anybody does, it does not ask."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def end(trainer: Any) -> None:

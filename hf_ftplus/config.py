@@ -313,13 +313,14 @@ def build(ours: dict[str, Any]) -> RunConfig:
         measure=measure,
         tasks=tasks,
         memory=_memory(ours.get("memory")),
-        measure_rows=_at_least(0, ours["measure_rows"], "measure_rows"),
-        completions=_at_least(0, ours["completions"], "completions"),
+        measure_rows=_not_negative(ours["measure_rows"], "measure_rows"),
+        completions=_not_negative(ours["completions"], "completions"),
         fail_if_retention_below=gate,
         stop_when=ours.get("stop_when", []),
     )
     known = list(dict.fromkeys([*config.learns, *(spec.name for spec in (*protect, *measure))]))
-    config.metrics = {task.name: task.metric for task in tasks if task.metric} | _metrics(ours.get("metric", ()), known)
+    typed = metrics_of(ours.get("metric", ()), known)
+    config.metrics = {task.name: task.metric for task in tasks if task.metric} | typed
     judges = ["--fail-if-retention-below"] if gate is not None else []
     judges += [f"--stop-when {conditions.RETENTION}"] if conditions.read(config.stop_when).retention is not None else []
     for judge in judges:
@@ -330,7 +331,7 @@ def build(ours: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _metrics(texts: Iterable[str], tasks: list[str]) -> dict[str, str]:
+def metrics_of(texts: Iterable[str], tasks: list[str]) -> dict[str, str]:
     found = {}
     for text in texts:
         task, equals, name = text.partition("=")
@@ -353,9 +354,9 @@ def _memory(path: Any) -> Path | None:
     return folder
 
 
-def _at_least(low: int, value: Any, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UsageError(f"--{name} {value!r}; expected a whole number of {low} or more.")
+def _not_negative(value: Any, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UsageError(f"--{name} {value!r}; expected a whole number of 0 or more.")
     return value
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import trl
 
-from .errors import DataError, StorageError, UsageError, reason
-from .model import to_train
+from .errors import DataError, FTPlusError, StorageError, UsageError
+from .model import to_train, unloadable
 from .pools import EVALUATED, together
 from .shared.hub import of_push, refusal
 from .trainer import SFTTrainer, stay_differentiable
@@ -23,11 +23,36 @@ def raised_in(error: BaseException) -> str:
     return frame.f_globals.get("__name__", "")
 
 
-def unloadable(name: str, error: Exception) -> DataError:
-    """What to say of a model that nothing can be made of."""
-    return DataError(
-        f"The model {name!r} cannot be loaded: {reason(error)} Expected a folder, a name on the Hub, or demo."
-    )
+def refused(error: OSError | ValueError, config: RunConfig) -> FTPlusError | None:
+    """What to say of what TRL, transformers, PEFT, accelerate or the disk raised; None where it is none of theirs."""
+    name = config.model.model_name_or_path
+    if isinstance(error, OSError):
+        if of_push(error):
+            return StorageError(refusal(config.training.hub_model_id or config.training.output_dir, error))
+        if error.errno is not None:  # of the system; what transformers raises about a model has no number
+            return StorageError(f"Preparing the run failed: {error}. Free some space, or mind who may write.")
+        return unloadable(name, error)
+    if "trust_remote_code" in str(error):
+        return UsageError(
+            f"The model {name!r} brings code of its own, which may do anything. Read it, then type --trust_remote_code "
+            "to let it run."
+        )
+    if "padding_free" in str(error) and "max_length" in str(error):
+        return UsageError(
+            "Rows that go without padding are not cut, and TRL wants that said: type --max_length null beside "
+            "--padding_free true; or --packing true, which cuts them."
+        )
+    if "chat template" in str(error):
+        return DataError(
+            f"The learn rows are chats, and the tokenizer of {name!r} has no chat template. Type --chat_template_path "
+            "NAME_OR_FILE (of a model that has one, or a Jinja file), or give rows of text."
+        )
+    module = raised_in(error)
+    if module.startswith("transformers.models.auto."):
+        return unloadable(name, error)
+    if (package := module.partition(".")[0]) in ("trl", "transformers", "peft", "accelerate"):
+        return UsageError(f"{package} refuses these settings: {error}")
+    return None
 
 
 def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrainer:
@@ -59,35 +84,10 @@ def sft_trainer(config: RunConfig, learn: Any, held_out: Any = None) -> SFTTrain
             quantization_config=trl.get_quantization_config(model),
             peft_config=adapter,
         )
-    except OSError as error:
-        if of_push(error):
-            raise StorageError(refusal(training.hub_model_id or training.output_dir, error)) from error
-        if error.errno is not None:  # of the system; what transformers raises about a model has no number
-            raise StorageError(f"Preparing the run failed: {error}. Free some space, or mind who may write.") from error
-        raise unloadable(model.model_name_or_path, error) from error
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            raise UsageError(
-                f"The model {model.model_name_or_path!r} brings code of its own, which may do anything. Read it, then "
-                "type --trust_remote_code to let it run."
-            ) from error
-        if "padding_free" in str(error) and "max_length" in str(error):
-            raise UsageError(
-                "Rows that go without padding are not cut, and TRL wants that said: type --max_length null beside "
-                "--padding_free true; or --packing true, which cuts them."
-            ) from error
-        if "chat template" in str(error):
-            raise DataError(
-                f"The learn rows are chats, and the tokenizer of {model.model_name_or_path!r} has no chat template. "
-                "Type --chat_template_path NAME_OR_FILE (of a model that has one, or a Jinja file), or give rows of "
-                "text."
-            ) from error
-        module = raised_in(error)
-        if module.startswith("transformers.models.auto."):
-            raise unloadable(model.model_name_or_path, error) from error
-        if (package := module.partition(".")[0]) in ("trl", "transformers", "peft", "accelerate"):
-            raise UsageError(f"{package} refuses these settings: {error}") from error
-        raise
+    except (OSError, ValueError) as error:
+        if (said := refused(error, config)) is None:
+            raise
+        raise said from error
     stay_differentiable(trainer.model)
     best = (training.metric_for_best_model or "").removeprefix("eval_")
     if isinstance(trainer.eval_dataset, dict) and best in EVALUATED:

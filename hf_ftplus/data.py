@@ -65,11 +65,11 @@ def load(
     """
     source = os.path.expanduser(source)
     path = Path(source)
-    suffix = path.suffix.lower()
     if is_local(source):
-        return sliced({"train": _local(path, suffix, through, named)}, split or "train", source)
+        return sliced({"train": _local(path, through, named)}, split or "train", source)
     if os.path.isfile(path):  # false, and no error, for what is too long for a name
-        raise DataError(f"{source} is a {suffix or 'file without suffix'}; expected one of {', '.join(READERS)}.")
+        kind = path.suffix.lower() or "file without suffix"
+        raise DataError(f"{source} is a {kind}; expected one of {', '.join(READERS)}.")
     if not os.path.exists(path) and _looks_local(source):
         raise DataError(f"{source} does not exist; expected a file or folder.{_neighbour(path)}")
     where = f"{source}:{split or 'train'}"
@@ -113,7 +113,8 @@ def _looks_local(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
-def _local(path: Path, suffix: str, through: Through | None, named: bool) -> Dataset:
+def _local(path: Path, through: Through | None, named: bool) -> Dataset:
+    suffix = path.suffix.lower()
     if not os.path.isfile(path):
         like = "" if suffix == ".parquet" else f" {ROW}"
         raise DataError(f"{path} does not exist; expected a file.{_neighbour(path) or like}")

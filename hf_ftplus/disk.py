@@ -50,25 +50,36 @@ def write(path: Path, text: str, private: bool = False) -> None:
     replace(path, lambda file: file.write_text(text, encoding="utf-8"), private)
 
 
+@contextmanager
+def attempt(what: object, instead: str = "another") -> Iterator[None]:
+    """Where the disk refuses to write `what`, say so in a sentence, and to choose something else.
+
+    Raises:
+        StorageError: it was refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{what} cannot be written: {error.strerror or error}. Choose {instead}.") from error
+
+
 def writable(folder: Path, flag: str) -> Path:
     """The folder that was typed after `flag`, tried before anything is loaded; it is not made yet.
 
     Raises:
         StorageError: nothing can be written there.
     """
-    try:
+    with attempt(f"{flag} {folder}", "another folder"):
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         os.rmdir(tempfile.mkdtemp(dir=there, prefix=".ftplus-"))
-    except OSError as error:
-        raise StorageError(f"{flag} {folder} cannot be written: {error.strerror}. Choose another folder.") from None
     return folder
 
 
-def refuse_full(folder: Path, flag: str = "--out") -> None:
-    """Raise StorageError for a folder that holds something, or cannot be made."""
+def refuse_full(folder: Path) -> None:
+    """Raise StorageError for an --out that holds something, or cannot be made."""
     if folder.is_dir() and any(folder.iterdir()):
-        raise StorageError(f"{flag} {folder} is not an empty folder. Choose another.")
-    writable(folder, flag)
+        raise StorageError(f"--out {folder} is not an empty folder. Choose another.")
+    writable(folder, "--out")
 
 
 def flush(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -17,13 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError, IncompatibleError, escape
-from .formats import Row
+from .formats import IGNORED, Row
 
 Example = dict[str, list[int]]
 """`input_ids` and `labels`, equally long."""
-
-IGNORED = -100
-"""Label of a token that carries no loss."""
 
 CUT, UNSUPERVISED = "are cut before what is supervised", "have nothing supervised"
 NAMED = 5
@@ -53,10 +51,15 @@ class Tokenized:
         """`12 are cut before what is supervised (rows 3, 7, 8, 9, 12, ...)`, by reason; counted from 1."""
         return "; ".join(f"{len(rows)} {reason} ({_numbers(rows)})" for reason, rows in self.lost.items())
 
-    @property
-    def supervised(self) -> int:
-        """Tokens that carry loss: the first token of a sequence is never predicted."""
-        return sum(label != IGNORED for example in self.examples for label in example["labels"][1:])
+
+def supervised_in(example: Example) -> int:
+    """Tokens that carry loss: the first of a sequence is never predicted."""
+    return sum(label != IGNORED for label in example["labels"][1:])
+
+
+def text_tokenizer(processor: Any) -> Any:
+    """The tokenizer of a processor of text and images; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def window(length: int | None, mode: str = "keep_start") -> slice:
@@ -95,7 +98,7 @@ def tokenize(
             done.kept.append(index)
         else:
             done.lost.setdefault(reason, []).append(index)
-    if not done.supervised:
+    if not any(map(supervised_in, done.examples)):
         raise DataError(
             f"{where}: no supervised token is left in {done.rows} rows ({done.dropped} dropped) at "
             f"max_length={max_length}; the longest row has {longest} tokens. Raise --max_length or shorten the prompts."
@@ -158,6 +161,13 @@ def _assistant_turns(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -
     return {"input_ids": ids, "labels": labels}
 
 
+def template_options(row: Row) -> Row:
+    """What a row says to its chat template besides the messages."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+
+
 def _rendered(
     messages: list[Row], row: Row, tokenizer: PreTrainedTokenizerBase, where: str, generation: bool = False
 ) -> list[int]:
@@ -166,12 +176,9 @@ def _rendered(
             f"{where} is a chat, and the tokenizer of {_called(tokenizer)} has no chat template. Pass one with "
             "--chat_template_path, or give prompt and completion as strings."
         )
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=generation, **options
+            messages, tokenize=True, return_dict=True, add_generation_prompt=generation, **template_options(row)
         )["input_ids"]
     except Exception as error:  # jinja errors, and whatever a template's own raise_exception or a filter raises
         roles = ", ".join(str(message.get("role")) for message in messages) or "no turn before the assistant's"

@@ -32,7 +32,7 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
         "versions": versions(),
         "seed": config.training.seed,
         "steps": trainer.state.global_step,
-        "stopped": stopping.reason(trainer),
+        "stopped": stopping.why_stopped(trainer),
         "device": str(trainer.args.device),
         "processes": trainer.args.world_size,
         "seconds": seconds,

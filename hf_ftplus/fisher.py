@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import DataError, IncompatibleError
+from .formats import IGNORED
 from .logits import evaluating, hidden_states, lm_head, stay_whole
 from .weights import Adapter, local, ranks, sharded
 
@@ -138,7 +139,7 @@ def backward_logits(
             logits = head(leaf[part])
             logits.backward(logit_gradient(logits.detach(), labels[part], estimator, generator))
     hidden.backward(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf))
-    return (batch["labels"][:, 1:] != -100).sum()
+    return (batch["labels"][:, 1:] != IGNORED).sum()
 
 
 def logit_gradient(logits: Tensor, labels: Tensor, estimator: str, generator: torch.Generator) -> Tensor:
@@ -289,7 +290,7 @@ def _shares(batches: Batches, rank: int, world: int, sharded: bool, apart: bool)
 
 
 def _unsupervised(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
 
 def _reduce(result: Fisher, tokens: Tensor, sharded: bool) -> None:

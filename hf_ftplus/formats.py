@@ -20,6 +20,9 @@ from .errors import DataError, escape, nearest
 
 Row = dict[str, Any]
 
+IGNORED = -100
+"""Label of a token that carries no loss."""
+
 ALSO_KEPT = ("choices", "tools", "chat_template_kwargs")
 """Optional columns: answers to choose from (evaluation), and the two that TRL hands to the chat template."""
 
@@ -227,7 +230,7 @@ def _unlabelled(row: Row) -> Row:
         raise ValueError(f"'assistant_masks' is {_what(mask)}; expected a list of 0 and 1")
     labels = ids
     if mask is not None and isinstance(ids, list):
-        labels = [token if kept else -100 for token, kept in zip(ids, mask, strict=False)]
+        labels = [token if kept else IGNORED for token, kept in zip(ids, mask, strict=False)]
     return _tokenized({"input_ids": ids, "labels": labels})
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import IncompatibleError
+from .formats import IGNORED
 
 CHUNK = 2**25
 """Logits held at a time (elements): 128 MB in fp32."""
@@ -63,17 +64,22 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The Hugging Face causal LM inside DDP, torch.compile and PEFT wrappers."""
+def bare(model: nn.Module) -> nn.Module:
+    """The Hugging Face or PEFT model inside torch.compile and DDP: the one whose hooks fire and that can generate."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
         else:
             return model
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The Hugging Face causal LM inside DDP, torch.compile and PEFT wrappers."""
+    while hasattr(model := bare(model), "get_base_model"):
+        model = model.get_base_model()
+    return model
 
 
 def positions(model: nn.Module) -> int:
@@ -200,7 +206,7 @@ def supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             f"The model ran over {hidden.shape[1]} positions for {labels.shape[1]} labels, as adapters that prepend "
             "virtual tokens do (prompt tuning, prefix tuning, p-tuning). Use LoRA or full fine-tuning."
         )
-    predicts = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    predicts = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
     places = predicts.flatten().nonzero()[:, 0]  # the one moment that a GPU is waited for
     return hidden.flatten(0, 1).index_select(0, places), labels.flatten().index_select(0, places + 1)
 

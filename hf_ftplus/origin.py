@@ -20,6 +20,7 @@ from datasets import Dataset
 
 from .commit import on_first_rank
 from .errors import IncompatibleError
+from .examples import text_tokenizer
 from .fingerprint import tokenizer_fingerprint
 from .sketch import sketch
 from .specs import as_tasks
@@ -63,7 +64,7 @@ REMEMBERING = ("reduce_lr_on_plateau", "greedy")
 
 def origin(trainer: Any) -> dict[str, Any]:
     """What a checkpoint of this trainer keeps about its run; asked before anything is loaded or wrapped."""
-    args, tokenizer = trainer.args, getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    args, tokenizer = trainer.args, text_tokenizer(trainer.processing_class)
     return {
         "model": identity(trainer.model),
         "frozen": _as_loaded(trainer, frozen),

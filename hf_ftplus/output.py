@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from . import commit
 from .callback import STATE_FOLDER
-from .disk import flush, locked, replace
+from .disk import attempt, flush, locked, replace
 from .errors import StorageError
 from .weights import full_shape
 
@@ -49,13 +49,11 @@ def claim(config: RunConfig, probe: bool = True) -> None:
     commit.on_first_rank(lambda: _refuse_taken(config, folder))  # soon it will rename things there
     if not probe:
         return
-    try:
+    with attempt(f"--output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / f".ftplus-{platform.node()}-{time.monotonic_ns()}"
         replace(trial, lambda file: (file.write_bytes(b"?"), flush(file)))
         trial.unlink()
-    except OSError as error:
-        raise StorageError(f"--output_dir {folder} cannot be written: {error.strerror}. Choose another.") from None
 
 
 def _refuse_taken(config: RunConfig, folder: Path) -> None:

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from .batches import examples_of
 from .errors import DataError, IncompatibleError, UsageError
+from .examples import supervised_in
+from .formats import IGNORED
 from .mixture import MixtureSampler, epoch_counts, shared
 from .specs import distinct_names
 from .strategy import Task
@@ -103,7 +105,7 @@ def supervised_tokens(rows: Dataset) -> np.ndarray:
         labels = batch["labels"].combine_chunks()
         lengths = labels.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
         ends = lengths.cumsum()
-        carries = labels.flatten().to_numpy(zero_copy_only=False) != -100
+        carries = labels.flatten().to_numpy(zero_copy_only=False) != IGNORED
         carries[(ends - lengths)[lengths > 0]] = False
         if packed:
             inside = batch["seq_lengths"].combine_chunks().flatten().to_numpy(zero_copy_only=False).cumsum()
@@ -250,7 +252,7 @@ def _protect_rows(
             "training. Give rows (a dataset, a file), or padded micro-batches."
         )
     examples = examples_of(batches)
-    if not any(label != -100 for example in examples for label in example["labels"][1:]):
+    if not any(map(supervised_in, examples)):
         raise DataError(f"protect task {name!r}: no token of its {len(examples)} rows carries loss.")
     rows = Dataset.from_list(examples)
     if like is None:

@@ -20,14 +20,15 @@ from transformers import AutoTokenizer
 
 from .config import RunConfig
 from .errors import DataError, escape, reason
-from .examples import IGNORED, Example, tokenize, window
+from .examples import Example, text_tokenizer, tokenize, window
+from .formats import IGNORED
 from .measured import hold_out, tasks
 from .mixing import as_trained
 from .model import resolve
 from .output import claim, no_empty_folder
-from .row_checks import refuse_foreign, share_supervised
-from .rows import Rows, tokenizer_of
-from .run import costs, in_words, len_of, prepare, speak
+from .row_checks import by_task, len_of, refuse_foreign, share_supervised
+from .rows import Rows
+from .run import costs, in_words, prepare, speak
 from .specs import TaskSpec
 from .trainer import SFTTrainer
 from .weights import full_shape
@@ -55,7 +56,7 @@ def dry_run(config: RunConfig) -> None:
         for name, part in found.items():
             for row in first(part, max(1, SHOWN // len(found))):
                 of = f"{escape(name)}: " if len(found) > 1 else ""
-                say(f"row       {of}{marked(row, tokenizer_of(trainer))}")
+                say(f"row       {of}{marked(row, text_tokenizer(trainer.processing_class))}")
         say(f"training  {training(trainer)}")
         for strategy in config.strategies:
             say(f"strategy  {strategy!r}")
@@ -69,16 +70,6 @@ def dry_run(config: RunConfig) -> None:
             for name, cost in costs(trainer):
                 say(f"cost      {name}: {in_words(cost)}")
     say(f"Dry run: nothing was trained, nothing written to {config.training.output_dir}.")
-
-
-def by_task(learn: Any) -> dict[str, Any]:
-    """Training rows of each task, if they say which they belong to; else all of them."""
-    if not isinstance(learn, Dataset) or "task" not in learn.column_names:
-        return {"learn": learn}
-    owners = list(learn["task"])
-    return {
-        name: learn.select([i for i, owner in enumerate(owners) if owner == name]) for name in dict.fromkeys(owners)
-    }
 
 
 def first(rows: Iterable[Any], most: int) -> list[Any]:

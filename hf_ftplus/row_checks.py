@@ -18,8 +18,8 @@ from .config import RunConfig
 from .data import normalise
 from .errors import DataError, FTPlusError, UsageError, escape, nearest
 from .evaluation import EvalTask
-from .examples import IGNORED, tokenize
-from .formats import Row
+from .examples import text_tokenizer, tokenize
+from .formats import IGNORED, Row
 from .mixture import epoch_counts, shared
 from .pools import EVALUATED
 
@@ -35,17 +35,17 @@ def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
     Raises:
         DataError: nothing is left, or tokens that the model does not have.
     """
-    kept, parts = trainer.train_dataset, learn if isinstance(learn, dict) else {"learn": learn}
-    if not isinstance(kept, Dataset) or not all(isinstance(part, Dataset) for part in parts.values()):
+    kept, given = trainer.train_dataset, learn if isinstance(learn, dict) else {"learn": learn}
+    if not isinstance(kept, Dataset) or not all(isinstance(part, Dataset) for part in given.values()):
         return
     embedding = trainer.model.get_input_embeddings()
     for wrapped in ("base_layer", "original_module"):  # by PEFT: a LoRA on it, or tokens of it that train
         embedding = getattr(embedding, wrapped, embedding)
-    for name, part in parts.items():
+    for name, part in given.items():
         refuse_foreign(name, part, getattr(embedding, "num_embeddings", math.inf))
-    of_task = kept["task"] if isinstance(learn, dict) and len(kept) else []
-    for name, part in parts.items():
-        own = kept.select([place for place, task in enumerate(of_task) if task == name]) if of_task else kept
+    found = by_task(kept) if isinstance(learn, dict) else {"learn": kept}
+    for name, part in given.items():
+        own = found.get(name, kept.select([]))
         share = share_supervised(own)
         if not len(own) or share == 0:
             raise DataError(
@@ -57,6 +57,33 @@ def check_supervised(learn: Any, trainer: SFTTrainer) -> None:
             logger.info("%s: %s, %.0f %% of the tokens carry loss", escape(name), rows, 100 * share)
         if len(own) < len(part) and not trainer.args.packing:
             logger.warning(dropped(name, part, len(part) - len(own), trainer))
+
+
+def parts(learn: Any) -> list[Any]:
+    """The rows of each task; of all of them, where there is but one."""
+    return list(learn.values()) if isinstance(learn, dict) else [learn]
+
+
+def row_count(learn: Any) -> int | None:
+    """Rows; None where any of them is streamed."""
+    sized = all(hasattr(part, "__len__") for part in parts(learn))
+    return sum(map(len, parts(learn))) if sized else None
+
+
+def len_of(rows: Any) -> str:
+    """`96`, or `streamed`."""
+    count = row_count(rows)
+    return "streamed" if count is None else str(count)
+
+
+def by_task(learn: Any) -> dict[str, Any]:
+    """Training rows of each task, if they say which they belong to; else all of them."""
+    if not isinstance(learn, Dataset) or "task" not in learn.column_names:
+        return {"learn": learn}
+    owners = list(learn["task"])
+    return {
+        name: learn.select([i for i, owner in enumerate(owners) if owner == name]) for name in dict.fromkeys(owners)
+    }
 
 
 def refuse_foreign(name: str, rows: Dataset, size: float) -> None:
@@ -115,12 +142,11 @@ LOOKED_THROUGH = 20_000
 
 def dropped(name: str, part: Dataset, lost: int, trainer: SFTTrainer) -> str:
     """How many rows of a task do not train, why, and which."""
-    length, tokenizer = trainer.args.max_length, trainer.processing_class
+    length, mode, tokenizer = trainer.args.max_length, trainer.args.truncation_mode, trainer.processing_class
     line = f"{escape(name)}: {lost} of {len(part)} rows ({lost / len(part):.0%}) do not train at max_length {length}"
     if len(part) <= LOOKED_THROUGH:
         with suppress(FTPlusError):  # rows that TRL reads and we do not
-            tokenizer, mode = getattr(tokenizer, "tokenizer", tokenizer), trainer.args.truncation_mode
-            found = tokenize(normalise(part, name), tokenizer, length, name, mode)
+            found = tokenize(normalise(part, name), text_tokenizer(tokenizer), length, name, mode)
             line += f": {found.why()}" if found.dropped == lost else ""
     return f"{line}. Type a larger --max_length, or shorten the prompts."
 
@@ -217,9 +243,8 @@ def check_metric(name: str, rows: Any, metric: str | None) -> None:
 
 def sayings(learn: Any, read: Callable[[Row], Row]) -> set[int]:
     """What the learn rows say, `read` as they are trained on, each as a number; a stream's are not known."""
-    parts = learn.values() if isinstance(learn, dict) else [learn]
-    parts = [_undecoded(part) for part in parts if isinstance(part, Dataset)]
-    return {said(read(row)) for part in parts for row in part} - {NOTHING}
+    found = [_undecoded(part) for part in parts(learn) if isinstance(part, Dataset)]
+    return {said(read(row)) for part in found for row in part} - {NOTHING}
 
 
 def _undecoded(rows: Dataset) -> Dataset:
@@ -320,6 +345,6 @@ def share_supervised(dataset: Any) -> float:
         return float("nan")
     for rows in (dataset.select(range(min(1000, len(dataset)))), dataset):
         labels = [label for row in rows["labels"] for label in row]
-        if any(label != -100 for label in labels):
-            return sum(label != -100 for label in labels) / len(labels)
+        if any(label != IGNORED for label in labels):
+            return sum(label != IGNORED for label in labels) / len(labels)
     return 0.0

@@ -19,6 +19,7 @@ from .batches import SelfText, seed_of
 from .callback import autocast
 from .config import RunConfig
 from .errors import DataError, FTPlusError, UsageError, escape, reason
+from .examples import text_tokenizer
 from .files import is_local
 from .formats import Row
 from .generate import self_generate
@@ -280,7 +281,7 @@ def trained_on(row: Row, text: str) -> Row:
 # ---- what the starting model writes itself ---------------------------------------------------------------------------
 
 
-def write(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> None:
+def add_written(rows: Rows, config: RunConfig, trainer: SFTTrainer) -> None:
     """Add the rows of every `self:N`; what is measured of them is nothing that protects."""
     first = next((spec.name for spec in config.protect if spec.generate), None)
     for spec in config.protect:
@@ -300,11 +301,7 @@ def written(spec: TaskSpec, use: str, config: RunConfig, trainer: SFTTrainer) ->
     if trainer.is_fsdp_enabled:  # every rank runs every forward pass, from one seed; what the first has written counts
         checkpoint = Path(config.training.resume_from_checkpoint) if trainer.state.global_step else None
         kept = SelfText(Path(config.training.output_dir), checkpoint)
-        write = partial(self_generate, trainer.model, tokenizer_of(trainer), **how)
+        write = partial(self_generate, trainer.model, text_tokenizer(trainer.processing_class), **how)
         return kept.rows(use or spec.name, write, trainer.args)
     with trainer.args.main_process_first(local=False):
-        return self_generate(trainer.model, tokenizer_of(trainer), cache=cache() / "self", **how)
-
-
-def tokenizer_of(trainer: SFTTrainer) -> Any:
-    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        return self_generate(trainer.model, text_tokenizer(trainer.processing_class), cache=cache() / "self", **how)

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import disable_progress_bars
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,6 +25,7 @@ from .config import RunConfig
 from .configured import sft_trainer
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
 from .evaluation import Evaluation, Kept, retention_gate
+from .examples import text_tokenizer
 from .facts import count_memory_anew, facts
 from .finished import MEASURING, finished, measured_otherwise
 from .foreseen import refuse_foreseen
@@ -46,7 +48,7 @@ from .refusals import refuse, refuse_fsdp, refuse_parted, refuse_several_devices
 from .report import Report
 from .report.tracked import hold_open, track
 from .row_checks import check_supervised
-from .rows import Rows, find, tokenizer_of, write
+from .rows import Rows, add_written, find
 from .shared import base
 from .shared.hub import said_of
 from .trained import pinned
@@ -134,7 +136,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
         refuse_fsdp(config, trainer)
     else:
         warn_unsharded(trainer)
-        write(rows, config, trainer)
+        add_written(rows, config, trainer)
     keep_apart(rows, config)
     return trainer, rows
 
@@ -178,7 +180,7 @@ class Start(TrainerCallback):
         """Read what is measured into tokens."""
         self.evaluation = Evaluation(
             tasks(self.rows, self.config, self.trainer),
-            tokenizer_of(self.trainer),
+            text_tokenizer(self.trainer.processing_class),
             batch_size=self.config.training.per_device_eval_batch_size,
             seed=self.config.training.seed,
             completions=self.config.completions,
@@ -204,7 +206,7 @@ class Start(TrainerCallback):
     ) -> None:
         fresh, strategies = state.global_step == 0, self.trainer.ftplus
         if self.late:
-            write(self.rows, self.config, self.trainer)
+            add_written(self.rows, self.config, self.trainer)
             keep_apart(self.rows, self.config)
             self.load()
             if strategies:
@@ -258,7 +260,7 @@ def warn_of_idle(config: RunConfig) -> None:
 
 def warn_unsharded(trainer: SFTTrainer) -> None:
     """Say that FSDP was asked for where accelerate leaves it out without a word: on CPUs."""
-    if trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         logger.warning(
             "FSDP was asked for, but accelerate shards on no CPU: each of %d processes holds the whole model and all "
             "strategy state (DDP). Results are the same, memory is not; `ftplus doctor --distributed` shows it.",
@@ -366,12 +368,6 @@ def in_words(cost: dict[str, float]) -> str:
         "seconds": f"about {cost.get('seconds', 0):.0f} s before the first step",
     }
     return ", ".join(words for name, words in said.items() if name in cost) or "no cost stated"
-
-
-def len_of(rows: Any) -> str:
-    """Rows of a dataset, or of several by name."""
-    parts = list(rows.values()) if isinstance(rows, dict) else [rows]
-    return str(sum(map(len, parts))) if all(hasattr(part, "__len__") for part in parts) else "streamed"
 
 
 def speak(config: RunConfig) -> None:

@@ -143,12 +143,12 @@ def _split(text: str) -> tuple[str, str | None]:
     return found["source"], found["split"]
 
 
-def as_tasks(protect: Any, name: str = "protect") -> dict[str, Any]:
+def as_tasks(protect: Any) -> dict[str, Any]:
     """What a user may pass as `protect=` (or learn data), as a dict of named tasks, each left as it was given.
 
     Accepted: a `datasets.Dataset`; a list of rows (dicts); ready batches (a list of dicts of tensors with `input_ids`
     and `labels`); a string as for `--protect` (becomes a `TaskSpec`); a dict from names to any of these; a list of
-    strings; None. A path may stand where a string does. A task without a name is called `name`.
+    strings; None. A path may stand where a string does. A task without a name is called `protect`.
 
     Raises:
         UsageError: anything else, naming what was given.
@@ -163,7 +163,7 @@ def as_tasks(protect: Any, name: str = "protect") -> dict[str, Any]:
     if isinstance(protect, dict):
         distinct_names(str(key) for key in protect)
         return {str(key): _task(value, str(key)) for key, value in protect.items()}
-    return {name: _task(protect, name)}
+    return {"protect": _task(protect, "protect")}
 
 
 def _task(value: Any, name: str) -> Any:

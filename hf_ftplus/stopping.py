@@ -22,7 +22,7 @@ from .conditions import PLATEAU, RETENTION, read
 from .config import RunConfig
 from .errors import DataError, IncompatibleError
 from .logits import evaluating
-from .measured import spread
+from .row_checks import spread
 from .rows import Rows, as_trl_reads
 from .trainer import SFTTrainer
 
@@ -235,7 +235,7 @@ def watch(config: RunConfig, start: Any, trainer: SFTTrainer) -> None:
         trainer.add_callback(RetentionFalls(share, start, trainer))
 
 
-def reason(trainer: SFTTrainer) -> str | None:
+def why_stopped(trainer: SFTTrainer) -> str | None:
     """Why training ended before its time, if a condition ended it."""
     found = (getattr(callback, "stopped", None) for callback in trainer.callback_handler.callbacks)
     return next((why for why in found if why), None)

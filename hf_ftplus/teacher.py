@@ -258,7 +258,7 @@ def load_other(name: str, model: nn.Module, tokenizer: Any, device: torch.device
     """
     from transformers import AutoModelForCausalLM
 
-    config, known = getattr(model, "config", None), tokenizer_of(name, tokenizer)
+    config, known = getattr(model, "config", None), fitting_tokenizer(name, tokenizer)
     with loading(name):
         teacher = AutoModelForCausalLM.from_pretrained(
             resolve(name),
@@ -283,7 +283,7 @@ def config_of(name: str) -> Any:
         return AutoConfig.from_pretrained(resolve(name))
 
 
-def tokenizer_of(name: str, student: Any) -> Any:
+def fitting_tokenizer(name: str, student: Any) -> Any:
     """The tokenizer of a teacher, which means the same by every token as the student's.
 
     Raises:

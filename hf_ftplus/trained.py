@@ -19,7 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .callback import STATE_FOLDER
 from .disk import read_json
 from .errors import DataError, reason
-from .model import resolve
+from .model import resolve, unloadable
 
 ADAPTER = "adapter_config.json"
 OF_ADAPTER = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.model", "*.txt")
@@ -33,8 +33,6 @@ class Trained:
     name: str
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    adapted: bool = False
-    """Whether an adapter sits on it, which can be switched off."""
     off: bool = False
     """Whether it is asked without its adapter."""
 
@@ -69,7 +67,7 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> Trained:
             model = PeftModel.from_pretrained(model, path)
     device = device or device_here()
     try:
-        return Trained(name, model.eval().to(device), _tokenizer(path, base), adapted=base is not None)
+        return Trained(name, model.eval().to(device), _tokenizer(path, base))
     except torch.OutOfMemoryError as error:
         raise DataError(
             f"{name} does not fit into the memory of {device}: {reason(error)} Type --device cpu."
@@ -220,6 +218,4 @@ def _said_of(name: str) -> Iterator[None]:
                 f"There is no folder {name}, nor could a model of this name be had from the Hub. Expected the folder "
                 "that `ftplus sft` wrote, a name on the Hub, or demo."
             ) from error
-        raise DataError(
-            f"The model {name!r} cannot be loaded: {reason(error)} Expected a folder, a name on the Hub, or demo."
-        ) from error
+        raise unloadable(name, error) from error

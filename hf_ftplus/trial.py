@@ -6,14 +6,15 @@ see(accelerator, found)     on every rank: what it holds of the weights, and whe
 
 from __future__ import annotations
 
-import os
 import tempfile
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import parse_flag_from_env
 
 from .errors import IncompatibleError
+from .formats import IGNORED
 from .tensorfile import whole
 from .weights import full_shape, local, sharded, trainable
 
@@ -144,7 +145,7 @@ def held(trainer: Trainer, found: Found) -> dict[str, str]:
 
 
 def asked_for(what: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() == "true"
+    return parse_flag_from_env(f"ACCELERATE_USE_{what}")
 
 
 def alone(learn: list[Rows], protect: list[Rows], device: torch.device, with_ewc: bool) -> dict[str, Tensor]:
@@ -158,10 +159,10 @@ def alone(learn: list[Rows], protect: list[Rows], device: torch.device, with_ewc
     run = Run(model, weights, {"protect": protect}, lambda rows: [], device, 0, Memory())
     for strategy in strategies:
         strategy.prepare(run)
-    tokens = sum(int((rows["labels"][:, 1:] != -100).sum()) for rows in learn)
+    tokens = sum(int((rows["labels"][:, 1:] != IGNORED).sum()) for rows in learn)
     for _ in range(STEPS):
         for rows in learn:
-            count = (rows["labels"][:, 1:] != -100).sum().to(device)
+            count = (rows["labels"][:, 1:] != IGNORED).sum().to(device)
             (model(**{key: tensor.to(device) for key, tensor in rows.items()}).loss * count / tokens).backward()
         for strategy in strategies:
             with torch.no_grad():

@@ -31,8 +31,8 @@ from hf_ftplus.examples import tokenize
 from hf_ftplus.measured import hold_out
 from hf_ftplus.page.read import scores
 from hf_ftplus.page.write import answers
+from hf_ftplus.report.text import short
 from hf_ftplus.scored import content, measuring
-from hf_ftplus.scored.shown import short
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,9 @@ class Commands(click.Group):
 
     def _found(self, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            return _of_a_plugin(cmd_name)
+            from ..plugins import load_command  # of a command `ftplus WORD` that a plugin brings
+
+            return load_command(cmd_name)
         import logging  # not for `ftplus --help`, as all of the standard library that takes milliseconds
 
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of what nothing here calls
@@ -107,13 +109,6 @@ def _unknown(word: str) -> str:
     known = list(COMMANDS)
     meant = f" Did you mean {MEANT[word]!r}?" if word in MEANT else nearest(word, known)
     return f"No command {word!r}.{meant} Commands: {', '.join(known)}."
-
-
-def _of_a_plugin(word: str) -> click.Command | None:
-    """The command `ftplus WORD` that a plugin brings, as its console script `ftplus-WORD`."""
-    from ..plugins import load_command
-
-    return load_command(word)
 
 
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:

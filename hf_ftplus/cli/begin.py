@@ -57,9 +57,9 @@ NEXT_ADAPTER = """\
 """
 
 
-def next_steps(folder: Path | None = None) -> str:
+def next_steps() -> str:
     """What to type next in this folder: begin, train what `ftplus init` wrote, or look at what was trained."""
-    for file in written_by_init(folder or Path()):
+    for file in written_by_init(Path()):
         out = output_of(file)
         if out:
             trained = (file.parent / out / "ftplus" / "report.json").is_file()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..compat import no_bars_unseen
 from ..config import OPTIONS, merge, read_yaml
 from ..disk import writable
 from ..errors import UsageError, nearest
@@ -136,16 +136,13 @@ def eval(
         if folder:
             writable(folder, flag)
 
-    from transformers.utils import logging
-
     from ..model import cache as own
     from ..scored.cells import Cells
     from ..scored.harness import load
     from ..scored.plan import Plan, asked
 
     _check(rest)
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    no_bars_unseen()
     names = [name.strip() for text in lm_eval for name in text.split(",") if name.strip()]
     tasks = asked(ours, others=bool(names), text=rest.get("dataset_text_field"))
     benchmarks = load(names, lm_eval_include, how["measure_rows"]) if names else []

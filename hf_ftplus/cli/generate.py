@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..compat import no_bars_unseen
+from ..disk import attempt, write
 from ..errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -96,13 +98,10 @@ def generate(
     if how["top_p"] < 1 and not how["temperature"]:
         raise UsageError("--top_p does nothing at temperature 0, which takes the likeliest token. Add --temperature 1.")
 
-    from transformers.utils import logging
-
     from ..asked import How, ask, questions_of
     from ..trained import load, tokenizer_of
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    no_bars_unseen()
     names = [name, *([_other(name, compare_with)] if compare_with else [])]
     chats = [bool(tokenizer_of(each or name).chat_template) for each in names]
     rows = [
@@ -176,15 +175,11 @@ def _show(item: Answered, models: list[Trained]) -> None:
 
 def _make_room(out: Path) -> None:
     """See before anything loads that the folder of `out` can be there."""
-    try:
+    with attempt(f"--out {out}", "another file"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"--out {out} cannot be written: {error.strerror}. Choose another file.") from error
 
 
 def _write(answered: list[Answered], models: list[Trained], out: Path) -> None:
-    from ..disk import write
-
     lines = [
         json.dumps(
             {"prompt": item.prompt, "completion": item.answers[0], "model": models[0].name}
@@ -194,8 +189,6 @@ def _write(answered: list[Answered], models: list[Trained], out: Path) -> None:
         )
         for item in answered
     ]
-    try:
+    with attempt(f"--out {out}", "another file"):
         write(out, "\n".join(lines) + "\n")
-    except OSError as error:
-        raise StorageError(f"--out {out} cannot be written: {error.strerror}. Choose another file.") from error
     click.echo(f"{len(lines)} answers written to {out}", err=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..compat import no_bars_unseen
 from .generate import device_option, dtype_option
 
 FORMS = ("full", "lora")
@@ -53,7 +54,7 @@ def memory() -> None:
     "--batch_size",
     default=4,
     show_default=True,
-    type=click.IntRange(1),
+    type=click.IntRange(1, 4),
     help="Rows at once; smaller batches give steadier estimates.",
 )
 @click.option("--bf16", is_flag=True, help="Mixed precision, as in training.")
@@ -63,15 +64,11 @@ def memory() -> None:
 def make(model: str, protect: tuple[str, ...], out: Path, **how: Any) -> None:
     """Estimate how much each weight matters for what is protected, once."""
     import logging
-    import sys
-
-    from transformers.utils import logging as transformers_logging
 
     from ..shared.hub import verify
     from ..shared.made import make
 
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    no_bars_unseen()
     logging.getLogger("hf_ftplus").setLevel(logging.WARNING)
     base = make(model, list(protect), out, **how)
     sizes = verify(out)

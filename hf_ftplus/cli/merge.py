@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
+from ..compat import no_bars_unseen
 from .generate import device_option, dtype_option
 
 
@@ -28,12 +28,10 @@ def merge(name: str, out: Path, dtype: str, device: str | None) -> None:
     A base that was trained on in 4 or 8 bits (QLoRA) is loaded unquantised. Both are merged in fp32, which takes 4
     bytes of memory a weight, compared there with base and adapter, and rounded to --dtype once.
     """
-    from transformers.utils import logging
 
     from ..merged import merge
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    no_bars_unseen()
     done = merge(name, out, dtype, device)
     click.echo(
         f"{done.weights / 1e6:.1f} M weights in {done.dtype} in {done.folder}. The adapter moves the base's logits by "

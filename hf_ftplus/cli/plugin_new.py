@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from .. import __version__
-from ..disk import refuse_full
-from ..errors import StorageError, UsageError
+from ..disk import attempt, refuse_full
+from ..errors import UsageError
 
 TEMPLATE = Path(__file__).parents[1] / "template"
 """What is written: each file with `.txt` after its name, and `dot-` for a leading dot."""
@@ -78,15 +78,13 @@ def write(folder: Path, name: str, author: str) -> list[Path]:
         "THE-VERSION": ".".join(__version__.split(".")[:2]),
     }
     written = []
-    try:
+    with attempt(folder, "another: --out DIR"):
         for source in sorted(TEMPLATE.rglob("*.txt")):
             place = str(source.relative_to(TEMPLATE).with_suffix("")).replace("dot-", ".")
             file = folder / _filled(place, words)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(_filled(source.read_text(encoding="utf-8"), words), encoding="utf-8")
             written.append(file)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error.strerror}. Choose another: --out DIR.") from error
     return written
 
 

@@ -119,13 +119,13 @@ def steps(config: RunConfig, processes: int) -> int | None:
     training = config.training
     if training.max_steps > 0:
         return training.max_steps
+    from ..row_checks import row_count
     from ..rows import find
 
-    learn = find(config).learn
-    parts = list(learn.values()) if isinstance(learn, dict) else [learn]
-    if not all(hasattr(part, "__len__") for part in parts):
+    rows = row_count(find(config).learn)
+    if rows is None:
         return None
-    batches = math.ceil(sum(map(len, parts)) / (training.per_device_train_batch_size * processes))
+    batches = math.ceil(rows / (training.per_device_train_batch_size * processes))
     return math.ceil(math.ceil(batches / training.gradient_accumulation_steps) * training.num_train_epochs)
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import disk
-from ..errors import StorageError
 from ..report.record import strict
 from ..report.text import csv_text
 from .judged import FIGURES, Judged, Judgement, reproduced
@@ -90,9 +89,7 @@ def save(found: Judgement, out: Path, command: str) -> dict[str, Any]:
         "compare.json": json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "compare.csv": to_csv(found),
     }
-    try:
+    with disk.attempt(f"--out {out}", "another folder"):
         for name, text in texts.items():
             disk.write(out / name, text)
-    except OSError as error:
-        raise StorageError(f"--out {out} cannot be written: {error.strerror}. Choose another folder.") from error
     return facts

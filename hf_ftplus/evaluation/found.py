@@ -15,17 +15,6 @@ from ..logits import causal_lm, evaluating, reshard
 logger = logging.getLogger("hf_ftplus")
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The Hugging Face or PEFT model inside torch.compile and DDP: the one whose hooks fire and that can generate."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where the model takes its input; with a device map, not where its last layer is."""
     return causal_lm(model).get_input_embeddings().weight.device

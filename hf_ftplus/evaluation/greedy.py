@@ -10,9 +10,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..formats import Row
 from ..generate import left_padded, pad_id, stop_ids
-from ..logits import causal_lm, positions
+from ..logits import bare, causal_lm, positions
 from ..weights import sharded
-from .found import as_found, bare, device_of, warn_of_cut
+from .found import as_found, device_of, warn_of_cut
 from .scoring import Autocast
 from .tasks import answered, question
 

@@ -62,13 +62,16 @@ class TaskResult:
     @property
     def kept(self) -> tuple[Estimate, Estimate]:
         """Before and after of the figure that retention compares."""
-        name = "metric" if self.metric else "token_accuracy"
-        return getattr(self.before, name), getattr(self.after, name)
+        return self.score(self.before), self.score(self.after)
 
     @property
     def change_of_score(self) -> Estimate:
         """Of that figure."""
-        return self.change.metric if self.metric else self.change.token_accuracy
+        return self.score(self.change)
+
+    def score(self, level: Level) -> Estimate:
+        """Of one moment: the task's metric, or token accuracy where it has none."""
+        return level.metric if self.metric else level.token_accuracy
 
     @property
     def undefined(self) -> bool:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..logits import Head
+from ..logits import Head, bare
 from ..specs import distinct_names
 from . import metrics, statistics
 from .drift import keep_head
-from .found import as_found, bare
+from .found import as_found
 from .greedy import answers
 from .results import Completion, Kept, Level, TaskResult
 from .scoring import Autocast, Scores, Start, score

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..examples import Example, collate
+from ..formats import IGNORED
 from ..logits import Head, forward, lm_head, refuse_other_logits, reshard, supervised
 from .drift import kl, placed, same_vocabulary
 from .found import device_of
@@ -80,7 +81,7 @@ def score(
                 refuse_other_logits(model, head, states, logits)
             states, targets = supervised(states.to(head.weight.device), batch["labels"].to(head.weight.device))
             figures = _figures(head, states, targets, now, start.hidden[n] if start else None)
-            rows = (batch["labels"][:, 1:] != -100).nonzero()[:, 0].cpu()
+            rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0].cpu()
             sums.index_add_(0, torch.tensor(order)[n * batch_size + rows], figures.cpu().double())
             if keep_hidden:
                 hidden.append(states.to("cpu", copy=True))

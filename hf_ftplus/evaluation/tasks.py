@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, UsageError
-from ..examples import IGNORED, Example, tokenize
-from ..formats import Row
+from ..examples import Example, template_options, tokenize
+from ..formats import IGNORED, Row
 from ..metric import Metric, parse
 
 Role = Literal["learn", "protect", "measure"]
-ROLES = ("learn", "protect", "measure")
+ROLES = get_args(Role)
 
 
 @dataclass
@@ -105,11 +104,8 @@ def question(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ids = list(tokenizer(text=asked)["input_ids"])
         # some tokenizers close every text, also one that goes on
         return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
     opened = tokenizer.apply_chat_template(
-        asked, tokenize=True, return_dict=True, add_generation_prompt=True, **options
+        asked, tokenize=True, return_dict=True, add_generation_prompt=True, **template_options(row)
     )
     return opened["input_ids"]
 

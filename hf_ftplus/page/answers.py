@@ -12,9 +12,14 @@ Pieces = list[tuple[str, str]]
 LINES = 60
 
 
+def cut(text: str | None, characters: int) -> str:
+    """As it may be shown, and no longer than that."""
+    return shown(text, characters, LINES).plain
+
+
 def plain(text: str | None, characters: int) -> Pieces:
     """Unmarked; control and invisible characters spelt out, cut to size."""
-    return [("", shown(text, characters, LINES).plain)]
+    return [("", cut(text, characters))]
 
 
 def differences(before: str | None, after: str | None, characters: int) -> tuple[Pieces, Pieces]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..report.text import label
+from ..report.text import is_number, label
 from . import plots
 from .read import Comparison, Run
-from .tables import is_number, mapping, mixture, of_task, spent, tasks_of
+from .tables import mapping, mixture, of_task, spent, tasks_of
 from .verdicts import seeds
 
 MOST_PANELS = 8

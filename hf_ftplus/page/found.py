@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import DataError
 from ..report import Report
 from ..report.matrix import Matrix
+from ..report.text import short
 from .read import Comparison, Run, Scores, comparison, matrix, renamed, scores
 
 KINDS = "report.json, sequence.json, eval.json or compare.json"
@@ -99,8 +100,5 @@ def _names(files: list[Path]) -> list[str]:
     """The ends of their folders' paths that tell them apart: `plain` and `ewc` of out/plain and out/ewc."""
     parents = [file.resolve().parent for file in files]
     folders = [parent.parent if parent.name == "ftplus" else parent for parent in parents]
-    for parts in range(1, max((len(folder.parts) for folder in folders), default=1) + 1):
-        names = ["/".join(folder.parts[-parts:]) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [str(file) for file in files]
+    apart = len(set(folders)) == len(folders)
+    return short([str(folder) for folder in folders]) if apart else [str(file) for file in files]

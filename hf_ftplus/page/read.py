@@ -18,6 +18,7 @@ from ..evaluation.statistics import Estimate
 from ..report import Report
 from ..report.matrix import Matrix
 from ..report.record import check
+from ..report.text import is_number
 
 FORMATS = {"eval": 1, "compare": 1}
 """Of eval.json and compare.json, as they are read here."""
@@ -203,7 +204,7 @@ def _estimate(found: dict[str, Any]) -> Estimate:
 
 
 def _number(value: Any) -> float | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+    if value is not None and not is_number(value):
         raise TypeError(f"{value!r} is no number")
     return value
 

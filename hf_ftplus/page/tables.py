@@ -10,7 +10,7 @@ from ..evaluation.results import TaskResult
 from ..evaluation.statistics import NOT_MEASURED, Estimate
 from ..report.matrix import Matrix
 from ..report.table import ordered, words_of
-from ..report.text import MISSING, UNDEFINED, label, number, percent, size
+from ..report.text import MISSING, UNDEFINED, is_number, label, number, percent, size
 from .read import Run
 
 
@@ -205,7 +205,3 @@ def matrix_rows(matrix: Matrix) -> list[dict[str, Any]]:
 def mapping(value: Any) -> Mapping[str, Any]:
     """Facts are the caller's: what is no mapping has nothing to show."""
     return value if isinstance(value, Mapping) else {}
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..report.text import MISSING, label, number, percent, size
-from .answers import differences, plain
+from .answers import cut, differences
 from .read import TAKEN, Call, Candidate, Comparison, Flip, Scores
 from .tables import Cell, cell
 
@@ -70,8 +70,8 @@ def _item(flip: Flip, models: tuple[str, str], characters: int) -> dict[str, Any
     cells = [(label(name).plain, side) for name, side in zip(models, sides, strict=True)]
     return {
         "row": flip.row,
-        "prompt": plain(said.prompt, characters)[0][1],
-        "expected": plain(said.expected, characters)[0][1],
+        "prompt": cut(said.prompt, characters),
+        "expected": cut(said.expected, characters),
         "cells": [] if said.before is said.after is None else cells,
     }
 

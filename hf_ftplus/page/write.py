@@ -16,9 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from .. import disk
 from ..errors import StorageError, escape
 from ..report.table import by_prompt
-from ..report.text import MISSING, label, number
+from ..report.text import MISSING, label, number, percent
 from . import drawn, plots
-from .answers import differences, plain
+from .answers import cut, differences, plain
 from .definitions import DEFINITIONS
 from .flat import COLUMNS, MARK, to_card, to_csv, to_markdown
 from .found import Found, find
@@ -71,13 +71,11 @@ def write(found: Found, file: Path, command: str) -> Path:
     """
     texts = {file: page(found, command)}
     texts |= {file.with_suffix(".md"): to_markdown(found, command), file.with_suffix(".csv"): to_csv(found)}
-    try:
+    with disk.attempt(file, "another --out"):
         for path in texts:
             _refuse_foreign(path)
         for path, text in texts.items():
             disk.write(path, text)
-    except OSError as error:
-        raise StorageError(f"{file} cannot be written: {error.strerror}. Choose another --out.") from error
     return file
 
 
@@ -144,12 +142,9 @@ def _sequence(name: str, matrix: Any) -> dict[str, Any]:
 def _mixture(place: int, run: Run) -> dict[str, Any]:
     shares = mixture(run.report.facts)
     tasks = list(dict.fromkeys(task for of in shares.values() for task in of))
-    rows = [(label(task).plain, *(_share(shares.get(of, {}).get(task)) for of in ("rows", "tokens"))) for task in tasks]
+    parts = [shares.get(of, {}) for of in ("rows", "tokens")]
+    rows = [(label(task).plain, *(percent(part.get(task)) for part in parts)) for task in tasks]
     return {"place": place, "run": label(run.name).plain, "rows": rows}
-
-
-def _share(value: float | None) -> str:
-    return "n/m" if value is None else f"{100 * value:.1f}"
 
 
 def _made(run: Run) -> dict[str, Any]:
@@ -200,7 +195,7 @@ def _item(rows: list[Any], said: list[Completion | None], characters: int) -> di
         cells.append((f"{place} {name}" if len(rows) > 1 else name, after))
     return {
         "row": None,
-        "prompt": plain(first.prompt, characters)[0][1],
-        "expected": plain(first.expected, characters)[0][1],
+        "prompt": cut(first.prompt, characters),
+        "expected": cut(first.expected, characters),
         "cells": cells,
     }

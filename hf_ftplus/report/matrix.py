@@ -170,7 +170,7 @@ class Matrix:
 def _figure(level: Level | None, task: TaskResult | None, loss: bool) -> float | None:
     if level is None or task is None:
         return None
-    return (level.loss if loss else getattr(level, "metric" if task.metric else "token_accuracy")).value
+    return (level.loss if loss else task.score(level)).value
 
 
 def _incomparable(names: list[str], stages: list[str], found: list[dict[str, TaskResult]]) -> list[str]:

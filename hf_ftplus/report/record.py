@@ -16,6 +16,7 @@ from ..disk import read_json, write
 from ..errors import DataError, StorageError
 from ..evaluation.results import TaskResult
 from .table import completions_view, table
+from .text import is_number
 
 FORMAT = 1
 """Raised when a reader of older reports would misread newer ones."""
@@ -124,7 +125,7 @@ def check(report: Report) -> None:
         for estimate in (*levels, task.drift, task.retention):
             figures += vars(estimate).values()
         for value in figures:
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if value is not None and not is_number(value):
                 raise TypeError(f"{task.name}: {value!r} is no number")
         for text in (
             task.name,

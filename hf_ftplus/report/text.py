@@ -78,11 +78,16 @@ def retention(result: TaskResult) -> str:
 
 def size(count: float) -> str:
     """`540 B`, `1.1 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
-    raise AssertionError
+    return f"{count:.1f} GB"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a figure, which `True` is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def csv_text(lines: Iterable[Sequence[Any]]) -> str:
@@ -100,3 +105,13 @@ def safe_cell(value: Any) -> Any:
     if value is None or isinstance(value, (int, float)):
         return value
     return RUNS.sub(r"\1'\2", label(value, characters=200).plain)
+
+
+def short(names: list[str]) -> list[str]:
+    """The ends of names that tell them apart: `plain`, `ewc` for `out/plain`, `out/ewc`."""
+    most = max((name.count("/") for name in names), default=0) + 1
+    for parts in range(1, most + 1):
+        ends = ["/".join(name.rstrip("/").split("/")[-parts:]) for name in names]
+        if len(set(ends)) == len(set(names)):
+            return ends
+    return names

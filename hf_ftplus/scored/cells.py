@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from .. import disk
-from ..errors import StorageError
 from ..evaluation.runner import Moment
 from ..evaluation.scoring import Scores
 from ..report.record import strict
@@ -34,12 +33,8 @@ class Cells:
 
     def put(self, key: str, value: Any) -> None:
         text = json.dumps(strict(value), ensure_ascii=False, allow_nan=False)
-        try:
+        with disk.attempt(self._file(key), "another --cache"):
             disk.write(self._file(key), text)
-        except OSError as error:
-            raise StorageError(
-                f"{self._file(key)} cannot be written: {error.strerror}. Choose another --cache."
-            ) from None
 
     def moment(self, key: str) -> Moment | None:
         found = self.get(key)

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from .. import disk
-from ..errors import DataError, StorageError, UsageError
+from ..errors import DataError, UsageError
 from ..evaluation.metrics import graded
 from ..evaluation.runner import REASONED
 from ..evaluation.tasks import expected, opening
@@ -75,11 +75,9 @@ def export(plan: Plan, folder: Path) -> list[str]:
         raise together(faults)
     for fault in faults:
         logger.warning("%s", fault)
-    try:
+    with disk.attempt(f"--export {folder}", "another folder"):
         for name, text in texts.items():
             disk.write(folder / name, text)
-    except OSError as error:
-        raise StorageError(f"--export {folder} cannot be written: {error.strerror}. Choose another folder.") from error
     return [name for name in places.values() if f"{name}.yaml" in texts]
 
 

@@ -23,7 +23,7 @@ import torch
 
 from ..errors import DataError, FTPlusError, UsageError, nearest, reason
 from ..evaluation.found import as_found
-from ..measured import places
+from ..row_checks import places
 from ..trained import Trained
 from . import content
 

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .. import disk
-from ..errors import DataError, StorageError
+from ..errors import DataError
 from ..evaluation import EvalTask, Evaluation, TaskResult, statistics
 from ..evaluation.results import Level
 from ..evaluation.runner import Moment
@@ -217,20 +217,18 @@ def save(judgement: Judgement, folder: Path) -> Path:
     Raises:
         StorageError: the folder cannot be written.
     """
-    try:
+    with disk.attempt(f"--out {folder}", "another folder"):
         for number, (name, model) in enumerate(zip(judgement.scored.plan.models, judgement.models, strict=True)):
             for i, judged in enumerate(model):
                 rows = [strict({"row": place, **row}) for place, row in enumerate(judged.rows)]
                 lines = (json.dumps(row, allow_nan=False) for row in rows)
-                _write(folder / rows_file(name, number, judged, i), "\n".join(lines))
+                disk.write(folder / rows_file(name, number, judged, i), "\n".join(lines) + "\n")
         facts = to_dict(judgement)
-        _write(folder / "eval.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False))
+        disk.write(folder / "eval.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         named = {folder / entry["rows_file"] for model in facts["results"] for entry in model}
         for file in (folder / "rows").glob("*.jsonl"):  # of other models or tasks, scored into this folder before
             if file not in named and ROWS_FILE.fullmatch(file.name):
                 file.unlink()
-    except OSError as error:
-        raise StorageError(f"--out {folder} cannot be written: {error.strerror}. Choose another folder.") from error
     return folder / "eval.json"
 
 
@@ -241,10 +239,6 @@ def rows_file(model: str, number: int, judged: Judged, i: int) -> str:
         for name in (model, judged.result.name)
     )
     return f"rows/{number + 1}-{model}.{i + 1}-{task}.jsonl"
-
-
-def _write(file: Path, text: str) -> None:
-    disk.write(file, text + "\n")
 
 
 def _rows(task: EvalTask, moment: Moment, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:

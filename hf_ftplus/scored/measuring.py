@@ -22,7 +22,7 @@ from ..evaluation.drift import keep_head
 from ..evaluation.found import as_found
 from ..evaluation.runner import TOGETHER, Moment
 from ..evaluation.scoring import Start, score
-from ..examples import Example, tokenize
+from ..examples import Example, supervised_in, tokenize
 from ..generate import self_generate
 from ..logits import lm_head
 from ..model import cache
@@ -232,7 +232,7 @@ def relaid(start: Start | None, examples: list[Example], size: int) -> Start | N
     if start is None:
         return None
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
-    counts = [sum(label != -100 for label in example["labels"][1:]) for example in ordered]
+    counts = list(map(supervised_in, ordered))
     parts = [sum(counts[place : place + size]) for place in range(0, len(counts), size)]
     return Start(start.head, list(torch.cat(start.hidden).split(parts)))
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..config import DEFAULTS, _metrics
+from ..config import DEFAULTS, metrics_of
 from ..errors import FTPlusError, UsageError
 from ..evaluation.tasks import Role
 from ..evaluation.verdict import MARGIN
-from ..measured import HELD_OUT, hold_out, spread
+from ..measured import HELD_OUT, hold_out
+from ..row_checks import spread
 from ..rows import noting, of_column, together
 from ..specs import TaskSpec, distinct_names, parse_all
 from ..tasks import read
@@ -87,7 +88,7 @@ def asked(ours: dict[str, Any], others: bool = False, text: str | None = None) -
     names = list(dict.fromkeys([*own, *other]))
     if not (names or others):
         raise UsageError("There is nothing to measure. Type --measure NAME=DATA, or --config FILE with tasks: in it.")
-    metrics = {task.name: task.metric for task in tasks} | _metrics(ours.get("metric", ()), names)
+    metrics = {task.name: task.metric for task in tasks} | metrics_of(ours.get("metric", ()), names)
     written = next((name for name, spec in own.items() if spec.generate), None)
     return [
         Asked(

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from ..evaluation.statistics import Estimate
 from ..report.table import COLOURS, add, grid_of, words_of
-from ..report.text import label, number, percent
+from ..report.text import label, number, percent, short
 from .judged import Judged, Judgement, speeds
 
 STYLES = {"lost": "bold red", "gained": "bold green", "kept": "green", "not resolved": "yellow", "not measured": "dim"}
@@ -72,13 +72,3 @@ def _notes(judgement: Judgement) -> list[Text]:
     results = [judged.result for model in judgement.models for judged in model]
     found = dict.fromkeys((result.name, note) for result in results for note in result.notes)
     return [Text.assemble(label(name), ": ", label(note, characters=200), style="yellow") for name, note in found]
-
-
-def short(names: list[str]) -> list[str]:
-    """The ends of names that tell them apart: `plain`, `ewc` for `out/plain`, `out/ewc`."""
-    most = max(name.count("/") for name in names) + 1
-    for parts in range(1, most + 1):
-        ends = ["/".join(name.rstrip("/").split("/")[-parts:]) for name in names]
-        if len(set(ends)) == len(set(names)):
-            return ends
-    return names

@@ -66,10 +66,8 @@ def write(folder: Path, base: Base) -> None:
         StorageError: it cannot be written.
     """
     text = json.dumps(asdict(base), indent=1)
-    try:
+    with disk.attempt(folder / FILE, "another folder"):
         disk.write(folder / FILE, text)
-    except OSError as error:
-        raise StorageError(f"{folder / FILE} cannot be written: {error.strerror}. Choose another folder.") from error
 
 
 def read(folder: Path) -> Base | None:

@@ -51,10 +51,8 @@ def push(folder: Path, repo: str, *, base: str | None = None, private: bool = Fa
     elif base and base != known.name:
         known = replace(known, name=base)
         bases.write(folder, known)
-    try:
+    with disk.attempt(folder / CARD, "another folder"):
         (folder / CARD).write_text(card(known, repo, sizes), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{folder / CARD} cannot be written: {error.strerror or error}.") from error
     with said_of(repo):
         api = HfApi(library_name="hf_ftplus")
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id

@@ -102,8 +102,8 @@ def check(plan: Plan) -> dict[str, str]:
     from ..foreseen import refuse_foreseen
     from ..model import DEMO, to_train
     from ..refusals import refuse
+    from ..row_checks import len_of, parts, row_count
     from ..rows import find
-    from ..run import len_of
     from .reservoir import pool
 
     counts, pools = {}, {str(plan.pool(stage)) for stage in plan.stages}
@@ -126,7 +126,7 @@ def check(plan: Plan) -> dict[str, str]:
             for name, found in rows.measured.items():
                 if found.column_names == ["prompt"] and name in (stage.measured_as, *plan.measure):
                     _only_questions(plan, stage, name)
-            learn = list(rows.learn.values()) if isinstance(rows.learn, dict) else [rows.learn]
+            learn = parts(rows.learn)
             if plan.keep and not plan.is_last(stage) and any(task.streaming for task in config.tasks):
                 raise UsageError(
                     "Which rows of a streamed task were trained on is not known, so none can be kept of it. Type keep: "
@@ -134,8 +134,7 @@ def check(plan: Plan) -> dict[str, str]:
                 )
             if plan.keep and isinstance(learn[0], Dataset):
                 pool(learn[0].select([0]), config, 1, 0, stage.name)
-            known = all(isinstance(rows, Dataset) for rows in learn)
-            refuse_other_pool(plan, stage, sum(map(len, learn)) if known else None)
+            refuse_other_pool(plan, stage, row_count(rows.learn))
             note_measured(plan, stage)
             counts[stage.name] = " + ".join(map(len_of, learn))
     return counts

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import DataError, IncompatibleError, UsageError
+from ..formats import IGNORED
 from ..hookspecs import hookimpl
 from ..strategy import Batch, Run, Strategy, setting
 
@@ -99,7 +100,7 @@ class Distill(Strategy):
 
     def refuse(self, run: Run | None) -> None:
         """A teacher that is not there or has other tokens, nothing to protect, and adapters that add virtual tokens."""
-        from ..teacher import config_of, tokenizer_of
+        from ..teacher import config_of, fitting_tokenizer
 
         if self.strength == 0:
             return
@@ -109,7 +110,7 @@ class Distill(Strategy):
             if run is None:
                 config_of(self.teacher)
             else:
-                tokenizer_of(self.teacher, run.tokenizer)
+                fitting_tokenizer(self.teacher, run.tokenizer)
 
     def preview(self, run: Run) -> dict[str, float]:
         """Bytes of the teacher, or of its answers to the protect data, and the seconds it takes to have them."""
@@ -128,7 +129,7 @@ class Distill(Strategy):
             teacher = self._starting(run)
             kept = Answers(cache_folder() / "teacher" / key_of_answers(teacher, run, self.top_k, self.temperature))
             wanted = [batch for batch in self._protect(run) if kept.lacks(batch)]
-            tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in wanted)
+            tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in wanted)
             seconds = seconds_to_ask(teacher, wanted, run, self.top_k, self.temperature)
             return {**rows, "bytes": tokens * bytes_per_token(self.top_k), "seconds": seconds}
         cost = {**rows, "seconds": 0.0}

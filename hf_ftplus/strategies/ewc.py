@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import DataError, IncompatibleError
+from ..formats import IGNORED
 from ..hookspecs import hookimpl
 from ..strategy import Run, Strategy, setting
 
@@ -190,7 +191,7 @@ class EWC(Strategy):
                 "ewc: the training rows are not tokens and labels, so the next run gets no importances of what this "
                 "one learns, only those of the protect data"
             )
-        elif not any((batch["labels"][:, 1:] != -100).any() for batch in batches):
+        elif not any((batch["labels"][:, 1:] != IGNORED).any() for batch in batches):
             raise DataError(
                 f"ewc would remember what the first {self.rows} training rows teach, but none of their tokens is "
                 f"supervised. Shuffle the rows, look at more of them (--set ewc.rows=N), or {advice}."

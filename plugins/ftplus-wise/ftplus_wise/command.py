@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
 
 from hf_ftplus.cli.generate import device_option, dtype_option
+from hf_ftplus.compat import no_bars_unseen
 from hf_ftplus.errors import DataError, UsageError
 
 
@@ -66,16 +66,13 @@ def repair(
             "There is nothing to repair for. Type --protect FILE, or --protect self:64: the base writes it."
         )
 
-    from transformers.utils import logging
-
     from hf_ftplus.specs import TaskSpec, distinct_names, parse_all
 
     from .curve import table
     from .repair import repair as mend
     from .repair import shown
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    no_bars_unseen()
     spec, kept = TaskSpec.parse(learn), parse_all(protect)
     if spec.generate:
         raise UsageError("--learn self:N is what the base says already. Give held-out rows of what the model learnt.")

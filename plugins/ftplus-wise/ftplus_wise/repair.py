@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_ftplus import Run
-from hf_ftplus.disk import refuse_full
-from hf_ftplus.errors import DataError, IncompatibleError, StorageError, UsageError
+from hf_ftplus.disk import attempt, refuse_full
+from hf_ftplus.errors import DataError, IncompatibleError, UsageError
 from hf_ftplus.examples import collate, tokenize
 from hf_ftplus.generate import pad_id, self_generate
 from hf_ftplus.model import resolve
@@ -203,11 +203,9 @@ def _without_intruders(model: Any, key: str, layers: list[nn.Module], mitigation
 
 
 def _save(it: Trained, out: Path) -> None:
-    try:
+    with attempt(f"--out {out}"):
         it.model.save_pretrained(out)
         it.tokenizer.save_pretrained(out)
-    except OSError as error:
-        raise StorageError(f"--out {out} cannot be written: {error.strerror or error}. Choose another.") from error
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
