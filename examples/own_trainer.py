@@ -26,7 +26,8 @@ class FocalTrainer(Trainer):
         outputs = model(**inputs)
         logits, labels = outputs.logits[:, :-1].flatten(0, 1).float(), inputs["labels"][:, 1:].flatten()
         each = cross_entropy(logits, labels, reduction="none", ignore_index=-100)
-        loss = ((1 - torch.exp(-each)) ** 2 * each).sum() / num_items_in_batch
+        # the count is of all processes, over which gradients are averaged
+        loss = ((1 - torch.exp(-each)) ** 2 * each).sum() / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
 

@@ -205,7 +205,7 @@ def cost(strategy: Strategy, state: float, model: Model, layout: Layout, config:
     if strategy.name == "ewc":
         if lora and layout.sharding in IN_SHARDS:
             raise IncompatibleError("ewc cannot hold a LoRA adapter under FSDP2; use sharding=ddp.")
-        return scaling.ewc(model, layout, state, strategy.rows, strategy.remember, lora)
+        return scaling.ewc(model, layout, state, strategy.rows * max(1, len(config.protect)), strategy.remember, lora)
     if strategy.name == "si":
         return scaling.si(model, layout, state, memory=bool(config.memory))
     if strategy.name == "distill":

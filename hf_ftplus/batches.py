@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from . import data
@@ -164,13 +165,15 @@ class LearnBatches(Sequence):
         start = range(0, self.rows, self.size)[index]
         with torch.random.fork_rng(devices=[]):  # a collator that masks at random takes nothing from training
             batch = self.collate([self.dataset[i] for i in range(start, min(start + self.size, self.rows))])
-        return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        tensors = batch.items() if isinstance(batch, Mapping) else ()  # of GRPO, a list of rows
+        return {key: value for key, value in tensors if isinstance(value, Tensor)}
 
 
 def learn_batches(dataloader: Any, batch_size: int, rows: int) -> Sequence[dict[str, Tensor]]:
     """Micro-batches of the first `rows` training rows; none when the rows are not tokens and labels (DPO, streams)."""
     dataset = getattr(dataloader, "dataset", None)
-    if not hasattr(dataset, "__len__"):  # a stream; torch gives every dataset a __getitem__
+    # torch gives every dataset a __getitem__, and accelerate every shard of a stream a __len__
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return []
     batches = LearnBatches(dataset, dataloader.collate_fn, batch_size, min(rows, len(dataset)))
     return batches if batches and {"input_ids", "labels"} <= batches[0].keys() else []

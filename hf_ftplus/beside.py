@@ -2,7 +2,8 @@
 
 A loss on protect tokens reads `share` of a protect row for each learn row. Drawn by the place of the learn row among
 all rows of the optimizer step, these are the same at any split of the step into micro-batches and processes, and after
-a resume.
+a resume; but where rows are packed, so that processes hold different numbers of them at a time: places are then guessed
+from a process's own, and two of them may draw alike.
 """
 
 from __future__ import annotations

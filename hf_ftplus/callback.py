@@ -26,7 +26,7 @@ from .hookspecs import HOST
 from .logits import causal_lm
 from .mixture import check_drawn, rows_drawn
 from .plugins import origin, resolve
-from .refusals import refuse, refuse_parts
+from .refusals import refuse, refuse_encoder_decoder, refuse_parts
 from .specs import as_tasks
 from .strategy import Memory, Run, Strategy, acts_on_gradients
 from .tensorfile import whole
@@ -64,6 +64,10 @@ class StrategyCallback(TrainerCallback):
         self.run: Run | None = None
         self.around: Around | None = None
         """Under DeepSpeed, what gives strategies their moments."""
+        self.added = False
+        """Whether what strategies add to the loss was asked for, in this training."""
+        self.folder: Path | None = None
+        """Where training writes, if that is not `output_dir`."""
         self.resumed_from: str | None = None
         self.learn_rows: int | None = None
         """Learn rows with which the training set begins, where protect rows follow them."""
@@ -125,7 +129,7 @@ class StrategyCallback(TrainerCallback):
         """
         from .shared.base import check
 
-        source = str(getattr(causal_lm(model).config, "_name_or_path", "") or "")
+        source = str(getattr(getattr(causal_lm(model), "config", None), "_name_or_path", "") or "")
         if self.memory is not None and source and Path(source).is_dir():
             check(self.memory, source)
 
@@ -158,7 +162,9 @@ class StrategyCallback(TrainerCallback):
     def _sight(self, model: torch.nn.Module, args: TrainingArguments, tokenizer: Any) -> Run:
         """The Run before a row is read: its protect tasks have names only."""
         refuse_parts(self.strategies, model, args)
-        out = Path(args.output_dir) / STATE_FOLDER / "memory"
+        if self.protect is not None or self.acting("mix") or self.acting("token_loss"):
+            refuse_encoder_decoder(model, [strategy.name for strategy in self.strategies])
+        out = Path(self.folder or args.output_dir) / STATE_FOLDER / "memory"
         return Run(
             model=model,
             weights=trainable(model),
@@ -200,6 +206,11 @@ class StrategyCallback(TrainerCallback):
     ) -> None:
         if not self.strategies:
             return
+        if state.is_hyper_param_search and not self.within_trainer:
+            raise IncompatibleError(
+                "A callback is not told the folder of a trial of hyperparameter_search. Use hf_ftplus.attach(trainer, "
+                f"{', '.join(repr(strategy.name) for strategy in self.strategies)}, ...) instead."
+            )
         self._alone(state)
         checkpoint = self._checkpoint(args, state) if state.global_step else None
         mixed = self.run.protect if self.run and self.acting("mix") else None
@@ -210,7 +221,7 @@ class StrategyCallback(TrainerCallback):
                 "The protect text among the training rows was written by other weights than those that the run began "
                 "with. Make the trainer with the starting model; resume_from_checkpoint brings the trained weights."
             )
-        run.step, self._saved = state.global_step, None
+        run.step, self._saved, self.added = state.global_step, None, False
         if under_deepspeed(args) and any(map(acts_on_gradients, self.strategies)):
             before = partial(self._before_step, args, state, lr_scheduler)
             after = self._after_step if self.acting("after_step") else None
@@ -255,6 +266,12 @@ class StrategyCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
+        if self.run and not self.added and (silent := self.acting("token_loss")):
+            raise IncompatibleError(
+                f"{silent[0].name} adds to the loss, and was never asked: this trainer computes its loss past "
+                "hf_ftplus, in a compute_loss or training_step of its own. Call super().compute_loss() there; or, of a "
+                "class that replaces only compute_loss, attach() strategies to an instance."
+            )
         if self.run and self.around is None:
             acting = [it.name for it in self.strategies if acts_on_gradients(it)]
             if acting and all(weight.grad is None for weight in self.run.weights.values()):
@@ -265,6 +282,7 @@ class StrategyCallback(TrainerCallback):
                 )
             if acting and not args.max_grad_norm:
                 unscale(optimizer)
+            self._scale = scale_of(optimizer) if self.acting("after_step") else None
             self._before_step(args, state, lr_scheduler)
 
     def on_optimizer_step(
@@ -275,8 +293,15 @@ class StrategyCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if self.run and self.around is None and not getattr(optimizer, "step_was_skipped", False):
+        if self.run and self.around is None and not self._skipped(optimizer):
             self._after_step()
+
+    def _skipped(self, optimizer: Any) -> bool:
+        """Whether fp16 overflowed: accelerate does not see it of an optimizer whose fused step skips by itself, but the
+        loss scale falls."""
+        return getattr(optimizer, "step_was_skipped", False) or (
+            self._scale is not None and scale_of(optimizer) < self._scale
+        )
 
     @torch.no_grad()
     def _before_step(self, args: TrainingArguments, state: TrainerState, lr_scheduler: Any) -> None:
@@ -381,6 +406,8 @@ class StrategyCallback(TrainerCallback):
             settings = state.settings_of(self.strategies)
             state.save_checkpoint(folder, self.states(), self.run.model, step, settings=settings, **facts)
 
+    _scale: float | None = None
+    """Loss scale of fp16 before the step, where anybody acts after it."""
     _saved: Path | None = None
     _plugins: dict[str, tuple[str, str]] | None = None
 
@@ -430,6 +457,12 @@ def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)  # accelerate's, too
     return partial(torch.autocast, args.device.type, dtype) if dtype else nullcontext
+
+
+def scale_of(optimizer: Any) -> float | None:
+    """fp16's loss scale; None without one. Waits for the device."""
+    scaler = getattr(optimizer, "scaler", None)
+    return None if scaler is None else scaler.get_scale()
 
 
 def unscale(optimizer: Any) -> None:

@@ -279,7 +279,7 @@ def _still_asked(ours: dict[str, Any], yaml: dict[str, Any]) -> Iterator[str]:
     from .specs import parse_all
 
     before = {spec.name for spec in parse_all(_listed(yaml["measure"]))}
-    still = {"learn", *(spec.name for spec in parse_all([*ours["measure"], *ours.get("protect", ())]))}
+    still = {"learn", *(spec.name for key in ("measure", "protect") for spec in parse_all(ours.get(key, ())))}
     for text in _listed(yaml["metric"]):
         if text.partition("=")[0] not in before - still:
             yield text

@@ -15,6 +15,7 @@ take 1.6 (head trained) to 2.4 times as long (256 tokens, d 576, V 49152).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from .logits import Head
 
-ELEMENTS = 2**23
-"""Logits of one model held at a time: 32 MB in fp32; four such tables are in use at once."""
+ELEMENTS, DEVICE_ELEMENTS = 2**23, 2**25
+"""Logits of one model held at a time: on a CPU 32 MB in fp32, elsewhere 128; four such tables are in use at once."""
+FAR = 20.0
+"""log q - log p above which terms of the KL are summed in a way that cannot overflow."""
 
 Compare = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """`compare(part, z)`: KL [n] at positions `part`, and q - p [n, V]; z are the student's logits / T, its to spoil."""
@@ -55,8 +58,9 @@ def forward_kl(
     def compare(part: slice, z: Tensor) -> tuple[Tensor, Tensor]:
         log_p, log_q = _tempered(theirs(teacher_hidden[part]), temperature).log_softmax(-1), z.log_softmax(-1)
         p = log_p.exp()
-        kl = _kl(p, torch.sub(log_q, log_p, out=log_p))
-        return kl, log_q.exp_().sub_(p)
+        x = torch.sub(log_q, log_p, out=log_p)
+        q = log_q.exp_()
+        return _kl(p, q, x), q.sub_(p)
 
     return _summed(hidden, head, compare, temperature, weights)
 
@@ -80,7 +84,7 @@ def bucketed_kl(
         kept, log_p = tokens[part].long(), log_probs[part].float().log_softmax(-1)  # rounded on disk: sum to 1 again
         log_q, log_z = _outcomes(z, kept)  # leaves -inf in z at the kept tokens
         p, q = log_p.exp(), log_q.exp()
-        kl = _kl(p, torch.where(p > 0, log_q - log_p, 0.0)) + torch.where(p > 0, 0.0, q).sum(-1)
+        kl = _kl(p, q, torch.where(p > 0, log_q - log_p, 0.0))
         g = z.sub_(log_z).exp_().mul_(torch.where(q[:, -1:] > 0, 1 - p[:, -1:] / q[:, -1:], 0.0))
         return kl, g.scatter_(-1, kept, (q - p)[:, :-1])
 
@@ -94,11 +98,15 @@ def likeliest(hidden: Tensor, head: Head, count: int, *, temperature: float = 1.
     count = min(count, head.weight.shape[0])
     tokens = torch.empty(len(hidden), count, dtype=torch.int32, device=hidden.device)
     log_probs = torch.empty(len(hidden), count + 1, dtype=torch.float16, device=hidden.device)
-    for part in head.chunks(len(hidden), ELEMENTS):
+    for part in head.chunks(len(hidden), _elements(hidden.device)):
         z = _tempered(head(hidden[part]), temperature)
         kept = z.topk(count, dim=-1).indices
         tokens[part], log_probs[part] = kept.int(), _outcomes(z, kept)[0].half()
     return tokens, log_probs
+
+
+def _elements(device: torch.device) -> int:
+    return ELEMENTS if device.type == "cpu" else DEVICE_ELEMENTS
 
 
 def fused(device: torch.device) -> bool:
@@ -151,7 +159,7 @@ class _Summed(torch.autograd.Function):
             torch.zeros(tensor.shape, device=device) if tensor is not None and needed else None
             for tensor, needed in zip((hidden, weight, bias), wanted, strict=False)
         ]
-        for part in ours.chunks(len(hidden), ELEMENTS):
+        for part in ours.chunks(len(hidden), _elements(device)):
             states = hidden[part].to(dtype)
             z = ours(states)
             slope = None if ours.softcap is None else 1 - (z / ours.softcap).square_()
@@ -187,13 +195,15 @@ def _in_compute_dtype(head: Head, hidden: Tensor) -> Head:
     return replace(head, weight=head.weight.detach().to(dtype), bias=bias)
 
 
-def _kl(p: Tensor, x: Tensor) -> Tensor:
+def _kl(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
     """sum_v p_v (e^x_v - 1 - x_v) with x = log q - log p: the KL, since p and q sum to 1, but no term is negative.
 
     The textbook sum of p log(p / q) cancels down to the rounding of two logarithms, 1e-7 nats either side of zero,
     which is all there is near the start.
     """
-    return torch.expm1(x).sub_(x).mul_(p).sum(-1)  # vecdot would be a product in bf16 under autocast
+    near = torch.expm1(x.clamp(max=FAR)).sub_(x).mul_(p)  # vecdot would be a product in bf16 under autocast
+    far = torch.add(q, p, alpha=-math.exp(FAR)).relu_()  # what p e^x has beyond e^FAR, where it would overflow
+    return near.add_(far).sum(-1)
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

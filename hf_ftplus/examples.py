@@ -30,6 +30,11 @@ MULTIPLE = 16
 """Widths of micro-batches are multiples of this: allocators and compiled kernels keep something for every new shape."""
 
 
+PROBE = "what is said"
+_IN_BLOCKS: dict[str, bool] = {}
+"""Answers of `in_blocks`, by template."""
+
+
 @dataclass
 class Tokenized:
     """Examples that carry loss, and which rows they came from."""
@@ -161,6 +166,32 @@ def _assistant_turns(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -
     return {"input_ids": ids, "labels": labels}
 
 
+def rendered(messages: list[Row], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    """`apply_chat_template`, also of a model of text and images, whose template may read contents in blocks alone: of
+    a string it would show nothing."""
+    if in_blocks(tokenizer):
+        messages = [
+            {**it, "content": [{"type": "text", "text": it["content"]}]} if isinstance(it.get("content"), str) else it
+            for it in messages
+        ]
+    return tokenizer.apply_chat_template(messages, **options)
+
+
+def in_blocks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its chat template shows what stands in blocks, and nothing of a string."""
+
+    def shows(content: Any) -> bool:
+        try:
+            return PROBE in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except Exception:  # jinja errors, and whatever a template's own raise_exception or a filter raises
+            return False
+
+    template = str(tokenizer.chat_template)
+    if template not in _IN_BLOCKS:
+        _IN_BLOCKS[template] = not shows(PROBE) and shows([{"type": "text", "text": PROBE}])
+    return _IN_BLOCKS[template]
+
+
 def template_options(row: Row) -> Row:
     """What a row says to its chat template besides the messages."""
     tools = row.get("tools")
@@ -177,9 +208,8 @@ def _rendered(
             "--chat_template_path, or give prompt and completion as strings."
         )
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=generation, **template_options(row)
-        )["input_ids"]
+        options = {"add_generation_prompt": generation, **template_options(row)}
+        return rendered(messages, tokenizer, tokenize=True, return_dict=True, **options)["input_ids"]
     except Exception as error:  # jinja errors, and whatever a template's own raise_exception or a filter raises
         roles = ", ".join(str(message.get("role")) for message in messages) or "no turn before the assistant's"
         raise DataError(

@@ -28,6 +28,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from .data import load
 from .disk import write
 from .errors import DataError, UsageError
+from .examples import rendered
 from .fingerprint import architecture, fingerprint, tokenizer_fingerprint
 from .formats import Row
 from .logits import causal_lm, evaluating, positions, reshard
@@ -143,7 +144,7 @@ def _batch(write: Write, tokenizer: PreTrainedTokenizerBase, size: int, how: Sam
     header, stop = open_user_turn(tokenizer)
     requests = _fresh(write([header] * size, how.request_tokens, stop), seen)
     chats = [[{"role": "user", "content": request}] for request in requests]
-    openings = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    openings = [rendered(chat, tokenizer, tokenize=False, add_generation_prompt=True) for chat in chats]
     answers = write(openings, how.max_new_tokens, "") if openings else []
     return [
         {"prompt": chat, "completion": [{"role": "assistant", "content": answer}]}
@@ -154,7 +155,7 @@ def _batch(write: Write, tokenizer: PreTrainedTokenizerBase, size: int, how: Sam
 
 def open_user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The chat template up to where the user's words begin, and what it writes right after them."""
-    whole = tokenizer.apply_chat_template([{"role": "user", "content": USER}], tokenize=False)
+    whole = rendered([{"role": "user", "content": USER}], tokenizer, tokenize=False)
     header, found, after = whole.partition(USER)
     if not found:
         raise DataError(
@@ -232,7 +233,9 @@ class Nucleus(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
 
     def _draw(self, likely: Tensor, tokens: Tensor) -> Tensor:
-        nucleus = torch.where(likely.cumsum(-1) - likely < self.top_p, likely, 0.0)
+        summed = likely.cpu() if torch.are_deterministic_algorithms_enabled() else likely  # CUDA has no such cumsum
+        before = summed.cumsum(-1).to(likely.device) - likely
+        nucleus = torch.where(before < self.top_p, likely, 0.0)
         return tokens.gather(-1, torch.multinomial(nucleus, 1))
 
 

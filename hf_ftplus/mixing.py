@@ -19,16 +19,20 @@ from typing import Any
 
 import trl
 from datasets import Dataset, IterableDataset
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from .errors import DataError, FTPlusError, IncompatibleError, PluginError, escape, reason
 from .mixture import MixtureSampler, table
 from .pools import KEPT, Pools, endless, interleaved, learn_tasks, together
+from .refusals import zero_stage
 from .specs import TaskSpec, as_tasks
 from .strategy import Run
 
 logger = logging.getLogger("hf_ftplus")
+
+TRIED = 64
+"""Protect rows among which one of another length is looked for."""
 
 
 class MixingMixin:
@@ -50,6 +54,7 @@ class MixingMixin:
                 "Rows are mixed before training starts, and under FSDP the model can write none until then. Give "
                 "protect data that exists instead of self:N."
             )
+        on_its_device(self)
         run = self.ftplus.setup(self.model, self.args, self.processing_class, None)
         pack = partial(packed, args=self.args) if getattr(self.args, "packing", False) else None
         pools = Pools(self._streams or self.train_dataset, run.protect, pack)
@@ -68,6 +73,8 @@ class MixingMixin:
             refuse_mixing(self.args, pools, self._signature_columns)
             self.train_dataset, self._mixture = pools.mixed(shares, seed_of_order(self.args))
             self.ftplus.learn_rows = rows or None
+            if self._mixture is not None and run.protect:
+                refuse_collator(self.data_collator, self.train_dataset, rows)
         epoch = sum(task.drawn for task in run.tasks.values())
         logger.info(table(run.tasks, planned_rows(self.args, epoch) / epoch))
 
@@ -84,6 +91,14 @@ class MixingMixin:
             # so that a run that is resumed within a later epoch would have the rows of the first
             self._mixture.set_epoch(epoch)
         super()._run_epoch(model, epoch, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._mixture is not None and not self._mixture.begun:
+            raise IncompatibleError(
+                f"Rows are drawn in another order than that of the mixture: this {type(self).__name__} has a "
+                "get_train_dataloader, or a _get_train_sampler, of its own. Call super() there."
+            )
+        return super().training_step(*args, **kwargs)
 
     def num_examples(self, dataloader: Any) -> int:
         """Rows of an epoch: of a mixture those that are drawn, not all that there are."""
@@ -180,6 +195,18 @@ def refuse_without_assistant(learn: dict[str, Any]) -> None:
             )
 
 
+def on_its_device(trainer: Trainer) -> None:
+    """Put the model where it will train, before anything is asked of it.
+
+    Under DeepSpeed, or with bf16_full_eval, the Trainer does so only when training starts: until then a model would
+    write and be measured on the CPU, in another precision than after it.
+    """
+    apart = trainer.is_fsdp_enabled or trainer.is_model_parallel or zero_stage(trainer.args) == 3
+    waits = not trainer.place_model_on_device and trainer.args.place_model_on_device is not False
+    if waits and not apart and not getattr(trainer.model, "is_quantized", False):
+        trainer._move_model_to_device(trainer.model, trainer.args.device)
+
+
 def refuse_mixing(args: TrainingArguments, pools: Pools, wanted: Iterable[str] | None) -> None:
     """Raise where the order or the columns of the training rows are not ours to choose.
 
@@ -203,6 +230,29 @@ def refuse_mixing(args: TrainingArguments, pools: Pools, wanted: Iterable[str] |
             f"The model is given {', '.join(lost)} of each training row, which protect rows do not have. Expected rows "
             f"of {', '.join(KEPT[:3])} alone."
         )
+
+
+def refuse_collator(collate: Any, rows: Dataset, learnt: int) -> None:
+    """Raise where micro-batches cannot hold a learn row beside a protect row of another length.
+
+    Args:
+        collate: what makes micro-batches of rows.
+        rows: `learnt` learn rows, and protect rows behind them.
+        learnt: how many.
+    """
+    rows = rows.select_columns([name for name in rows.column_names if name in KEPT])
+    first = rows[0]
+    others = (rows[place] for place in range(learnt, min(len(rows), learnt + TRIED)))
+    other = next((row for row in others if len(row["input_ids"]) != len(first["input_ids"])), None)
+    try:
+        if other is not None:
+            collate([first, other])
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise IncompatibleError(
+            f"{getattr(collate, '__name__', type(collate).__name__)} makes no micro-batch of rows of "
+            f"{len(first['input_ids'])} and {len(other['input_ids'])} tokens, so protect rows cannot be mixed in "
+            f"({reason(error)}) Give the trainer a data_collator that pads, such as DataCollatorForSeq2Seq(tokenizer)."
+        ) from error
 
 
 def check_shares(name: str, shares: dict[str, float], start: dict[str, float]) -> None:

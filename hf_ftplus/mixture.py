@@ -75,7 +75,7 @@ def spread(counts: Sequence[int], generator: torch.Generator) -> np.ndarray:
     """Which of the tasks 0, 1, ... stands at each of `sum(counts)` places, each spaced evenly: [places].
 
     Row j of task i stands at time (j + phase_i) / counts_i, with one random phase per task (systematic sampling). Of
-    two tasks, any window of K places then holds its share of K, rounded down or up; of more, to within a row or two.
+    two tasks, any window of K places then holds its share of K, rounded down or up; of more, to within two or three.
     """
     phases = torch.rand(len(counts), generator=generator, dtype=torch.float64).tolist()
     times = [(np.arange(count) + phase) / max(count, 1) for count, phase in zip(counts, phases, strict=True)]
@@ -97,7 +97,7 @@ class MixtureSampler(Sampler[int]):
     def __init__(self, owners: Sequence[str], counts: dict[str, int], seed: int, apart: Collection[str] = ()) -> None:
         owners = np.asarray(owners)
         self.members = {task: np.flatnonzero(owners == task) for task in counts}
-        self.counts, self.seed, self.epoch = counts, seed, 0
+        self.counts, self.seed, self.epoch, self.begun = counts, seed, 0, False
         self.groups = [[task for task in counts if (task in apart) == inside] for inside in (False, True)]
 
     def set_epoch(self, epoch: int) -> None:
@@ -107,6 +107,7 @@ class MixtureSampler(Sampler[int]):
         return sum(self.counts.values())
 
     def __iter__(self) -> Iterator[int]:
+        self.begun = True
         generator = self._generator("order", self.epoch)
         groups = [group for group in self.groups if group]
         outer = spread([sum(self.counts[task] for task in group) for group in groups], generator)

@@ -16,8 +16,10 @@ import numpy as np
 from datasets import (
     ClassLabel,
     Dataset,
+    DatasetDict,
     Features,
     IterableDataset,
+    IterableDatasetDict,
     List,
     Value,
     concatenate_datasets,
@@ -50,6 +52,11 @@ def learn_tasks(learn: dict[str, Any]) -> dict[str, Dataset] | Streams:
     Raises:
         UsageError: nothing, two tasks of one name, or values that are not all datasets (or all streams).
     """
+    if isinstance(learn, (DatasetDict, IterableDatasetDict)):
+        raise UsageError(
+            f"train_dataset has splits ({', '.join(map(str, learn))}); expected one: data['train']. If they are tasks: "
+            "train_dataset=dict(data)."
+        )
     distinct_names(str(name) for name in learn)
     kinds = {type(rows).__name__ for rows in learn.values()}
     for kind in (Dataset, IterableDataset):
@@ -192,6 +199,7 @@ class Pools:
         learn = {name: task.rows for name, task in self.tasks.items() if task.role == "learn"}
         sampler = MixtureSampler(self.owners, epoch_counts(shares, learn), seed, apart=set(self.protect))
         first = np.fromiter(sampler, dtype=np.int64)
+        sampler.begun = False
         for name, task in self.tasks.items():
             task.drawn = float(sampler.counts[name])
             task.drawn_tokens = float(self.tokens[first][self.owners[first] == name].sum())

@@ -101,6 +101,15 @@ def refuse_parts(strategies: list[Strategy], model: nn.Module, args: TrainingArg
     refuse_tensor_parallel(strategies, getattr(model, "tp_size", None) or 1)
 
 
+def refuse_encoder_decoder(model: nn.Module, names: list[str]) -> None:
+    """Raise for a model that reads one text and writes another: rows here are one text, of which a part is learnt."""
+    if getattr(getattr(causal_lm(model), "config", None), "is_encoder_decoder", False):
+        raise IncompatibleError(
+            f"{', '.join(names)} reads and mixes rows of causal language models, and {type(causal_lm(model)).__name__} "
+            "is an encoder with a decoder. Expected a decoder-only model; of such a one, only si without protect data."
+        )
+
+
 def refuse_tensor_parallel(strategies: list[Strategy], size: int) -> None:
     """Raise for what would take a part of a weight, one of `size`, for all of it."""
     if size > 1 and (looking := looking_inside(strategies)):
@@ -200,10 +209,12 @@ def refuse_parted(config: RunConfig) -> None:
         refuse_answers(config.training, "Give protect data that exists instead of self:N.")
 
 
-def refuse_several_devices(args: TrainingArguments) -> None:
+def refuse_several_devices(strategies: list[Strategy], args: TrainingArguments) -> None:
     """Raise where one process would spread the model over several devices (DataParallel)."""
-    if args.parallel_mode.value == "not_distributed" and args.n_gpu > 1:
+    looking = looking_inside(strategies)
+    if looking and args.parallel_mode.value == "not_distributed" and args.n_gpu > 1:
         raise IncompatibleError(
-            f"{args.n_gpu} devices and one process. Type the same command with --num_processes "
+            f"{args.n_gpu} devices and one process, over which TRL would spread the model; {', '.join(looking)} cannot "
+            "compare its parts. Type the same command with --num_processes "
             f"{args.n_gpu}, or choose one device: CUDA_VISIBLE_DEVICES=0."
         )

@@ -31,6 +31,7 @@ from .finished import MEASURING, finished, measured_otherwise
 from .foreseen import refuse_foreseen
 from .interrupt import SaveOnInterrupt
 from .measured import keep_apart, tasks
+from .mixing import on_its_device
 from .model import resolve, to_train
 from .output import (
     REPORT,
@@ -120,7 +121,7 @@ def _sft(config: RunConfig) -> Report:
 
 def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     """Data, then model and trainer, then what the model writes itself; cheap refusals first."""
-    refuse_several_devices(config.training)
+    refuse_several_devices(config.strategies, config.training)
     refuse(config.strategies, config.training)
     refuse_zero3(config)
     refuse_parted(config)
@@ -131,6 +132,7 @@ def prepare(config: RunConfig) -> tuple[SFTTrainer, Rows]:
     warn_of_idle(config)
     rows = find(config)
     trainer = stopping.trainer_of(config, rows, sft_trainer)
+    on_its_device(trainer)
     check_supervised(rows.learn, trainer)
     if trainer.is_fsdp_enabled:
         refuse_fsdp(config, trainer)

@@ -156,9 +156,10 @@ def activations(model: Model, layout: Layout) -> float:
 
 
 def flops(model: Model, layout: Layout, rows: float | None = None) -> float:
-    """Of training on a rank for a step, or on `rows` rows."""
+    """Of training on a rank for a step, or on `rows` rows: of a weight and token 2 forward, 2 for the gradient of its
+    input, 2 for its own if it is trained, and 2 for checkpointing's second forward pass."""
     tokens = layout.tokens if rows is None else rows * layout.length
-    return (8.0 if layout.checkpointing else 6.0) * model.active * tokens
+    return (4.0 + 2.0 * model.trained / model.weights + 2.0 * layout.checkpointing) * model.active * tokens
 
 
 def wire(model: Model, layout: Layout) -> dict[str, float]:

@@ -99,6 +99,8 @@ class StrategyMixin(MixingMixin):
             if self.args.save_strategy != "no" or self.ftplus is not None:
                 folder = Path(self._get_output_dir(trial=args[0] if args else kwargs.get("trial")))
                 commit.on_first_rank(lambda: during.enter_context(locked(folder)))
+                if self.ftplus is not None:
+                    self.ftplus.folder = folder  # of the trial, in a search for hyperparameters
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._verified(resume_from_checkpoint)
             if self.ftplus is not None:
@@ -207,6 +209,7 @@ class StrategyMixin(MixingMixin):
         head = lm_head(self.model).whole()
         batch = Batch(inputs=given, hidden=hidden, labels=targets, logits=head)
         total = sum(self.ftplus.call(strategy, "token_loss", self.ftplus.run, batch) for strategy in extra)
+        self.ftplus.added = True
         if head.weight.grad_fn is not None:  # gathered: ranks that asked it nothing go backward through it all the same
             total = total + head(hidden[:0]).sum()
         self._hidden.clear()  # of a strategy's own passes

@@ -77,6 +77,7 @@ def test_tasks_that_a_flag_replaces_take_their_metrics_along():
     assert merge({"measure": ("b.jsonl",)}, {"measure": "facts.jsonl", "metric": "facts=f1"})[0]["metric"] == []
     both = {"protect": {"a": "p"}, "measure": {"a": "m"}, "metric": {"a": "choice"}}
     assert merge({"measure": ("b=x",)}, both)[0]["metric"] == ["a=choice"]
+    assert merge({"measure": ("a=x",)}, both)[0]["metric"] == ["a=choice"]  # measured on rows of its own
     with pytest.raises(UsageError, match="no task 'othr'"):
         build(merge({"measure": ("learn=c",)}, {**given, "metric": {"othr": "exact_match"}})[0])
     with pytest.raises(UsageError, match="no task 'other'"):

@@ -224,6 +224,20 @@ def test_steps_that_a_scaler_skips_leave_no_trace():
     assert_equals(scaled, {name: tensor.double() for name, tensor in plain.items()}, 1e-3)
 
 
+def test_an_optimizer_that_changes_gradients_is_refused(tmp_path):
+    """SGD's foreach step with nesterov leaves g + momentum * buffer in .grad: ten times as much at a momentum of 0.9."""
+    for foreach in (False, True):
+        model = tiny_llama()
+        sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, foreach=foreach)
+        it = trainer(tmp_path / str(foreach), SI(), model=model, max_steps=2)
+        it.optimizer = sgd
+        if foreach:
+            with pytest.raises(IncompatibleError, match="foreach=False"):
+                it.train()
+        else:
+            it.train()
+
+
 @pytest.mark.parametrize("clip", [torch.tensor(0.0), torch.tensor(float("nan"))])
 def test_a_gradient_that_was_clipped_away_counts_for_nothing(clip):
     model = tiny_llama()

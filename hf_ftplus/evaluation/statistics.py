@@ -15,8 +15,9 @@ another seed of training.
 
 In simulations 95 % intervals hold 93 to 97 %, averaged over easy and hard tasks: shares and retention of right or
 wrong rows from 16 rows on, changes of them from 32 (more where flips are rare), tokens and graded scores from 64. No
-bootstrap knows what it did not see: where few rows differ from all others, as when a graded score moves on some only,
-it promises too much (about 83 % where three rows of 16 moved).
+bootstrap knows what it did not see: where few rows differ from all others, it promises too much. It held 83 % where a
+graded score moved on three rows of 16, 73 % where a change was that of 2 % of 64 rows, and of a token accuracy of
+98.5 % 43 % with 16 rows and 82 % with 64; rows that all agree have an interval of no width.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, UsageError
-from ..examples import Example, template_options, tokenize
+from ..examples import Example, rendered, template_options, tokenize
 from ..formats import IGNORED, Row
 from ..metric import Metric, parse
 
@@ -104,8 +104,8 @@ def question(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ids = list(tokenizer(text=asked)["input_ids"])
         # some tokenizers close every text, also one that goes on
         return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-    opened = tokenizer.apply_chat_template(
-        asked, tokenize=True, return_dict=True, add_generation_prompt=True, **template_options(row)
+    opened = rendered(
+        asked, tokenizer, tokenize=True, return_dict=True, add_generation_prompt=True, **template_options(row)
     )
     return opened["input_ids"]
 

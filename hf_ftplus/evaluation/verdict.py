@@ -12,8 +12,10 @@ rounding is another one: the far end of the interval of that difference. Under 8
 many as leave room within the margin for a flip that was not seen (54 rows at a margin of 0.05: that none of ten flipped
 says little about the eleventh), and a first model whose score is above the margin: else there is nothing to keep.
 
-Two equal models are called `lost` in at most 2.5 % of comparisons, and `gained` in as many. Each verdict stands alone:
-nothing is corrected for how many tasks and models are compared.
+Two equal models, of which either might have scored what the other did, are called `lost` in at most 2.5 % of
+comparisons, and `gained` in as many; models that are equal in the mean alone, of graded scores that rarely fall far and
+often rise a little, more often. Each verdict stands alone: nothing is corrected for how many tasks and models are
+compared.
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_ftplus")
 
 START = "start"
+ADDED = "added"
+"""What is summed up beside the places that are compared: what the loss got, and learn tokens."""
 USUAL = {"protect": 3.0, "learn": 0.3}
 """Strengths if none is given, measured on a toy (tests/test_distill.py) where plain fine-tuning goes from 0.8 to 6.0
 nats on the first of two tasks and to 0.5 on the second. On protect, 1 to 10 keep the first at 0.57 and learn the second
@@ -165,9 +167,12 @@ class Distill(Strategy):
         # of shards, every rank takes part in every pass, if only with nothing
         parts = [part for part in parts if part is not None and (len(part.hidden) or self._sharded)]
         self._seen += 1
+        added, tokens = self._window.get(ADDED, (0.0, 0))
+        self._window[ADDED] = added, tokens + len(batch.labels)
         if not parts:
             return batch.hidden.sum() * 0.0
         total, kl = self._compare(run, batch, parts)
+        self._window[ADDED] = added + total.detach(), tokens + len(batch.labels)
         for part, found in zip(parts, kl.split([len(part.hidden) for part in parts]), strict=True):
             if part.idle:
                 continue
@@ -211,21 +216,22 @@ class Distill(Strategy):
             )
 
     def metrics(self) -> dict[str, float]:
-        """kl_learn, kl_protect: KL(teacher || student) in nats per token; penalty: what that adds to the loss."""
+        """kl_learn, kl_protect: KL(teacher || student), nats per token of all tasks; penalty: what was added to the
+        loss, nats per learn token."""
         import torch
 
         from ..weights import ranks
 
         if not self._seen:
             return {}
-        places = list(self.strengths)
+        places = [*self.strengths, ADDED]
         sums = [torch.as_tensor(part).to(self.device) for place in places for part in self._window.get(place, (0.0, 0))]
         table = torch.stack([part.float() for part in sums]).view(-1, 2)  # of the kl, and of tokens
         if ranks()[1] > 1:
             torch.distributed.all_reduce(table)
         self._window, self._seen = {}, 0
         means = {place: kl / tokens for place, (kl, tokens) in zip(places, table.tolist(), strict=True) if tokens}
-        penalty = sum(self.strengths[place] * self.temperature**2 * kl for place, kl in means.items())
+        penalty = means.pop(ADDED, 0.0)
         return {**{f"kl_{place}": kl for place, kl in means.items()}, "penalty": penalty}
 
     # ---- what it stands on -------------------------------------------------------------------------------------------

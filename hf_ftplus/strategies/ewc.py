@@ -3,9 +3,11 @@
     penalty = 1/2 * strength * sum_i F_i (w_i - w*_i)^2          (Kirkpatrick 2017, eq. 3; online: Schwarz 2018, eq. 9)
 
 F is the Fisher information per supervised token at the starting weights w* (`fisher.py`), so that penalty / strength
-is, to second order, the drift KL(start || now) in nats per protect token. Its gradient strength * F * (w - w*) is added
-once per optimizer step, in closed form, after accumulation, reduction and (but under DeepSpeed) clipping: no autograd
-graph over the weights, and the same strength at any batch layout.
+is, to second order, the drift KL(start || now) in nats per protect token that weights would make which moved each on
+its own: at random. Training moves them together, along directions that the diagonal does not see, and the drift is a
+multiple of that. The gradient strength * F * (w - w*) is added once per optimizer step, in closed form, after
+accumulation, reduction and (but under DeepSpeed) clipping: no autograd graph over the weights, and the same strength at
+any batch layout.
 
 LoRA moves a weight through scale * B A, so the penalty is on that change, never on A and B, whose split is arbitrary
 and whose Fisher is zero on a fresh adapter (`quadratic.py`).
@@ -45,8 +47,8 @@ class EWC(Strategy):
 
     strength: float | None = setting(
         None,
-        f"what a nat of drift on protect costs, in nats of learn loss; 1 is break-even; left out: {FULL:g} in full "
-        f"fine-tuning, {LORA:g} with LoRA",
+        f"what a nat of drift on protect, as the diagonal sees it, costs, in nats of learn loss; left out: {FULL:g} in "
+        f"full fine-tuning, {LORA:g} with LoRA",
         unit="nats per nat",
         low=0,
     )

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_ftplus")
 
 
+SAMPLED = 16
+"""Elements of each gradient that are looked at again after the first step."""
+
+
 @dataclass
 class SI(Strategy):
     """Synaptic Intelligence: hold each weight by how much moving it taught earlier runs."""
@@ -118,6 +122,8 @@ class SI(Strategy):
     def read_gradients(self, run: Run) -> None:
         """Go on with the line integral: the gradient of this step, and how far the weights have come."""
         refuse_unknown_clipping(run)
+        if self.alone and not self._looked:
+            self._sampled = self._sample()
         if not self.alone and not self._in_one_pass(run):
             factor = unclip(run)
             for line in self.lines.values():
@@ -140,6 +146,8 @@ class SI(Strategy):
         import torch
 
         if self.alone:
+            if not self._looked:
+                self._refuse_changed()
             factor = unclip(run)
             for line in self.lines.values():
                 line.follow(factor)
@@ -216,6 +224,26 @@ class SI(Strategy):
         self._explained = self._held = None
         return found
 
+    def _sample(self) -> list[Tensor]:
+        """A few elements of every gradient."""
+        from ..weights import local
+
+        grads = [line.weight.grad for line in self.lines.values()]
+        return [local(grad).flatten()[:SAMPLED].clone() for grad in grads if grad is not None]
+
+    def _refuse_changed(self) -> None:
+        """Raise, once, where the optimizer left something else in the gradients than the task's."""
+        import torch
+
+        pairs = zip(self._sampled, self._sample(), strict=True)
+        same = all(torch.allclose(then, now, equal_nan=True) for then, now in pairs)
+        self._looked = True
+        if not same:
+            raise IncompatibleError(
+                "The optimizer changes gradients in its step (SGD with nesterov=True does, where foreach is on), so si "
+                "cannot read after it what the task said. Make it with foreach=False, or choose another optimizer."
+            )
+
     def _alone(self, run: Run, pulls: bool) -> bool:
         """Whether after a step gradients are still the task's, and weights where the optimizer left them."""
         others = [strategy for strategy in run.strategies if strategy is not self]
@@ -233,7 +261,7 @@ class SI(Strategy):
 
         self._sharded = sharded(run.weights.values())
         self._held = self._explained = None
-        self._zeros = 0
+        self._zeros, self._looked = 0, False
 
     def _hold(self, lines: dict[str, Line], importance: dict[str, Tensor], alone: bool) -> None:
         from ..quadratic import Well

@@ -85,6 +85,11 @@ class OSF(Strategy):
             return
         from hf_ftplus.weights import split
 
+        if next(_matrices(run.model), None) is None:
+            raise IncompatibleError(
+                f"osf keeps directions of linear layers, and none of {type(run.model).__name__} trains beside the LM "
+                "head. Fine-tune all weights, or use LoRA on linear layers: --lora_target_modules all-linear."
+            )
         _, adapters = split(run.model)
         trained = [name for name, adapter in adapters.items() if adapter.B.detach().any()]
         if trained:
@@ -154,21 +159,25 @@ class OSF(Strategy):
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Canonical module name and W [d, k] of every Linear that training moves, itself or through B A; not the LM head.
+    """Canonical module name and W [d, k] of every Linear (or GPT-2's Conv1D) that training moves, itself or through
+    B A; not the LM head.
 
     One at a time: below an adapter it may be packed to a few bits, and all of them unpacked are a second model.
     """
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     from hf_ftplus.logits import causal_lm
     from hf_ftplus.weights import canonical, lora
 
     head = causal_lm(model).get_output_embeddings()
     for name, adapter in lora(model).items():
-        yield name, _frozen(adapter.layer.get_base_layer())
+        frozen = _frozen(adapter.layer.get_base_layer())
+        yield name, frozen.T if adapter.layer.fan_in_fan_out else frozen
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and layer.weight.requires_grad and layer is not head and "lora_" not in name:
-            yield canonical(name), layer.weight
+        fits = isinstance(layer, (nn.Linear, Conv1D)) and layer is not head and "lora_" not in name
+        if fits and layer.weight.requires_grad:
+            yield canonical(name), layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 def _frozen(layer: nn.Module) -> Tensor:

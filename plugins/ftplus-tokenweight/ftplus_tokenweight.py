@@ -81,7 +81,7 @@ class TokenWeight(Strategy):
 
     def prepare(self, run: Run) -> None:
         """Ask the starting model about every learn row, where the rule wants to know."""
-        self._begin()
+        self._begin(run)
         if self.rule == "eaft" or self.weight == 0:
             return
         keys, counts, nll = _asked(run)
@@ -101,14 +101,16 @@ class TokenWeight(Strategy):
         if self.weight == 0 or not len(batch.labels):
             return batch.hidden.sum() * 0.0
         known = None if self.rule == "eaft" else self._of(batch).to(batch.hidden.device)
+        learnt = self._learnt(batch) if known is None and self._replayed else None
         total, size = batch.hidden.sum() * 0.0, max(1, 2**25 // _vocabulary(batch))
         for start in range(0, len(batch.labels), size):
             part = slice(start, start + size)
             given = None if known is None else known[part]
+            ours = None if learnt is None else learnt[part]
             # logits are made again on the way back: to keep those of every chunk is what runs out of memory
             with run.autocast():  # as the task loss is computed
                 extra, weights = checkpoint(
-                    self._extra, batch.logits, batch.hidden[part], batch.labels[part], given, use_reentrant=False
+                    self._extra, batch.logits, batch.hidden[part], batch.labels[part], given, ours, use_reentrant=False
                 )
             total = total + extra
             seen = torch.stack([weights.sum(), weights.new_full((), len(weights))])
@@ -125,18 +127,21 @@ class TokenWeight(Strategy):
         return dict(self._rows)
 
     def load_state_dict(self, state: dict[str, Tensor], run: Run) -> None:
-        self._begin()
+        self._begin(run)
         if state:
             self._keep(state["keys"], state["counts"], state["weights"])
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _extra(self, logits_of: object, hidden: Tensor, labels: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(sum of (w - 1) nll, w [n]) of some supervised positions."""
+    def _extra(
+        self, logits_of: object, hidden: Tensor, labels: Tensor, known: Tensor | None, learnt: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(sum of (w - 1) nll, w [n]) of some supervised positions: w as `known`, else eaft's where `learnt`."""
         from torch.nn.functional import cross_entropy
 
         logits = logits_of(hidden)
         weights = eaft_weights(logits.detach(), self.power) if known is None else known
+        weights = weights if learnt is None else weights.where(learnt, 1.0)
         nll = cross_entropy(logits.float(), labels, reduction="none")
         return ((weights - 1) * nll).sum(), weights.detach()
 
@@ -149,11 +154,14 @@ class TokenWeight(Strategy):
         rows = torch.stack([part.mean() for part in nll.split(counts.tolist())])
         return flow_weights(rows).repeat_interleave(counts)
 
-    def _begin(self) -> None:
+    def _begin(self, run: Run) -> None:
         import torch
 
         self._seen = torch.zeros(2)
         self._rows: dict[str, Tensor] = {}
+        mixed = [name for name, task in run.tasks.items() if task.role == "protect" and task.drawn]
+        batches = [batch for name in mixed for batch in run.protect[name]]
+        self._replayed = {key for batch in batches for key, _ in _documents(batch)}
 
     def _keep(self, keys: Tensor, counts: Tensor, weights: Tensor) -> None:
         keys, counts, weights = keys.cpu(), counts.cpu(), weights.float().cpu()
@@ -162,6 +170,13 @@ class TokenWeight(Strategy):
 
     def _mean(self) -> float:
         return self._rows["weights"].mean().item()
+
+    def _learnt(self, batch: Batch) -> Tensor:
+        """Whether each supervised token of a micro-batch is of a learn row, and not of a replayed one."""
+        import torch
+
+        parts = [torch.full((count,), key not in self._replayed) for key, count in _documents(batch.inputs)]
+        return torch.cat(parts).to(batch.hidden.device)
 
     def _of(self, batch: Batch) -> Tensor:
         """The weight of each supervised token of a micro-batch; 1 in rows that were not asked about (replayed ones)."""
