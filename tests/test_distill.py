@@ -200,6 +200,21 @@ def test_a_divergence_far_below_rounding_is_still_right():
     assert found.mean().item() == pytest.approx(exact.mean().item(), rel=0.1)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_a_token_that_the_teacher_ruled_out_does_not_overflow(temperature):
+    """log q - log p of 90 and more, where p e^x is 0 times infinity; the KL is small, and so is the gradient."""
+    said = torch.tensor([[0.0, -95.0, -200.0], [0.0, -40.0, -50.0], [0.0, -1.0, -30.0]])
+    hidden = torch.tensor([[0.0, -3.0, -3.0], [0.0, 0.0, -1.0], [0.0, -2.0, 5.0]], requires_grad=True)
+    head = Head(torch.eye(3))
+    p, q = ((states.double() / temperature).log_softmax(-1) for states in (said, hidden.detach()))
+    exact = (p.exp() * (p - q)).sum(-1)
+    total, found = forward_kl(hidden, head, said, head, temperature=temperature)
+    assert found.tolist() == pytest.approx(exact.tolist(), rel=1e-4)
+    assert torch.autograd.grad(total, hidden)[0].isfinite().all()
+    kept = bucketed_kl(hidden, head, *likeliest(said, head, 2, temperature=temperature), temperature=temperature)[1]
+    assert kept.tolist() == pytest.approx(exact.tolist(), rel=1e-3)
+
+
 class Largest(TorchDispatchMode):
     """Notes the size of the largest tensor that anything makes."""
 
@@ -627,6 +642,26 @@ def test_the_logged_kl_is_the_drift_and_the_penalty_its_price(tmp_path):
     assert measured > 1e-3
     assert second["distill/kl_learn"] == pytest.approx(measured, rel=1e-3)
     assert second["distill/penalty"] == pytest.approx(3 * measured, rel=1e-3)
+
+
+def test_the_penalty_is_what_the_loss_got(tmp_path):
+    """Two tasks, of which each counts alike however long its rows are: not the mean over their tokens."""
+    short, long = PROTECT[:4], [{"prompt": "Tell. ", "completion": "Once there was a dog who slept. " * 4}] * 4
+    how = {"max_steps": 3, "logging_steps": 3, "max_grad_norm": 0.0, "protect": {"short": short, "long": long}}
+    it = trainer(tmp_path, Distill(on="protect", strength=2.0, share=1.0), **how)
+    added, tokens, ask = 0.0, 0, Distill.token_loss
+
+    def asked(strategy, run, batch):
+        nonlocal added, tokens
+        loss = ask(strategy, run, batch)
+        added, tokens = added + loss.item(), tokens + len(batch.labels)
+        return loss
+
+    it.ftplus.strategies[0].token_loss = partial(asked, it.ftplus.strategies[0])
+    it.train()
+    log = next(log for log in it.state.log_history if "distill/penalty" in log)
+    assert log["distill/penalty"] == pytest.approx(added / tokens, rel=1e-4)
+    assert log["distill/penalty"] != pytest.approx(2 * log["distill/kl_protect"], rel=0.02)
 
 
 def test_the_student_drops_out_and_the_teacher_does_not():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +20,7 @@ from hf_ftplus import EWC, Run, scaling
 from hf_ftplus.as_if import AsIf, numbers, optimizer_bytes, size
 from hf_ftplus.cli import main
 from hf_ftplus.errors import UsageError
-from hf_ftplus.scaling import Layout
+from hf_ftplus.scaling import Layout, Model
 from hf_ftplus.strategies.distill import Distill
 from hf_ftplus.strategies.si import SI
 from hf_ftplus.strategy import Memory
@@ -123,6 +124,9 @@ def test_flops_are_six_a_weight_and_token_and_distill_adds_what_it_says(tmp_path
     layout, model = Layout(1, "ddp", rows=4, length=32, checkpointing=False), numbers(tiny_llama(hidden=64))
     plain = counted(tmp_path)
     assert plain == pytest.approx(scaling.flops(model, layout), rel=0.1)  # attention's own products are not counted
+    adapter = LoraConfig(r=2, target_modules="all-linear")
+    frozen = Model(**vars(model) | {"trained": 0})  # next to nothing is
+    assert counted(tmp_path, peft_config=adapter) == pytest.approx(scaling.flops(frozen, layout), rel=0.15)
     for on, cache in (("protect", False), ("learn", False), ("protect", True)):
         more = counted(tmp_path, Distill(on=on, share=1.0, cache=cache, strength=1.0)) - plain
         said = scaling.distill(model, layout, 0, share=1.0, cache=cache, on=(on,), lora=False).flops

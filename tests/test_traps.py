@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 import trl
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset, IterableDataset
 from lawful import L2SP, Quarter, SmallLogits
 from tiny import tiny_llama, tiny_tokenizer
@@ -332,21 +334,25 @@ def test_after_step_sees_moved_weights_and_the_gradient_that_moved_them(tmp_path
     assert max(step.off) < 1e-6
 
 
-def test_a_skipped_optimizer_step_is_not_counted_as_one():
-    """fp16 skips the update when gradients overflow; nothing moved, so after_step must not be told that it did."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_fp16_skips_is_no_step(fused, tmp_path):
+    """Nothing moved, so after_step must not be told that it did. accelerate sees a step that GradScaler leaves out, and
+    not a fused one, which leaves itself out."""
     model, diary = tiny_llama(), Diary()
-    optimizer = AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), fused=fused), scaler=scaler)
     callback = StrategyCallback(L2SP())
-    callback.strategies = [diary]
-    callback.seconds = {"diary": 0.0}
-    callback.run = type("R", (), {"step": 0})()
-    for skipped in (True, False):
-        optimizer._is_overflow = skipped
-        assert optimizer.step_was_skipped is skipped
-        callback.on_optimizer_step(None, None, None, optimizer=optimizer)
-        assert [hook for hook, _ in diary.entries] == ([] if skipped else ["after_step"])
+    callback.strategies, callback.seconds, callback.added = [diary], {"diary": 0.0}, True
+    callback.run = SimpleNamespace(step=0, weights=dict(model.named_parameters()))
+    args, state = trainer(tmp_path).args, SimpleNamespace(global_step=0, logging_steps=1, max_steps=9)
+    for overflows in (True, False):
+        for weight in model.parameters():
+            weight.grad = torch.full_like(weight, float("inf") if overflows else 1.0)
+        scaler.scale(torch.zeros(()))
+        callback.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+        optimizer.step()
+        callback.on_optimizer_step(args, state, None, optimizer=optimizer)
+        assert ("after_step" in dict(diary.entries)) is not overflows
 
 
 def test_a_callback_and_the_trainer_agree_under_clipping(tmp_path):

@@ -12,6 +12,7 @@ from ftplus_osf import OSF, clear, pin, top
 from peft import LoraConfig, OSFConfig
 from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, arguments, trainer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_ftplus import plugins, testing
 from hf_ftplus.errors import IncompatibleError
@@ -101,6 +102,36 @@ def test_nothing_leaks_into_the_frozen_directions(tmp_path, kind):
     plain.train()
     assert leak(plain, tiny_llama()) > (0.01 if kind == "OSFConfig" else 0.3)  # PEFT's projects gradients
     assert held.state.log_history[-2]["osf/removed"] > 0
+
+
+@pytest.mark.parametrize("kind", ["full", "LoRA"])
+def test_gpt2_keeps_its_directions_too(tmp_path, kind):
+    """Its weights lie as [in, out], and the square ones do not tell."""
+
+    def gpt2():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+
+    targets = ["c_attn", "attn.c_proj"]
+    peft = LoraConfig(r=4, target_modules=targets, fan_in_fan_out=True) if kind == "LoRA" else None
+    it = trainer(tmp_path, OSF(), model=gpt2(), peft_config=peft, **STEPS | {"max_steps": 5})
+    it.train()
+    model = it.model.merge_and_unload() if peft else it.model
+    for target in targets:
+        was, now = (each.transformer.h[0].get_submodule(f"attn.{target[-6:]}").weight.T for each in (gpt2(), model))
+        left, _, right = top(was, 0.5)
+        change = (now - was).detach()
+        assert change.norm() > 0.05
+        assert (left.T @ change).norm() < 1e-4 * change.norm()
+        assert (change @ right.T).norm() < 1e-4 * change.norm()
+
+
+def test_a_model_without_a_linear_layer_to_train_is_refused(tmp_path):
+    model = tiny_llama()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("norm" in name)
+    with pytest.raises(IncompatibleError, match="none of LlamaForCausalLM trains"):
+        trainer(tmp_path, OSF(), model=model)
 
 
 def test_it_learns_beside_what_stays(tmp_path):

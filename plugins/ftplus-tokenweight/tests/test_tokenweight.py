@@ -119,6 +119,15 @@ def test_a_replayed_row_that_was_not_asked_about_counts_in_full(tmp_path):
     assert mean > 0.6
 
 
+def test_eaft_leaves_replayed_rows_as_they_are(tmp_path):
+    """What is replayed is what the model is sure of: weighed like learn rows, it would hardly be replayed at all."""
+    how = {"max_steps": 4, "logging_steps": 4}
+    it = trainer(tmp_path, TokenWeight(rule="eaft", power=1e5), ("replay", {"share": 0.5}), **how)
+    it.train()
+    mean = next(log["tokenweight/mean_weight"] for log in it.state.log_history if "tokenweight/mean_weight" in log)
+    assert mean == pytest.approx(it.state.log_history[0]["replay/share_of_tokens"], abs=0.1)
+
+
 def test_rows_that_cannot_be_read_beforehand_are_refused(tmp_path):
     it = trainer(tmp_path, TokenWeight(rule="stm"), max_steps=2)
     it.train_dataset = it.train_dataset.to_iterable_dataset()
