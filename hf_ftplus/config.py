@@ -37,6 +37,10 @@ class Option:
     key: str = ""
 
     @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
     def yaml(self) -> str:
         return self.key or self.name
 

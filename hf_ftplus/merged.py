@@ -17,7 +17,7 @@ from .disk import refuse_full
 from .errors import IncompatibleError, StorageError, UsageError, reason
 from .evaluation.found import as_found
 from .logits import positions
-from .trained import base_of, load, weights
+from .trained import Trained, base_of, load, weights
 
 PROBE = 64
 """Tokens on which the merged model is compared with base and adapter, spread over the vocabulary: an adapter may have
@@ -98,10 +98,34 @@ def merge(
     precision = {
         key: found if found != own or held.intersection(key.split(".")) else kept for key, found in each.items()
     }
+    whole, moved, rounded = _proven(it, name, precision, kept)
+    size, bits = sum(weight.numel() for weight in whole.parameters()), str(kept).removeprefix("torch.")
+    done = Merged(out, size, bits, moved, rounded)
+    if not done.lost < tolerance:
+        raise RoundedAwayError(
+            f"Rounding the merged weights to {bits} moves the logits by {rounded:.3g}, where the adapter did by "
+            f"{moved:.3g}: too much of it would be lost. Nothing was written. Type --dtype float32.",
+            done,
+        )
+    if getattr(whole, "peft_config", None) is not None:
+        del whole.peft_config
+    with _removed_after_an_error(out):
+        whole.save_pretrained(out)
+        it.tokenizer.save_pretrained(out)
+        _check_what_was_written(whole, out)
+    return done
+
+
+def _proven(it: Trained, name: str, precision: dict[str, torch.dtype], kept: torch.dtype) -> tuple[Any, float, float]:
+    """The merged model, rounded; by how much the adapter moved its logits, and by how much rounding did.
+
+    Raises:
+        IncompatibleError: it says something else than base and adapter.
+    """
     _round(it.model, {}, torch.float32)
     last = it.model.get_input_embeddings().weight.shape[0] - 1
     ids = torch.linspace(0, last, min(PROBE, positions(it.model))).long()[None].to(it.model.device)
-    with as_found(it.model):
+    with as_found(it.model), _whole_products():
         wanted = _logits(it.model, ids)
         with it.model.disable_adapter():
             moved = _apart(_logits(it.model, ids), wanted)
@@ -118,21 +142,18 @@ def merge(
         _round(whole, {}, torch.float32)  # for the figure alone: what was rounded off is gone
         rounded = _apart(_logits(whole, ids), exact)
         _round(whole, precision, kept)
-    size, bits = sum(weight.numel() for weight in whole.parameters()), str(kept).removeprefix("torch.")
-    done = Merged(out, size, bits, moved, rounded)
-    if not done.lost < tolerance:
-        raise RoundedAwayError(
-            f"Rounding the merged weights to {bits} moves the logits by {rounded:.3g}, where the adapter did by "
-            f"{moved:.3g}: too much of it would be lost. Nothing was written. Type --dtype float32.",
-            done,
-        )
-    if getattr(whole, "peft_config", None) is not None:
-        del whole.peft_config
-    with _removed_after_an_error(out):
-        whole.save_pretrained(out)
-        it.tokenizer.save_pretrained(out)
-        _check_what_was_written(whole, out)
-    return done
+    return whole, moved, rounded
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Matrix products in fp32 throughout, where TF32 would round what is compared."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

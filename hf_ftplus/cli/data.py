@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import read_yaml
+from ..config import OPTIONS, read_yaml
 from ..errors import DataError, FTPlusError
 from ..task_keys import KEYS
-from .sft import Sft, configured, our_options, take_environment
+from .sft import Sft, configured, take_environment, with_options
 
 if TYPE_CHECKING:
     from ..config import RunConfig
@@ -47,7 +47,7 @@ def words_of_sft(function: Callable[..., None]) -> Any:
         click.pass_context,
         click.option("--dry-run", is_flag=True, hidden=True, expose_value=False),
         click.option("--config", "config_file", metavar="FILE", help="The YAML file of the run."),
-        our_options,
+        with_options(OPTIONS),
         data.command(cls=Sft, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}),
     ):
         function = decorate(function)

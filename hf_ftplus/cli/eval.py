@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,24 +13,13 @@ from ..config import OPTIONS, merge, read_yaml
 from ..disk import writable
 from ..errors import UsageError, nearest
 from .generate import device_option, dtype_option
-from .sft import take_environment
+from .sft import take_environment, with_options
 
 if TYPE_CHECKING:
     from ..scored.plan import Plan
 
-OF_SFT = ("measure", "protect", "metric", "measure_rows")
-"""Options that mean here what they mean to `ftplus sft`."""
 NUMBERS = {"seed": (42, 0), "max_length": (1024, 2), "measure_rows": (64, 1), "completions": (3, 0)}
 """Default and least value; the defaults are those of `ftplus sft`."""
-
-
-def options_of_sft(command: Any) -> Any:
-    for option in reversed([option for option in OPTIONS if option.name in OF_SFT]):
-        flag, kind = f"--{option.name.replace('_', '-')}", click.IntRange(1) if option.kind is int else option.kind
-        command = click.option(
-            flag, option.name, multiple=option.many, type=kind, metavar=option.metavar, help=HELP[option.name]
-        )(command)
-    return command
 
 
 HELP = {
@@ -38,6 +28,12 @@ HELP = {
     "metric": next(option.help for option in OPTIONS if option.name == "metric"),
     "measure_rows": "Rows per task, the same for all models; 64 if left out.",
 }
+OF_SFT = [
+    replace(option, help=HELP[option.name], kind=click.IntRange(1) if option.kind is int else option.kind)
+    for option in OPTIONS
+    if option.name in HELP
+]
+"""Options that mean here what they mean to `ftplus sft`."""
 
 
 @click.command(name="eval")
@@ -48,7 +44,7 @@ HELP = {
     metavar="FILE",
     help="YAML with tasks:, protect:, measure: and the like; a run's own will do.",
 )
-@options_of_sft
+@with_options(OF_SFT)
 @click.option(
     "--lm-eval",
     metavar="TASK[,TASK...]",

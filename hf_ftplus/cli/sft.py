@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from .. import compat
-from ..config import OPTIONS, YAML_ONLY, RunConfig, build, merge, read_yaml
+from ..config import OPTIONS, YAML_ONLY, Option, RunConfig, build, merge, read_yaml
 from ..errors import IncompatibleError, MissingPluginError, UsageError, nearest
 from . import launch
 from .doctor import cpu_bf16_units
@@ -58,20 +58,23 @@ def _as_trl_says(word: str) -> str:
     return f"--model_name_or_path{equals}{value}" if name == "--model" else word
 
 
-def our_options(command: Any) -> Any:
-    for option in reversed(OPTIONS):
-        flag = f"--{option.name.replace('_', '-')}"
-        command = click.option(
-            flag, option.name, multiple=option.many, type=option.kind, metavar=option.metavar, help=option.help
-        )(command)
-    return command
+def with_options(options: Sequence[Option]) -> Callable[[Any], Any]:
+    """Ours, as click has them, in their order."""
+
+    def added(command: Any) -> Any:
+        for it in reversed(options):
+            how = {"multiple": it.many, "type": it.kind, "metavar": it.metavar, "help": it.help}
+            command = click.option(it.flag, it.name, **how)(command)
+        return command
+
+    return added
 
 
 @click.command(
     cls=Sft,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
-@our_options
+@with_options(OPTIONS)
 @click.option(
     "--config",
     "config_file",
@@ -203,6 +206,14 @@ def parse_trl(
         training.resume_from_checkpoint = None
     if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
         model.lora_target_modules = [model.lora_target_modules]  # TRL unpacks one name, and PEFT takes it for a pattern
+    _check_what_is_learnt(script, mixture, tasks, no_data)
+    if not model.model_name_or_path:
+        raise UsageError("There is no model. Type --model_name_or_path NAME_OR_PATH, or demo for the embedded one.")
+    return {"script": script, "training": training, "model": model, "mixture": mixture}, for_launch, left
+
+
+def _check_what_is_learnt(script: Any, mixture: Any, tasks: bool, no_data: bool) -> None:
+    """It is said once, and nothing is said of what is not there."""
     learn = {"dataset_name": script.dataset_name, "datasets": mixture.datasets, "tasks": tasks}
     if not any(learn.values()) and not no_data:
         raise UsageError(
@@ -220,9 +231,6 @@ def parse_trl(
         )
     if tasks and (other := next((name for name in ("dataset_name", "datasets") if learn[name]), "")):
         raise UsageError(f"tasks and {other} both say what to learn; expected one of them. Leave {other} out.")
-    if not model.model_name_or_path:
-        raise UsageError("There is no model. Type --model_name_or_path NAME_OR_PATH, or demo for the embedded one.")
-    return {"script": script, "training": training, "model": model, "mixture": mixture}, for_launch, left
 
 
 def _check_numbers(training: Any) -> None:
@@ -322,9 +330,7 @@ def _check_yaml(yaml: dict[str, Any], parser: Any) -> None:
 
 def _check_words(words: Sequence[str], parser: Any) -> None:
     accelerate = launch.flags()
-    known = ["--config", *(f"--{option.name.replace('_', '-')}" for option in OPTIONS)] + [
-        f"--{name}" for name in accelerate
-    ]
+    known = ["--config", *(option.flag for option in OPTIONS), *(f"--{name}" for name in accelerate)]
     known += [flag for action in parser._actions for flag in action.option_strings]
     for place, word in enumerate(words):
         name, _, value = word.partition("=")
