@@ -6,6 +6,7 @@ import ctypes
 import logging
 import math
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -103,7 +104,7 @@ class StrategyCallback(TrainerCallback):
             step = self.run.step if self.run else 0
             raise PluginError(
                 f"Strategy {strategy.name!r}{_of(strategy)} failed in {hook} at step {step}: {type(error).__name__}: "
-                f"{error}"
+                f"{error} ({_place(error)})"
             ) from error
         finally:
             self.seconds[strategy.name] += time.perf_counter() - begin
@@ -226,14 +227,8 @@ class StrategyCallback(TrainerCallback):
             before = partial(self._before_step, args, state, lr_scheduler)
             after = self._after_step if self.acting("after_step") else None
             self.around = Around(optimizer.optimizer, run.weights.values(), before, after)
-        if args.max_grad_norm and self.acting("before_step"):
-            logger.info(
-                "DeepSpeed clips gradients to %g with what strategies added to them; --max_grad_norm 0 clips neither"
-                if self.around
-                else "gradients are clipped to %g before strategies add to them, which makes a strength weigh more "
-                "than it says; --max_grad_norm 0 keeps it to its word",
-                args.max_grad_norm,
-            )
+        if args.process_index == 0 and (said := clipping(self.strategies, args)):
+            logger.warning("%s", said)
         if checkpoint is None:
             self._check_memory(model)
             if not self.told and args.process_index == 0:
@@ -446,6 +441,12 @@ def published(strategies: list[Strategy]) -> dict[str, tuple[str, str]]:
     return {name: (who, version) for name, (who, version) in found.items() if version and who != HOST}
 
 
+def _place(error: BaseException) -> str:
+    """`idea.py:19`, where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
+
+
 def _of(strategy: Strategy) -> str:
     return "".join(f" of {who} {version}" for who, version in published([strategy]).values())
 
@@ -457,6 +458,21 @@ def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)  # accelerate's, too
     return partial(torch.autocast, args.device.type, dtype) if dtype else nullcontext
+
+
+def clipping(strategies: list[Strategy], args: TrainingArguments) -> str:
+    """What clipping does to strategies that add to gradients; nothing if nothing is clipped, or none does."""
+    if not args.max_grad_norm or not any(it.overrides("before_step") for it in strategies):
+        return ""
+    if under_deepspeed(args):
+        return (
+            f"DeepSpeed clips gradients to {args.max_grad_norm:g} with what strategies added to them; max_grad_norm 0 "
+            "clips neither"
+        )
+    return (
+        f"gradients are clipped to {args.max_grad_norm:g} before strategies add to them, which makes a strength weigh "
+        "more than it says; max_grad_norm 0 keeps it to its word"
+    )
 
 
 def scale_of(optimizer: Any) -> float | None:

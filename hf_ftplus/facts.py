@@ -32,6 +32,7 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
         "versions": versions(),
         "seed": config.training.seed,
         "steps": trainer.state.global_step,
+        "resumed_at": step_of(config.training.resume_from_checkpoint),
         "stopped": stopping.why_stopped(trainer),
         "device": str(trainer.args.device),
         "processes": trainer.args.world_size,
@@ -41,6 +42,12 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
         "strategies": {} if trainer.ftplus is None else strategy_facts(trainer),
         "history": history(trainer.state.log_history),
     }
+
+
+def step_of(checkpoint: str | None) -> int | None:
+    """The step of a checkpoint by its name; None of a run that began at its beginning."""
+    number = str(checkpoint or "").rstrip("/").rpartition("-")[2]
+    return int(number) if number.isdigit() else None
 
 
 def count_memory_anew(device: torch.device) -> None:

@@ -19,6 +19,8 @@ from .state import settings_in
 
 LONGER = ("max_steps", "num_train_epochs")
 """With another value it is to train longer."""
+WEIGHTS = ("*model*.safetensors", "*model*.bin")
+"""Without which a run has nothing to show, and goes on from its last checkpoint."""
 PARTS = ("protect", "tasks", "memory", "stop_when", "model", "data", "mixture")
 ARGUMENTS = (
     *(*REFUSED, *OVERRULED, *(name for name in APPLIED if name != "ignore_data_skip")),
@@ -43,7 +45,10 @@ def finished(config: RunConfig) -> Report | None:
     report = Report.load(file, "Remove it, and type the same again: the run goes on from its last checkpoint.")
     then, now = report.facts.get("config", {}), strict(config.resolved())
     was = then.get("training", {})
-    if not _from_its_end(config, report) or any(was.get(key) != getattr(training, key) for key in LONGER):
+    ends = 0 < training.max_steps <= report.facts.get("steps", 0)
+    longer = not ends and any(was.get(key) != getattr(training, key) for key in LONGER)
+    kept = any(path for name in WEIGHTS for path in file.parents[1].glob(name))
+    if longer or not kept or not _from_its_end(config, report):
         return None
     there = _strategies(then, config) | _deciding(then, report.facts.get("processes", 1))
     here = _strategies(now, config) | _deciding(now, training.world_size)

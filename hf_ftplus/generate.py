@@ -111,7 +111,15 @@ def self_generate(
     with autocast(), _sampler(model, tokenizer, seed, how, said) as write, _bar(count, progress) as bar:
         rows = _rows(write, tokenizer, count, how, bar)
     if file is not None:
-        store(file, rows)
+        try:
+            store(file, rows)
+        except OSError as error:  # the rows are here, and a run keeps its own
+            logger.warning(
+                "%s cannot be written: %s. Another run writes the same rows anew, unless FTPLUS_CACHE names a better "
+                "folder.",
+                file,
+                error.strerror or error,
+            )
     return Dataset.from_list(rows)
 
 

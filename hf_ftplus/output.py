@@ -37,6 +37,7 @@ OUTPUTS = (
     f"{STATE_FOLDER}/memory",
 )
 """What a run leaves, ours or `trl sft`'s."""
+NO_CHECKPOINT = "There is no checkpoint to go on from; to train its model on, name it as --model_name_or_path."
 
 
 def claim(config: RunConfig, probe: bool = True) -> None:
@@ -64,10 +65,8 @@ def _refuse_taken(config: RunConfig, folder: Path) -> None:
     found = [path for name in OUTPUTS for path in folder.glob(name)]
     if resume_point(config) is None and found:
         newest = max(found, key=os.path.getmtime)
-        raise StorageError(
-            f"{folder} holds another run ({newest.relative_to(folder)}). Go on: --resume_from_checkpoint true. "
-            "Or choose another --output_dir."
-        )
+        on = "Go on: --resume_from_checkpoint true. Or choose" if _checkpoints(folder) else f"{NO_CHECKPOINT} Choose"
+        raise StorageError(f"{folder} holds another run ({newest.relative_to(folder)}). {on} another --output_dir.")
 
 
 @contextmanager
@@ -98,21 +97,24 @@ def resume_point(config: RunConfig) -> str | bool | None:
     if not given:
         return None
     folder = Path(config.training.output_dir)
-    there = any(folder.glob("checkpoint-*"))
+    there = _checkpoints(folder)
     if str(given).lower() == "auto":
         return there or None
     if str(given).lower() == "true":
         if not there:
-            raise StorageError(
-                f"--resume_from_checkpoint true: {folder} holds no checkpoint-N. Leave the flag out to start, or type "
-                "auto, which does either."
-            )
+            taken = any(path for name in OUTPUTS for path in folder.glob(name))
+            instead = NO_CHECKPOINT if taken else "Leave the flag out to start, or type auto, which does either."
+            raise StorageError(f"--resume_from_checkpoint true: {folder} holds no checkpoint-N. {instead}")
         return True
     if not Path(given).is_dir():
         raise StorageError(
             f"--resume_from_checkpoint {given}: no such folder; expected a checkpoint-N folder, true or auto."
         )
     return given
+
+
+def _checkpoints(folder: Path) -> bool:
+    return any(folder.glob("checkpoint-*"))
 
 
 def settle(config: RunConfig) -> None:

@@ -86,7 +86,10 @@ def load(name_or_path: str, *, blocked: Collection[str] = ()) -> type[Strategy]:
     """
     file = FILE.fullmatch(name_or_path)
     if file:
-        return _pick(load_file(Path(file["path"])), file["pick"], name_or_path)
+        found = _pick(load_file(Path(file["path"])), file["pick"], name_or_path)
+        if any(offer.name == found.name for offer in offers() if _canonical(offer.distribution) == hookspecs.HOST):
+            raise UsageError(f"{name_or_path} calls its strategy {found.name!r}, which is ours. Give it another name.")
+        return found
     _refuse_odd(name_or_path)
     known = offers()
     _check_blocked(blocked, known)
@@ -170,7 +173,7 @@ def resolve(
         UsageError: nothing of the kind; an unknown or bad setting; settings for an object that has its own.
         PluginError: the class cannot be loaded, or breaks the contract.
     """
-    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], dict):
+    if named_with_settings(item):
         return resolve(item[0], {**item[1], **(settings or {})}, blocked=blocked)
     if isinstance(item, str):
         return configure(load(item, blocked=blocked), settings or {})
@@ -185,6 +188,11 @@ def resolve(
         raise UsageError(f"{item!r} has its settings already; give {', '.join(settings)} to it, or write its name.")
     validate(type(item), "strategies=")
     return item
+
+
+def named_with_settings(item: Any) -> bool:
+    """Whether it is `("ewc", {"strength": 1})`."""
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], dict)
 
 
 def discover(*, blocked: Collection[str] = ()) -> list[Plugin]:

@@ -18,6 +18,7 @@ import click
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from .callback import clipping
 from .config import RunConfig
 from .errors import DataError, escape, reason
 from .examples import Example, text_tokenizer, tokenize, window
@@ -60,6 +61,8 @@ def dry_run(config: RunConfig) -> None:
         say(f"training  {training(trainer)}")
         for strategy in config.strategies:
             say(f"strategy  {strategy!r}")
+        if said := clipping(config.strategies, config.training):
+            say(f"clipped   {said}")
         for condition in config.stop_when:
             say(f"stop when {condition}")
         if trainer.is_fsdp_enabled:

@@ -346,7 +346,8 @@ def already_done(config: RunConfig) -> Report | None:
         return None
     if config.training.process_index == 0:
         file = Path(config.training.output_dir) / REPORT
-        click.echo(f"Already complete: {report.facts.get('steps')} steps, {file}. More: --max_steps N.", err=True)
+        more = " More: --max_steps N." if any(Path(config.training.output_dir).glob("checkpoint-*")) else ""
+        click.echo(f"Already complete: {report.facts.get('steps')} steps, {file}.{more}", err=True)
         if other := measured_otherwise(config, report):
             command = f"ftplus eval BASE {config.training.output_dir} {' '.join(MEASURING[key] for key in other)}"
             click.echo(f"It is not measured again with another {' and '.join(other)}: type {command}", err=True)

@@ -32,6 +32,7 @@ from .hidden import hide
 from .logits import captured, causal_lm, lm_head, supervised
 from .mixing import MixingMixin, TasksMixin
 from .origin import origin, refuse_other
+from .plugins import named_with_settings
 from .refusals import refuse
 from .state import agreed
 from .strategy import Batch, Strategy
@@ -74,7 +75,8 @@ class StrategyMixin(MixingMixin):
         hide(self.args)
         if isinstance(strategies, dict):
             strategies = strategies.items()
-        strategies = [strategies] if isinstance(strategies, (str, type, Strategy)) else list(strategies)
+        one = isinstance(strategies, (str, type, Strategy)) or named_with_settings(strategies)
+        strategies = [strategies] if one else list(strategies or ())
         if not strategies and not shares:
             return
         if self.ftplus is not None:
@@ -300,6 +302,8 @@ def attach(trainer: Trainer, *strategies: Any, protect: Any = None, memory: str 
     """
     if not isinstance(trainer, Trainer):
         raise UsageError(f"attach() got {type(trainer).__name__}; expected a transformers.Trainer or a subclass of it.")
+    if len(strategies) == 1 and isinstance(strategies[0], list):
+        strategies = tuple(strategies[0])
     if strategies:
         kind = type(trainer)
         if not issubclass(kind, StrategyMixin):

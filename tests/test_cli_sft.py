@@ -683,6 +683,62 @@ def test_a_finished_run_stays_complete_where_only_one_version_knows_a_setting(co
     assert "complete: ewc.strength None there, 7.0 here. Choose" in capsys.readouterr().err
 
 
+@pytest.mark.fault("A8")
+def test_fewer_steps_than_were_made_are_another_run(complete, tmp_path, capsys):
+    out = shutil.copytree(complete[0], tmp_path / "out")
+    report = (out / "ftplus" / "report.json").read_bytes()
+    assert main([*complete[1], "--output_dir", str(out), "--max_steps", "2", "--resume_from_checkpoint", "auto"]) == 6
+    assert "holds another run, which is complete: max_steps 4 there, 2 here" in capsys.readouterr().err
+    assert (out / "ftplus" / "report.json").read_bytes() == report
+
+
+@pytest.mark.fault("A8")
+def test_a_finished_run_whose_weights_are_gone_saves_them_again(complete, tmp_path, capsys):
+    out = shutil.copytree(complete[0], tmp_path / "out")
+    kept = (out / "adapter_model.safetensors").rename(tmp_path / "kept.safetensors")
+    assert main([*complete[1], "--output_dir", str(out), "--resume_from_checkpoint", "auto"]) == 0
+    assert "Already complete" not in capsys.readouterr().err
+    assert same_file(kept, out / "adapter_model.safetensors")
+
+
+@pytest.mark.fault("A7", "A8")
+def test_a_run_without_checkpoints_is_not_told_to_go_on(place, tmp_path, capsys):
+    again = words(place, tmp_path / "out", "--measure_rows", "0", "--save_strategy", "no")
+    assert main(again) == 0
+    for more in ([], *(["--max_steps", "9", "--resume_from_checkpoint", how] for how in ("true", "auto"))):
+        capsys.readouterr()
+        assert main([*again, *more]) == 6
+        said = capsys.readouterr().err
+        assert "There is no checkpoint to go on from; to train its model on, name it as --model_name_or_path" in said
+        assert "--resume_from_checkpoint true. Or" not in said
+    assert main([*again, "--resume_from_checkpoint", "auto"]) == 0
+    assert "--max_steps N" not in capsys.readouterr().err
+
+
+def test_seconds_of_a_resumed_run_say_since_when(place, tmp_path):
+    again = words(place, tmp_path / "out", "--save_steps", "2", "--resume_from_checkpoint", "auto")
+    assert main([*again, "--max_steps", "2"]) == 0
+    assert " since step " not in (tmp_path / "out" / "ftplus" / "report.md").read_text()
+    assert main([*again, "--max_steps", "4"]) == 0
+    assert re.search(r"\| \d+\.\d since step 2 \|", (tmp_path / "out" / "ftplus" / "report.md").read_text())
+
+
+def test_what_clipping_does_is_said_before_and_during_training(place, tmp_path, capsys):
+    command = words(place, tmp_path / "out", "--measure_rows", "0", "--max_steps", "1", "--max_grad_norm", "1.0")
+    for more in (["--dry-run"], []):
+        assert main([*command, *more]) == 0
+        out, err = capsys.readouterr()
+        assert "gradients are clipped to 1 before strategies add to them" in out + err
+    assert main([*words(place, tmp_path / "free", "--max_grad_norm", "0"), "--dry-run"]) == 0
+    assert "clipped" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["--quiet", "-q"])
+def test_a_flag_of_a_launch_launches_nothing_by_itself(place, tmp_path, capsys, word):
+    assert main([*words(place, tmp_path / "out"), word]) == 2
+    assert "2>/dev/null shows the result alone" in capsys.readouterr().err
+
+
 @pytest.mark.fault("A1")
 def test_auto_begins_anew_where_the_first_checkpoint_was_never_finished_and_true_says_so(place, tmp_path, capsys):
     out = tmp_path / "out"

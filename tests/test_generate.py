@@ -373,6 +373,13 @@ def test_a_damaged_cache_is_written_anew(model, tokenizer, tmp_path):
         assert file.read_bytes() == whole
 
 
+def test_rows_are_not_lost_where_no_cache_can_be_kept(model, tokenizer, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    rows = rows_of(self_generate(model, tokenizer, 5, seed=1, cache=tmp_path / "cache" / "self", **SHORT))
+    assert rows == rows_of(self_generate(model, tokenizer, 5, seed=1, **SHORT))
+    assert "unless FTPLUS_CACHE names a better folder" in caplog.text
+
+
 def test_a_run_killed_while_writing_leaves_no_file(model, tokenizer, tmp_path, monkeypatch):
     def killed(*_args):
         raise KeyboardInterrupt

@@ -182,6 +182,16 @@ def test_a_path_at_which_nothing_stands_is_not_told_to_give_a_path(ask, tmp_path
         plugins.load("./here")
 
 
+def test_a_file_that_calls_itself_what_is_ours_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom hf_ftplus import Strategy\n\n"
+        '@dataclass\nclass Mine(Strategy):\n    """Mine."""\n    name = \'ewc\'\n'
+    )
+    with pytest.raises(UsageError, match=r"calls its strategy 'ewc', which is ours\. Give it another name"):
+        plugins.load(str(file))
+
+
 # ---- a stranger's mistakes -------------------------------------------------------------------------------------------
 
 
@@ -592,7 +602,9 @@ def test_a_published_strategy_that_fails_is_named_with_its_version_and_costs_no_
     publish, tmp_path, caplog
 ):
     publish("ftplus-faulty", "faulty", FAULTY)
-    with pytest.raises(PluginError, match=r"'faulty' of ftplus-faulty 1\.2 failed in before_step at step 0: KeyError"):
+    with pytest.raises(
+        PluginError, match=r"'faulty' of ftplus-faulty 1\.2 failed in before_step at step 0: KeyError.*\(\w+\.py:\d+\)"
+    ):
         trainer(tmp_path, ("faulty", {"where": "before_step"})).train()
     it = trainer(tmp_path, "faulty")
     it.train()
@@ -600,7 +612,7 @@ def test_a_published_strategy_that_fails_is_named_with_its_version_and_costs_no_
     said = [record.getMessage() for record in caplog.records if "says no figures" in record.getMessage()]
     assert said == [
         "faulty says no figures, and training goes on: Strategy 'faulty' of ftplus-faulty 1.2 failed in metrics at step "
-        "1: ZeroDivisionError: division by zero"
+        "1: ZeroDivisionError: division by zero (ftplus_faulty.py:16)"
     ]
     trainer(tmp_path, ("faulty", {"where": "text"})).train()
     assert "faulty says no figures, and training goes on: must be real number, not str" in caplog.text

@@ -42,6 +42,23 @@ def test_without_strategies_training_is_trls_bit_for_bit(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("given", [("ewc", {"rows": 8}), ["ewc"], "ewc", EWC, {"ewc": {"rows": 8}}], ids=str)
+def test_one_strategy_may_be_said_in_any_way(tmp_path, given):
+    ours = SFTTrainer(tiny_llama(), args=arguments(tmp_path), train_dataset=Dataset.from_list(LEARN), processing_class=tiny_tokenizer(), strategies=given, protect=PROTECT)  # fmt: skip
+    theirs = attach(
+        trainer(tmp_path, cls=trl.SFTTrainer),
+        given if not isinstance(given, dict) else ("ewc", given["ewc"]),
+        protect=PROTECT,
+    )
+    assert [it.ftplus.strategies[0].name for it in (ours, theirs)] == ["ewc", "ewc"]
+
+
+def test_no_strategies_are_none(tmp_path):
+    args, rows = arguments(tmp_path), Dataset.from_list(LEARN)
+    it = SFTTrainer(tiny_llama(), args=args, train_dataset=rows, processing_class=tiny_tokenizer(), strategies=None)
+    assert it.ftplus is None
+
+
 @pytest.mark.parametrize("strategies", [(), ("distill",)])
 def test_lora_of_experts_trains_as_in_trl(tmp_path, strategies):
     """Two parameters of one module have an adapter each, and both are saved."""

@@ -174,9 +174,11 @@ def _show(item: Answered, models: list[Trained]) -> None:
 
 
 def _make_room(out: Path) -> None:
-    """See before anything loads that the folder of `out` can be there."""
+    """See before anything loads that `out` can be written."""
     with attempt(f"--out {out}", "another file"):
         out.parent.mkdir(parents=True, exist_ok=True)
+        write(out, "")
+        out.unlink()
 
 
 def _write(answered: list[Answered], models: list[Trained], out: Path) -> None:

@@ -113,6 +113,11 @@ def sft(
     config, launch_yaml, launch_words = configured(flags, ctx.args, take_environment(read_yaml(config_file)))
     if not launch.launched():
         asked = [*launch_yaml, *launch_words]
+        if asked and set(asked) <= {"--quiet", "-q"}:
+            raise UsageError(
+                "--quiet is accelerate launch's, of how it tells of processes that failed, and none is launched here. "
+                "Leave it out; 2>/dev/null shows the result alone."
+            )
         why = "" if asked else launch.expected(config.training.use_cpu)
         if why:
             click.echo(f"Launching through accelerate, as `trl sft` does: {why}.", err=True)
@@ -329,8 +334,10 @@ def _check_yaml(yaml: dict[str, Any], parser: Any) -> None:
 
 
 def _check_words(words: Sequence[str], parser: Any) -> None:
-    accelerate = launch.flags()
-    known = ["--config", *(option.flag for option in OPTIONS), *(f"--{name}" for name in accelerate)]
+    accelerate, ctx = launch.flags(), click.get_current_context(silent=True)
+    own = [flag for param in (ctx.command.params if ctx else ()) for flag in param.opts]
+    known = ["--config", *(option.flag for option in OPTIONS), *own, *(f"--{name}" for name in accelerate)]
+    help_of = "ftplus sft --help-all" if ctx is None or ctx.info_name == "sft" else f"{ctx.command_path} --help"
     known += [flag for action in parser._actions for flag in action.option_strings]
     for place, word in enumerate(words):
         name, _, value = word.partition("=")
@@ -338,7 +345,7 @@ def _check_words(words: Sequence[str], parser: Any) -> None:
             value = value or "".join(words[place + 1 : place + 2])
             raise UsageError(f"Unknown flag {name}. {_as_setting(name[2:], value)}")
         if name.startswith("--") and name[2:].replace("-", "_") not in accelerate:
-            raise UsageError(f"Unknown flag {name}.{_meant(name, known)} See `ftplus sft --help-all`.")
+            raise UsageError(f"Unknown flag {name}.{_meant(name, known)} See `{help_of}`.")
     if words and not words[0].startswith("-"):
         raise UsageError(f"Unexpected {words[0]!r}; every value needs a flag before it. See `ftplus sft --help`.")
 

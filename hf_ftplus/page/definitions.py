@@ -67,7 +67,10 @@ DEFINITIONS = {
         "The most that tensors of one run held on its first GPU; without one, that its process held.",
     ),
     "speed": ("Tokens per second", "Scored with this model, by the wall clock of its machine: one pass, no interval."),
-    "seconds": ("Seconds", "Wall-clock time of each stage of the run, on its machine."),
+    "seconds": (
+        "Seconds",
+        "Wall-clock time of each stage of the run on its machine; of a resumed run, since then.",
+    ),
     "bytes": ("State", "Memory that the strategies hold while training, besides model and optimizer."),
     "steps": ("Steps", "Updates of the weights."),
     "matrix": (

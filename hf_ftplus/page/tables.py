@@ -155,10 +155,16 @@ def costs(facts: Mapping[str, Any]) -> dict[str, str]:
     steps, speed = facts.get("steps"), facts.get("tokens_per_second")
     return {
         "steps": str(steps) if is_number(steps) else MISSING,
-        "seconds": number(sum(seconds.values()), 1) if seconds else MISSING,
+        "seconds": number(sum(seconds.values()), 1) + since(facts) if seconds else MISSING,
         "speed": number(speed, 0) if is_number(speed) else MISSING,
         "bytes": size(sum(held)) if held else "0 B" if facts.get("strategies") == {} else MISSING,
     }
+
+
+def since(facts: Mapping[str, Any]) -> str:
+    """Of which steps the seconds are, where a run was resumed: those before it are not known any more."""
+    step = facts.get("resumed_at")
+    return f" since step {step}" if is_number(step) else ""
 
 
 def spent(facts: Mapping[str, Any]) -> dict[str, float]:
