@@ -227,7 +227,8 @@ class StrategyCallback(TrainerCallback):
             before = partial(self._before_step, args, state, lr_scheduler)
             after = self._after_step if self.acting("after_step") else None
             self.around = Around(optimizer.optimizer, run.weights.values(), before, after)
-        if args.process_index == 0 and (said := clipping(self.strategies, args)):
+        said = clipping(self.strategies, args, bool(run.protect), run.memory.read is not None)
+        if said and args.process_index == 0:
             logger.warning("%s", said)
         if checkpoint is None:
             self._check_memory(model)
@@ -460,9 +461,15 @@ def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
     return partial(torch.autocast, args.device.type, dtype) if dtype else nullcontext
 
 
-def clipping(strategies: list[Strategy], args: TrainingArguments) -> str:
-    """What clipping does to strategies that add to gradients; nothing if nothing is clipped, or none does."""
-    if not args.max_grad_norm or not any(it.overrides("before_step") for it in strategies):
+def clipping(strategies: list[Strategy], args: TrainingArguments, protect: bool, memory: bool) -> str:
+    """What clipping does to strategies that add to gradients; nothing if nothing is clipped, or none does.
+
+    Args:
+        protect, memory: whether there is any; without them ewc and si only look.
+    """
+    idle = {"ewc": not (protect or memory), "si": not memory}
+    adding = [it for it in strategies if it.overrides("before_step") and not idle.get(it.name)]
+    if not args.max_grad_norm or not any(getattr(it, "strength", 1) != 0 for it in adding):
         return ""
     if under_deepspeed(args):
         return (

@@ -26,7 +26,7 @@ from torch import Tensor
 from .logits import Head
 
 ELEMENTS, DEVICE_ELEMENTS = 2**23, 2**25
-"""Logits of one model held at a time: on a CPU 32 MB in fp32, elsewhere 128; four such tables are in use at once."""
+"""Logits of one model held at a time: on a CPU 32 MB in fp32, elsewhere 128; five such tables are in use at once."""
 FAR = 20.0
 """log q - log p above which terms of the KL are summed in a way that cannot overflow."""
 
@@ -199,10 +199,10 @@ def _kl(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
     """sum_v p_v (e^x_v - 1 - x_v) with x = log q - log p: the KL, since p and q sum to 1, but no term is negative.
 
     The textbook sum of p log(p / q) cancels down to the rounding of two logarithms, 1e-7 nats either side of zero,
-    which is all there is near the start.
+    which is all there is near the start. x is spoilt.
     """
-    near = torch.expm1(x.clamp(max=FAR)).sub_(x).mul_(p)  # vecdot would be a product in bf16 under autocast
-    far = torch.add(q, p, alpha=-math.exp(FAR)).relu_()  # what p e^x has beyond e^FAR, where it would overflow
+    near = x.clamp(max=FAR).expm1_().sub_(x).mul_(p)  # vecdot would be a product in bf16 under autocast
+    far = torch.add(q, p, alpha=-math.exp(FAR), out=x).relu_()  # what p e^x has beyond e^FAR, where it would overflow
     return near.add_(far).sum(-1)
 
 

@@ -24,15 +24,16 @@ TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 """As the Hub gives them out, wherever they stand."""
 
 
-def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> dict[str, Any]:
-    """What the report says beside the figures: how the run was made and what it cost."""
+def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float], began: int) -> dict[str, Any]:
+    """What the report says beside the figures: how the run was made and what it cost, since the step at which it began
+    or was resumed."""
     return {
         "command": ["ftplus", *masked(sys.argv[1:])],
         "config": config.resolved(),
         "versions": versions(),
         "seed": config.training.seed,
         "steps": trainer.state.global_step,
-        "resumed_at": step_of(config.training.resume_from_checkpoint),
+        "resumed_at": began or None,
         "stopped": stopping.why_stopped(trainer),
         "device": str(trainer.args.device),
         "processes": trainer.args.world_size,
@@ -42,12 +43,6 @@ def facts(config: RunConfig, trainer: SFTTrainer, seconds: dict[str, float]) -> 
         "strategies": {} if trainer.ftplus is None else strategy_facts(trainer),
         "history": history(trainer.state.log_history),
     }
-
-
-def step_of(checkpoint: str | None) -> int | None:
-    """The step of a checkpoint by its name; None of a run that began at its beginning."""
-    number = str(checkpoint or "").rstrip("/").rpartition("-")[2]
-    return int(number) if number.isdigit() else None
 
 
 def count_memory_anew(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from .state import settings_in
 LONGER = ("max_steps", "num_train_epochs")
 """With another value it is to train longer."""
 WEIGHTS = ("*model*.safetensors", "*model*.bin")
-"""Without which a run has nothing to show, and goes on from its last checkpoint."""
+"""How files of weights are called."""
 PARTS = ("protect", "tasks", "memory", "stop_when", "model", "data", "mixture")
 ARGUMENTS = (
     *(*REFUSED, *OVERRULED, *(name for name in APPLIED if name != "ignore_data_skip")),
@@ -47,8 +47,7 @@ def finished(config: RunConfig) -> Report | None:
     was = then.get("training", {})
     ends = 0 < training.max_steps <= report.facts.get("steps", 0)
     longer = not ends and any(was.get(key) != getattr(training, key) for key in LONGER)
-    kept = any(path for name in WEIGHTS for path in file.parents[1].glob(name))
-    if longer or not kept or not _from_its_end(config, report):
+    if longer or _weights_are_gone(file.parents[1]) or not _from_its_end(config, report):
         return None
     there = _strategies(then, config) | _deciding(then, report.facts.get("processes", 1))
     here = _strategies(now, config) | _deciding(now, training.world_size)
@@ -65,6 +64,12 @@ def measured_otherwise(config: RunConfig, report: Report) -> list[str]:
     """What of a configuration says how to measure, and is not what a finished run was measured by."""
     then, now = report.facts.get("config", {}), strict(config.resolved())
     return [key for key in MEASURING if key in then and then[key] != now[key]]
+
+
+def _weights_are_gone(folder: Path) -> bool:
+    """Whether it lacks what its checkpoints have: it goes on from the last of them, and is saved again."""
+    here, there = (any(path for name in WEIGHTS for path in folder.glob(f"{at}{name}")) for at in ("", "checkpoint-*/"))
+    return there and not here
 
 
 def _from_its_end(config: RunConfig, report: Report) -> bool:

@@ -113,7 +113,7 @@ def self_generate(
     if file is not None:
         try:
             store(file, rows)
-        except OSError as error:  # the rows are here, and a run keeps its own
+        except OSError as error:  # the rows are here
             logger.warning(
                 "%s cannot be written: %s. Another run writes the same rows anew, unless FTPLUS_CACHE names a better "
                 "folder.",

@@ -17,6 +17,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
@@ -74,7 +75,7 @@ class MixingMixin:
             self.train_dataset, self._mixture = pools.mixed(shares, seed_of_order(self.args))
             self.ftplus.learn_rows = rows or None
             if self._mixture is not None and run.protect:
-                refuse_collator(self.data_collator, self.train_dataset, rows)
+                refuse_collator(self.data_collator, self._remove_unused_columns(self.train_dataset), rows)
         epoch = sum(task.drawn for task in run.tasks.values())
         logger.info(table(run.tasks, planned_rows(self.args, epoch) / epoch))
 
@@ -93,7 +94,8 @@ class MixingMixin:
         super()._run_epoch(model, epoch, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._mixture is not None and not self._mixture.begun:
+        # of dispatched batches only the first process draws
+        if self._mixture is not None and not self._mixture.begun and not self.accelerator.dispatch_batches:
             raise IncompatibleError(
                 f"Rows are drawn in another order than that of the mixture: this {type(self).__name__} has a "
                 "get_train_dataloader, or a _get_train_sampler, of its own. Call super() there."
@@ -202,6 +204,7 @@ def on_its_device(trainer: Trainer) -> None:
     write and be measured on the CPU, in another precision than after it.
     """
     apart = trainer.is_fsdp_enabled or trainer.is_model_parallel or zero_stage(trainer.args) == 3
+    apart = apart or getattr(trainer, "is_distributed_loading_by_transformers", False)
     waits = not trainer.place_model_on_device and trainer.args.place_model_on_device is not False
     if waits and not apart and not getattr(trainer.model, "is_quantized", False):
         trainer._move_model_to_device(trainer.model, trainer.args.device)
@@ -240,13 +243,13 @@ def refuse_collator(collate: Any, rows: Dataset, learnt: int) -> None:
         rows: `learnt` learn rows, and protect rows behind them.
         learnt: how many.
     """
-    rows = rows.select_columns([name for name in rows.column_names if name in KEPT])
     first = rows[0]
     others = (rows[place] for place in range(learnt, min(len(rows), learnt + TRIED)))
     other = next((row for row in others if len(row["input_ids"]) != len(first["input_ids"])), None)
     try:
         if other is not None:
-            collate([first, other])
+            with torch.random.fork_rng(devices=[]):  # a collator that masks at random takes nothing from training
+                collate([first, other])
     except (ValueError, RuntimeError, TypeError) as error:
         raise IncompatibleError(
             f"{getattr(collate, '__name__', type(collate).__name__)} makes no micro-batch of rows of "

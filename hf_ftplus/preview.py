@@ -61,7 +61,7 @@ def dry_run(config: RunConfig) -> None:
         say(f"training  {training(trainer)}")
         for strategy in config.strategies:
             say(f"strategy  {strategy!r}")
-        if said := clipping(config.strategies, config.training):
+        if said := clipping(config.strategies, config.training, bool(config.protect), bool(config.memory)):
             say(f"clipped   {said}")
         for condition in config.stop_when:
             say(f"stop when {condition}")

@@ -101,7 +101,7 @@ def _sft(config: RunConfig) -> Report:
     let_go_of_optimizer(trainer)
     with timed(seconds, "measuring after"):
         results = start.evaluation.after(trainer.model)
-    report = Report(results, facts(config, trainer, seconds))
+    report = Report(results, facts(config, trainer, seconds, start.step))
     if trainer.is_world_process_zero():
         file = report.save(Path(config.training.output_dir) / REPORT)
         report.show()
@@ -175,6 +175,8 @@ class Start(TrainerCallback):
     def __init__(self, config: RunConfig, trainer: SFTTrainer, rows: Rows, seconds: dict[str, float]) -> None:
         self.config, self.trainer, self.rows, self.seconds = config, trainer, rows, seconds
         self.late, self.begun, self.measured = trainer.is_fsdp_enabled, False, []
+        self.step = 0
+        """At which training began, or was resumed."""
         if not self.late:
             self.load()
 
@@ -206,7 +208,8 @@ class Start(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        fresh, strategies = state.global_step == 0, self.trainer.ftplus
+        self.step, strategies = state.global_step, self.trainer.ftplus
+        fresh = self.step == 0
         if self.late:
             add_written(self.rows, self.config, self.trainer)
             keep_apart(self.rows, self.config)

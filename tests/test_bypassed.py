@@ -134,13 +134,17 @@ def bart():
     return BartForConditionalGeneration(BartConfig(vocab_size=384, d_model=32, **sizes, **widths))
 
 
-@pytest.mark.parametrize("strategy", [EWC(), Distill(), Replay()], ids=["ewc", "distill", "replay"])
-def test_an_encoder_with_a_decoder_is_refused(strategy, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "protect"),
+    [(EWC(), PROTECT), (EWC(first=True), None), (Distill(), PROTECT), (Replay(), PROTECT)],
+    ids=["ewc", "ewc to remember", "distill", "replay"],
+)
+def test_an_encoder_with_a_decoder_is_refused(strategy, protect, tmp_path):
     rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [8, 9]}] * 4)
     it = Trainer(bart(), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True), train_dataset=rows)
     it.processing_class = tiny_tokenizer()
     with pytest.raises(IncompatibleError, match="BartForConditionalGeneration is an encoder with a decoder"):
-        attach(it, strategy, protect=PROTECT)
+        attach(it, strategy, protect=protect)
 
 
 class Net(nn.Module):
@@ -184,15 +188,15 @@ def test_memory_is_of_the_trial(tmp_path, monkeypatch):
     assert (tmp_path / "run-0" / "ftplus" / "memory" / "si.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("full_eval", "moves"), [(False, 1), (True, 1)])
-def test_a_model_is_on_its_device_before_it_is_asked(full_eval, moves, tmp_path, monkeypatch):
+@pytest.mark.parametrize("full_eval", [False, True])
+def test_a_model_is_on_its_device_before_it_is_asked(full_eval, tmp_path, monkeypatch):
     """With bf16_full_eval, or under DeepSpeed, the Trainer itself moves it only when training starts."""
     found = []
     monkeypatch.setattr(Trainer, "_move_model_to_device", lambda self, model, device: found.append(device))
     it = trainer(tmp_path, bf16_full_eval=full_eval)
     assert len(found) == (not full_eval)
     on_its_device(it)
-    assert found == [torch.device("cpu")] * moves
+    assert found == [torch.device("cpu")]
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------

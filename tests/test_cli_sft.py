@@ -735,8 +735,8 @@ def test_what_clipping_does_is_said_before_and_during_training(place, tmp_path, 
 
 @pytest.mark.parametrize("word", ["--quiet", "-q"])
 def test_a_flag_of_a_launch_launches_nothing_by_itself(place, tmp_path, capsys, word):
-    assert main([*words(place, tmp_path / "out"), word]) == 2
-    assert "2>/dev/null shows the result alone" in capsys.readouterr().err
+    assert main([*words(place, tmp_path / "out", "--max_steps", "1", "--measure_rows", "0"), word]) == 0
+    assert "accelerate launch" not in capsys.readouterr().err
 
 
 @pytest.mark.fault("A1")

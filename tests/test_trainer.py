@@ -24,7 +24,7 @@ from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trai
 
 from hf_ftplus import EWC, SI, Distill, Replay, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
 from hf_ftplus.batches import examples_of
-from hf_ftplus.callback import autocast
+from hf_ftplus.callback import autocast, clipping
 from hf_ftplus.disk import LOCK, locked
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 from hf_ftplus.logits import causal_lm
@@ -51,6 +51,21 @@ def test_one_strategy_may_be_said_in_any_way(tmp_path, given):
         protect=PROTECT,
     )
     assert [it.ftplus.strategies[0].name for it in (ours, theirs)] == ["ewc", "ewc"]
+
+
+def test_clipping_is_told_to_those_whom_it_concerns(tmp_path):
+    clipped = arguments(tmp_path, max_grad_norm=1.0)
+    for strategies, protect, memory, said in (
+        ([EWC()], True, False, True),
+        ([EWC()], False, True, True),
+        ([EWC(first=True)], False, False, False),
+        ([EWC(strength=0)], True, False, False),
+        ([SI()], True, False, False),
+        ([SI()], False, True, True),
+        ([Distill(), Replay()], True, False, False),
+    ):
+        assert bool(clipping(strategies, clipped, protect, memory)) is said, strategies
+        assert not clipping(strategies, arguments(tmp_path, max_grad_norm=0.0), protect, memory)
 
 
 def test_no_strategies_are_none(tmp_path):

@@ -28,7 +28,6 @@ def merge(name: str, out: Path, dtype: str, device: str | None) -> None:
     A base that was trained on in 4 or 8 bits (QLoRA) is loaded unquantised. Both are merged in fp32, which takes 4
     bytes of memory a weight, compared there with base and adapter, and rounded to --dtype once.
     """
-
     from ..merged import merge
 
     no_bars_unseen()

@@ -113,15 +113,11 @@ def sft(
     config, launch_yaml, launch_words = configured(flags, ctx.args, take_environment(read_yaml(config_file)))
     if not launch.launched():
         asked = [*launch_yaml, *launch_words]
-        if asked and set(asked) <= {"--quiet", "-q"}:
-            raise UsageError(
-                "--quiet is accelerate launch's, of how it tells of processes that failed, and none is launched here. "
-                "Leave it out; 2>/dev/null shows the result alone."
-            )
-        why = "" if asked else launch.expected(config.training.use_cpu)
+        named = [word for word in asked if word not in ("--quiet", "-q")]  # of how a launch reports, if there is one
+        why = "" if named else launch.expected(config.training.use_cpu)
         if why:
             click.echo(f"Launching through accelerate, as `trl sft` does: {why}.", err=True)
-        if asked or why:
+        if named or why:
             again = [*(["--debug"] if ctx.find_root().obj else []), "sft", *_without(ctx.meta["words"], launch_words)]
             launch.start(asked, again, config.strategies, launch.precision_of(config.training))
             return

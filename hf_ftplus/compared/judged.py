@@ -15,8 +15,9 @@ interval of their difference, paired by seed, with three seeds in common, and by
 difference above 5 points always tells them apart. Cheapest is what takes fewest seconds; among those within a tenth of
 it, what holds fewest bytes; then what keeps most.
 
-Intervals are Student's t over seeds, 95 %: what another seed would have given. None with one seed. A row whose figure
-lacks in one of its cells has none; tasks that one cell lacks (a retention over nothing) are left out of all means.
+Intervals are Student's t over seeds, 95 %: what another seed would have given. None with one seed, or where seeds
+agree. A row whose figure lacks in one of its cells has none; tasks that one cell lacks (a retention over nothing) are
+left out of all means.
 """
 
 from __future__ import annotations
@@ -239,7 +240,8 @@ def alike(most: Judged, other: Judged) -> bool:
     shared = [seed for seed in most.each if seed in other.each]
     if len(shared) >= FEWEST:
         paired = over_seeds([most.each[seed]["retention"] - other.each[seed]["retention"] for seed in shared])
-        return more <= APART and paired.low <= SAME
+        least = paired.value if paired.low is None else paired.low
+        return more <= APART and least <= SAME
     return more <= SAME
 
 

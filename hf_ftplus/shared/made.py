@@ -45,7 +45,7 @@ def make(
         protect: as for `--protect`.
         form: `full`: two bytes for each weight, for full fine-tuning and for adapters on any layer. `lora`: row and
             column sums of every linear layer, d + k numbers for d x k weights, for adapters alone.
-        rows, max_length, batch_size: of the protect data; smaller batches are steadier.
+        rows, max_length, batch_size: of the protect data, up to 4 in a batch; smaller batches are steadier.
 
     Raises:
         StorageError: the folder holds something, or cannot be made.

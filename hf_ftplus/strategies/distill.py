@@ -167,18 +167,20 @@ class Distill(Strategy):
         # of shards, every rank takes part in every pass, if only with nothing
         parts = [part for part in parts if part is not None and (len(part.hidden) or self._sharded)]
         self._seen += 1
-        added, tokens = self._window.get(ADDED, (0.0, 0))
-        self._window[ADDED] = added, tokens + len(batch.labels)
         if not parts:
+            self._note(ADDED, 0.0, len(batch.labels))
             return batch.hidden.sum() * 0.0
         total, kl = self._compare(run, batch, parts)
-        self._window[ADDED] = added + total.detach(), tokens + len(batch.labels)
+        self._note(ADDED, total.detach(), len(batch.labels))
         for part, found in zip(parts, kl.split([len(part.hidden) for part in parts]), strict=True):
-            if part.idle:
-                continue
-            sums, tokens = self._window.get(part.where, (0.0, 0))
-            self._window[part.where] = sums + found.sum(), tokens + len(found)
+            if not part.idle:
+                self._note(part.where, found.sum(), len(found))
         return total
+
+    def _note(self, where: str, value: float | Tensor, tokens: int) -> None:
+        """Sum up for the logging window."""
+        sums, count = self._window.get(where, (0.0, 0))
+        self._window[where] = sums + value, count + tokens
 
     def state_dict(self) -> dict[str, Tensor]:
         """The frozen copy, which nothing can make again once weights have moved; with `cache`, which answers count."""

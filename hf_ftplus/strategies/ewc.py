@@ -64,11 +64,13 @@ class EWC(Strategy):
 
     def refuse(self, run: Run | None) -> None:
         """Nothing to protect, and adapters whose change of a weight is not scale * B A."""
+        from ..refusals import refuse_encoder_decoder
         from ..weights import split
 
         if run is None:
             return
         split(run.model)
+        refuse_encoder_decoder(run.model, [self.name])
         if not (run.protect or run.memory.read or (self.first and self.remember)):
             raise DataError(
                 "ewc has nothing to protect: no protect data and no memory of an earlier run. Type --protect FILE, or "
