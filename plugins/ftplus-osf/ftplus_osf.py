@@ -85,12 +85,12 @@ class OSF(Strategy):
             return
         from hf_ftplus.weights import split
 
+        _, adapters = split(run.model)
         if next(_matrices(run.model), None) is None:
             raise IncompatibleError(
                 f"osf keeps directions of linear layers, and none of {type(run.model).__name__} trains beside the LM "
                 "head. Fine-tune all weights, or use LoRA on linear layers: --lora_target_modules all-linear."
             )
-        _, adapters = split(run.model)
         trained = [name for name, adapter in adapters.items() if adapter.B.detach().any()]
         if trained:
             raise IncompatibleError(
