@@ -35,6 +35,8 @@ KEPT = HERE / "strategies.json"
 LEARNT, TOLD = 0.9, 0.75
 """Share of the facts from which on what was kept is compared; of the reviews (0.52 is told at the start), or of facts
 after them."""
+LEAST = 0.05
+"""Nats that the best plain row loses, below which there is nothing to keep a share of."""
 
 LORA = "--use_peft --lora_r 16 --lora_target_modules all-linear --learning_rate 2e-3"
 EWC = "--plugin ewc --set ewc.remember=false --set ewc.strength"
@@ -376,15 +378,16 @@ def table(
         key=lambda name: mean(name, lambda cell: cell.rise),
         default=None,
     )
-    heads = ["row", "seeds", "steps", *shown, "kept"]
+    lost = mean(best, lambda cell: cell.rise) if best else 0.0
+    heads = ["row", "seeds", "steps", *shown, *(["kept"] if lost > LEAST else [])]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in rows or cells:
         found, kept = cells[name], "learnt too little"
-        if name in learnt and best:
-            lost = mean(best, lambda cell: cell.rise)
+        if name in learnt and lost > LEAST:
             kept = "reference" if name == best else f"{1 - mean(name, lambda cell: cell.rise) / lost:.0%}"
-        figures = (in_words(values_of(found, key), COLUMNS[key][1]) for key in shown)
-        lines.append(f"| {name} | {len(found)} | {found[0].steps} | {' | '.join(figures)} | {kept} |")
+        figures = [in_words(values_of(found, key), COLUMNS[key][1]) for key in shown]
+        words = [name, str(len(found)), str(found[0].steps), *figures, kept][: len(heads)]
+        lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 
 
