@@ -37,7 +37,7 @@ OUTPUTS = (
     f"{STATE_FOLDER}/memory",
 )
 """What a run leaves, ours or `trl sft`'s."""
-NO_CHECKPOINT = "There is no checkpoint to go on from; to train its model on, name it as --model_name_or_path."
+TRAIN_ON = "To train its model on, name it as --model_name_or_path."
 
 
 def claim(config: RunConfig, probe: bool = True) -> None:
@@ -65,7 +65,9 @@ def _refuse_taken(config: RunConfig, folder: Path) -> None:
     found = [path for name in OUTPUTS for path in folder.glob(name)]
     if resume_point(config) is None and found:
         newest = max(found, key=os.path.getmtime)
-        on = "Go on: --resume_from_checkpoint true. Or choose" if _checkpoints(folder) else f"{NO_CHECKPOINT} Choose"
+        on = f"There is no checkpoint to go on from. {TRAIN_ON} Choose"
+        if _checkpoints(folder):
+            on = "Go on: --resume_from_checkpoint true. Or choose"
         raise StorageError(f"{folder} holds another run ({newest.relative_to(folder)}). {on} another --output_dir.")
 
 
@@ -103,7 +105,7 @@ def resume_point(config: RunConfig) -> str | bool | None:
     if str(given).lower() == "true":
         if not there:
             taken = any(path for name in OUTPUTS for path in folder.glob(name))
-            instead = NO_CHECKPOINT if taken else "Leave the flag out to start, or type auto, which does either."
+            instead = TRAIN_ON if taken else "Leave the flag out to start, or type auto, which does either."
             raise StorageError(f"--resume_from_checkpoint true: {folder} holds no checkpoint-N. {instead}")
         return True
     if not Path(given).is_dir():
