@@ -321,7 +321,8 @@ def measure(name: str, seed: int, out: Path) -> Cell:
     folder = folder_of(name, seed, out)
     if not (folder / "ftplus" / "report.json").is_file():
         command = [str(Path(sys.executable).parent / "ftplus"), "sft", "--config", "examples/demo/demo.yaml"]
-        command += ["--output_dir", str(folder), "--seed", str(seed), "--completions", "0"]
+        command += ["--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
+        command += ["--seed", str(seed), "--completions", "0"]
         command += ROWS[name].replace("{first}", str(folder_of(FIRST, seed, out))).split()
         click.echo(f"{name}, seed {seed}", err=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT}, cwd=ROOT)
