@@ -7,8 +7,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from .hookspecs import HOST
 from .logits import causal_lm
 from .mixture import check_drawn, rows_drawn
 from .plugins import origin, resolve
-from .refusals import refuse, refuse_encoder_decoder, refuse_parts
+from .precision import autocast, scale_of, unscale
+from .refusals import clipping, refuse, refuse_encoder_decoder, refuse_parts
 from .specs import as_tasks
 from .strategy import Memory, Run, Strategy, acts_on_gradients
 from .tensorfile import whole
@@ -450,53 +450,6 @@ def _place(error: BaseException) -> str:
 
 def _of(strategy: Strategy) -> str:
     return "".join(f" of {who} {version}" for who, version in published([strategy]).values())
-
-
-def autocast(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
-    """Mixed precision for forward passes of our own, as in training: what was measured before it compares with after.
-
-    Under fp16, too, where nobody scales the gradients of the Fisher pass: those of single tokens are large enough.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)  # accelerate's, too
-    return partial(torch.autocast, args.device.type, dtype) if dtype else nullcontext
-
-
-def clipping(strategies: list[Strategy], args: TrainingArguments, protect: bool, memory: bool) -> str:
-    """What clipping does to strategies that add to gradients; nothing if nothing is clipped, or none does.
-
-    Args:
-        protect, memory: whether there is any; without them ewc and si only look.
-    """
-    idle = {"ewc": not (protect or memory), "si": not memory}
-    adding = [it for it in strategies if it.overrides("before_step") and not idle.get(it.name)]
-    if not args.max_grad_norm or not any(getattr(it, "strength", 1) != 0 for it in adding):
-        return ""
-    if under_deepspeed(args):
-        return (
-            f"DeepSpeed clips gradients to {args.max_grad_norm:g} with what strategies added to them; max_grad_norm 0 "
-            "clips neither"
-        )
-    return (
-        f"gradients are clipped to {args.max_grad_norm:g} before strategies add to them, which makes a strength weigh "
-        "more than it says; max_grad_norm 0 keeps it to its word"
-    )
-
-
-def scale_of(optimizer: Any) -> float | None:
-    """fp16's loss scale; None without one. Waits for the device."""
-    scaler = getattr(optimizer, "scaler", None)
-    return None if scaler is None else scaler.get_scale()
-
-
-def unscale(optimizer: Any) -> None:
-    """Take fp16's loss scale off the gradients, if the Trainer has not done so to clip or to measure them."""
-    scaler = getattr(optimizer, "scaler", None)
-    if scaler is not None:
-        try:
-            scaler.unscale_(optimizer.optimizer)
-        except RuntimeError as error:
-            if "already been called" not in str(error):
-                raise
 
 
 def give_back_memory() -> None:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from datasets import Dataset
 
 from . import data
-from .callback import autocast
 from .config import RunConfig
 from .errors import DataError, FTPlusError
 from .evaluation import EvalTask, with_answers
 from .evaluation.tasks import Role
 from .examples import text_tokenizer
+from .precision import autocast
 from .row_checks import places, spread
 from .rows import Rows, of_training
 from .trainer import SFTTrainer

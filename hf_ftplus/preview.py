@@ -18,7 +18,6 @@ import click
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from .callback import clipping
 from .config import RunConfig
 from .errors import DataError, escape, reason
 from .examples import Example, text_tokenizer, tokenize, window
@@ -27,6 +26,7 @@ from .measured import hold_out, tasks
 from .mixing import as_trained
 from .model import resolve
 from .output import claim, no_empty_folder
+from .refusals import clipping
 from .row_checks import by_task, len_of, refuse_foreign, share_supervised
 from .rows import Rows
 from .run import costs, in_words, prepare, speak

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from .errors import IncompatibleError
 from .logits import causal_lm
 from .strategy import Strategy, acts_on_gradients, refuse_deepspeed
+from .zero import under_deepspeed
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -218,3 +219,24 @@ def refuse_several_devices(strategies: list[Strategy], args: TrainingArguments) 
             "compare its parts. Type the same command with --num_processes "
             f"{args.n_gpu}, or choose one device: CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def clipping(strategies: list[Strategy], args: TrainingArguments, protect: bool, memory: bool) -> str:
+    """What clipping does to strategies that add to gradients; nothing if nothing is clipped, or none does.
+
+    Args:
+        protect, memory: whether there is any; without them ewc and si only look.
+    """
+    idle = {"ewc": not (protect or memory), "si": not memory}
+    adding = [it for it in strategies if it.overrides("before_step") and not idle.get(it.name)]
+    if not args.max_grad_norm or not any(getattr(it, "strength", 1) != 0 for it in adding):
+        return ""
+    if under_deepspeed(args):
+        return (
+            f"DeepSpeed clips gradients to {args.max_grad_norm:g} with what strategies added to them; max_grad_norm 0 "
+            "clips neither"
+        )
+    return (
+        f"gradients are clipped to {args.max_grad_norm:g} before strategies add to them, which makes a strength weigh "
+        "more than it says; max_grad_norm 0 keeps it to its word"
+    )

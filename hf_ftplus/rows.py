@@ -16,7 +16,6 @@ from datasets import Dataset, load_dataset
 
 from . import data
 from .batches import SelfText, seed_of
-from .callback import autocast
 from .config import RunConfig
 from .errors import DataError, FTPlusError, UsageError, escape, reason
 from .examples import text_tokenizer
@@ -24,6 +23,7 @@ from .files import is_local
 from .formats import Row
 from .generate import self_generate
 from .model import cache
+from .precision import autocast
 from .row_checks import (
     best_figure,
     check_metric,

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 from . import compat, stopping
-from .callback import RESCUED, STATE_FOLDER, autocast, give_back_memory
+from .callback import RESCUED, STATE_FOLDER, give_back_memory
 from .config import RunConfig
 from .configured import sft_trainer
 from .errors import IncompatibleError, PluginError, RetentionError, StorageError
@@ -45,6 +45,7 @@ from .output import (
     warn_of_little_room,
 )
 from .page import leave_card, leave_page, warned
+from .precision import autocast
 from .refusals import refuse, refuse_fsdp, refuse_parted, refuse_several_devices, refuse_zero3
 from .report import Report
 from .report.tracked import hold_open, track

@@ -24,11 +24,11 @@ from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trai
 
 from hf_ftplus import EWC, SI, Distill, Replay, SFTTrainer, Strategy, StrategyCallback, attach, commit, setting
 from hf_ftplus.batches import examples_of
-from hf_ftplus.callback import autocast, clipping
 from hf_ftplus.disk import LOCK, locked
 from hf_ftplus.errors import DataError, IncompatibleError, PluginError, StorageError, UsageError
 from hf_ftplus.logits import causal_lm
-from hf_ftplus.refusals import devices_of, offloads, refuse, refuse_answers, refuse_parted
+from hf_ftplus.precision import autocast
+from hf_ftplus.refusals import clipping, devices_of, offloads, refuse, refuse_answers, refuse_parted
 from hf_ftplus.specs import TaskSpec
 
 
