@@ -97,7 +97,8 @@ def _task(entry: dict[str, Any]) -> tuple[TaskConfig | None, list[Fault]]:
     if isinstance(measure, str):
         measure = replace(TaskSpec.of(spec.name, measure), config=spec.config, through=through)
     role, streaming = sound.get("role", "learn"), sound.get("streaming", False)
-    return TaskConfig(spec, role, sound.get("share"), sound.get("metric"), measure, streaming, entry), found
+    metric = None if through is _any_row else sound.get("metric")
+    return TaskConfig(spec, role, sound.get("share"), metric, measure, streaming, entry), found
 
 
 def _through(entry: dict[str, Any]) -> tuple[Any, list[Fault]]:

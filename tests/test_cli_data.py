@@ -142,8 +142,10 @@ def test_every_fault_of_every_task_is_listed_at_once_and_sft_says_the_same(place
         {"name": "quiz", "dataset": notes, "template": "{{ article }}", "completion": "a", "choices": ["b", "c"]},
         {"name": "long", "dataset": notes, "template": "{{ article * 40 }}", "completion": "{{ headline }}"},
     ]
+    pick = {"template": "{{ article }}", "completion": "{{ headline }}", "metric": "choice"}
     declared = [
         {"name": "typo", "dataset": f"{place}/nothing.jsonl", "templte": "x"},
+        {"name": "pick", "dataset": notes, "choices": "one", **pick},
         {"name": "Gone", "dataset": notes},
     ]
     assert main(["data", "check", "--config", file(place, tmp_path, wrong)]) == 3
@@ -162,6 +164,7 @@ def test_every_fault_of_every_task_is_listed_at_once_and_sft_says_the_same(place
     assert "Did you mean 'template'" in more
     assert "Two tasks have the name 'Gone'" in more
     assert "nothing.jsonl does not exist" in more
+    assert more.count("tasks.pick: ") == 1  # and nothing of rows that no template made
     assert all(line in more for line in found.partition("error: ")[2].splitlines())
     assert main(["sft", "--config", file(place, tmp_path, wrong)]) == 3
     assert capsys.readouterr().err == found.replace(f"\n{found.splitlines()[-1]}", "")
