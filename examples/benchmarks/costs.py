@@ -1,6 +1,7 @@
 """What each strategy adds to a training step: both sides in one run, step by step in turn.
 
     .venv/bin/python examples/benchmarks/costs.py            prints Markdown; --only NAME measures one row
+    .venv/bin/python examples/benchmarks/costs.py --batch 16 the same with as many tokens in a step as the demo has
     .venv/bin/python examples/benchmarks/costs.py --peak     the same of memory: each side in a process of its own
 
 Two real SFTTrainers, one plain and one with the strategy, train in threads of one process and take turns at every
@@ -32,7 +33,7 @@ import hf_ftplus
 from hf_ftplus import SI, Distill, MultiTask, Replay
 from hf_ftplus.model import resolve
 
-ROWS, LENGTH = 8, 64
+LENGTH = 64
 WARM = 2
 """Steps of each side that are not counted."""
 LORA = {"peft_config": LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")}
@@ -93,9 +94,11 @@ def rows(count: int, seed: int, tasks: int = 1) -> Dataset:
     return Dataset.from_dict(columns | {"task": [f"task {i % tasks}" for i in range(count)]} if tasks > 1 else columns)
 
 
-def trainer(folder: str, steps: int, strategy: Any, callback: TrainerCallback, extra: dict[str, Any]) -> Any:
+def trainer(
+    folder: str, steps: int, strategy: Any, callback: TrainerCallback, batch: int, extra: dict[str, Any]
+) -> Any:
     args = trl.SFTConfig(
-        folder, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=1e-5, max_length=LENGTH, use_cpu=True,
+        folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-5, max_length=LENGTH, use_cpu=True,
         bf16=False, gradient_checkpointing=False, logging_steps=1000, save_strategy="no", report_to="none",
         disable_tqdm=True,
     )  # fmt: skip
@@ -103,7 +106,7 @@ def trainer(folder: str, steps: int, strategy: Any, callback: TrainerCallback, e
         AutoModelForCausalLM.from_pretrained(resolve("demo"), dtype=torch.float32),
         args=args,
         processing_class=AutoTokenizer.from_pretrained(resolve("demo")),
-        train_dataset=rows(ROWS * steps, 0, tasks=2 if isinstance(strategy, MultiTask) else 1),
+        train_dataset=rows(batch * steps, 0, tasks=2 if isinstance(strategy, MultiTask) else 1),
         callbacks=[callback],
         strategies=[strategy] if strategy else [],
         protect=rows(64, 1) if strategy else None,
@@ -111,13 +114,15 @@ def trainer(folder: str, steps: int, strategy: Any, callback: TrainerCallback, e
     )
 
 
-def in_turns(make: Callable[[], Any], extra: dict[str, Any], steps: int, ours: int) -> tuple[list[float], list[float]]:
+def in_turns(
+    make: Callable[[], Any], extra: dict[str, Any], steps: int, batch: int, ours: int
+) -> tuple[list[float], list[float]]:
     """Seconds of each step with the strategy, which is side `ours` (0 begins), and of the plain step beside it."""
     turns, failed = Turns(2), []
     callbacks = [OneStepATurn(turns, mine) for mine in (0, 1)]
     with tempfile.TemporaryDirectory() as folder:
         sides = [
-            trainer(f"{folder}/{mine}", steps + WARM, make() if mine == ours else None, callbacks[mine], extra)
+            trainer(f"{folder}/{mine}", steps + WARM, make() if mine == ours else None, callbacks[mine], batch, extra)
             for mine in (0, 1)
         ]
 
@@ -141,17 +146,18 @@ def in_turns(make: Callable[[], Any], extra: dict[str, Any], steps: int, ours: i
     return seconds[ours], seconds[1 - ours]
 
 
-def peak(name: str, plain: bool) -> tuple[int, int]:
+def peak(name: str, plain: bool, batch: int) -> tuple[int, int]:
     """Of a process that trains three steps: MiB at the most, and MiB of these that the strategy holds."""
-    line = [sys.executable, __file__, "--only", name, "--alone", "plain" if plain else "strategy"]
+    side = "plain" if plain else "strategy"
+    line = [sys.executable, __file__, "--only", name, "--batch", str(batch), "--alone", side]
     peak, held = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()[-2:]
     return int(peak), int(held)
 
 
-def alone(name: str, plain: bool) -> None:
+def alone(name: str, plain: bool, batch: int) -> None:
     make, extra, _ = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
-        it = trainer(folder, 3, None if plain else make(), TrainerCallback(), extra)
+        it = trainer(folder, 3, None if plain else make(), TrainerCallback(), batch, extra)
         it.train()
         held = 0 if plain else sum(it.ftplus.bytes().values())
     click.echo(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10} {held // 2**20}")
@@ -159,31 +165,32 @@ def alone(name: str, plain: bool) -> None:
 
 @click.command()
 @click.option("--steps", default=6, help="Pairs of steps for each row in which plain begins, and in which it does not.")
+@click.option("--batch", default=8, help="Rows of a step, of 64 tokens each.")
 @click.option("--only", multiple=True, type=click.Choice(list(CASES)), help="Only these rows.")
 @click.option("--peak", "memory", is_flag=True, help="Memory instead of seconds.")
 @click.option("--alone", "side", type=click.Choice(["plain", "strategy"]), hidden=True)
-def main(steps: int, only: tuple[str, ...], memory: bool, side: str | None) -> None:
-    """Measure on the demo model, batches of 8 x 64 tokens, fp32."""
+def main(steps: int, batch: int, only: tuple[str, ...], memory: bool, side: str | None) -> None:
+    """Measure on the demo model, fp32."""
     if side:
-        alone(only[0], side == "plain")
+        alone(only[0], side == "plain", batch)
         return
-    click.echo(f"Beside plain, demo model (135 M weights), fp32, {ROWS} x {LENGTH} tokens; {machine()}\n")
+    click.echo(f"Beside plain, demo model (135 M weights), fp32, {batch} x {LENGTH} tokens; {machine()}\n")
     if memory:
         click.echo("| strategy | peak, MiB | plain | it holds | peak / (plain + held) |\n|---|---|---|---|---|")
     else:
         click.echo("| strategy | median | quarter to three quarters | goal |\n|---|---|---|---|")
     for name in only or CASES:
-        click.echo(peak_row(name) if memory else seconds_row(name, steps))
+        click.echo(peak_row(name, batch) if memory else seconds_row(name, steps, batch))
 
 
-def peak_row(name: str) -> str:
-    (whole, held), (plain, _) = peak(name, plain=False), peak(name, plain=True)
+def peak_row(name: str, batch: int) -> str:
+    (whole, held), (plain, _) = peak(name, False, batch), peak(name, True, batch)
     return f"| {name} | {whole} | {plain} | {held} | {whole / (plain + held):.2f} |"
 
 
-def seconds_row(name: str, steps: int) -> str:
+def seconds_row(name: str, steps: int, batch: int) -> str:
     make, extra, goal = CASES[name]
-    (last, began), (first, after) = (in_turns(make, extra, steps, ours) for ours in (1, 0))
+    (last, began), (first, after) = (in_turns(make, extra, steps, batch, ours) for ours in (1, 0))
     pairs = zip(last, first, began, after, strict=True)
     low, middle, high = statistics.quantiles([(a + b) / (c + d) for a, b, c, d in pairs], n=4)
     return f"| {name} | {middle:.2f}x | {low:.2f} - {high:.2f} | {f'{goal:.2f}x' if goal else ''} |"

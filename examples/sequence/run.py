@@ -44,7 +44,11 @@ def main(each: bool) -> None:
     arms = {"plain": {"plugins": [], "keep": 0}, "kept": {}}
     if each:
         ewc, replay = given["plugins"]
-        arms |= {"si": {"plugins": ["si"], "keep": 0}, "ewc": {"plugins": [ewc]}, "replay": {"plugins": [replay]}}
+        arms |= {
+            "si": {"plugins": [{"si": {"strength": 1}}], "keep": 0},
+            "ewc": {"plugins": [ewc]},
+            "replay": {"plugins": [replay]},
+        }
     matrices = {
         name: hf_ftplus.sequence({**given, "output_dir": str(OUT / "sequence" / name), **arm})
         for name, arm in arms.items()

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("hf_ftplus")
 
 
+STRENGTH = 0.1
+"""If none is given, from facts learnt after reviews on the demo model (examples/benchmarks; three seeds): at 0.1 more
+of them are learnt than without (91 and 81 %), and more of all else is kept; at 1, 44 % are learnt (one seed)."""
 SAMPLED = 16
 """Elements of each gradient that are looked at again after the first step."""
 
@@ -51,7 +54,7 @@ class SI(Strategy):
     judged: ClassVar[dict[str, Any]] = {"second_run": True, "peft": False}
 
     strength: float = setting(
-        1.0, "what undoing a nat that earlier runs learnt costs, in nats of learn loss", unit="nats per nat", low=0
+        STRENGTH, "what undoing a nat that earlier runs learnt costs, in nats of learn loss", unit="nats per nat", low=0
     )
     damping: float = setting(
         0.01,
