@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from alive import Alive
 from batches import padded, padding_free, random_rows
 from peft import LoraConfig, get_peft_model
 from reference import drift, empirical_fisher, exact_fisher
@@ -15,6 +14,7 @@ from tiny import tiny_llama
 
 from hf_ftplus.errors import DataError, IncompatibleError
 from hf_ftplus.fisher import FEW_TOKENS, backward_logits, fisher, random_signs, row_column_sums
+from hf_ftplus.testing.alive import Alive
 from hf_ftplus.weights import lora, split, trainable
 
 VOCAB = 24

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -110,3 +112,16 @@ def test_our_plugins_have_what_a_new_distribution_has(tmp_path, folder):
     for line in ('license-files = ["LICENSE"]', 'test = ["pytest>=8.3"]'):
         assert line in ours
         assert line in theirs
+
+
+def test_the_tests_of_our_plugins_stand_alone(tmp_path):
+    """As the CI file of each runs them: from its folder, with hf-ftplus and nothing of this repository's tests."""
+    folders = sorted((ROOT / "plugins").glob("ftplus-*"))
+    for folder in folders:
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+    line = [sys.executable, "-W", "error", "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    path = os.pathsep.join([str(ROOT), *(str(tmp_path / folder.name) for folder in folders)])
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "warning" not in done.stdout
+    assert all(f"{folder.name}/tests/" in done.stdout for folder in folders)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from alive import Alive
-from batches import padded, random_rows
 from ftplus_kfac import KFAC, factors, kronecker_penalty, kronecker_pull, thin_pull
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_llama
-from training import LEARN, PROTECT, sequence, trainer
 
 from hf_ftplus import EWC, plugins, testing
 from hf_ftplus.errors import DataError, IncompatibleError
 from hf_ftplus.fisher import backward_logits
 from hf_ftplus.testing import check_strategy
+from hf_ftplus.testing.alive import Alive
+from hf_ftplus.testing.tiny import tiny_llama
+from hf_ftplus.testing.training import LEARN, PROTECT, sequence, trainer
 from hf_ftplus.weights import split
 
 
-@pytest.mark.laws
 def test_it_keeps_every_law_and_says_why_it_does_not_travel_light_under_lora():
     check_strategy(KFAC())
     assert "square in the width" in KFAC.judged["breaks"]["travels light"]
@@ -110,7 +108,7 @@ def test_under_checkpointing_factors_hold_no_more_inputs_than_a_training_step():
     model = get_peft_model(tiny_llama(layers=12), LoraConfig(r=2, target_modules="all-linear")).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    batch, most = padded(random_rows(16, 384, longest=32), 16)[0], []
+    batch, most = testing.tiny_batches(0, 16, 16)[0], []
     for layers in ({}, {name: adapter.layer for name, adapter in split(model)[1].items()}):
         model.zero_grad()
         with Alive() as alive, factors(layers) as sums:
@@ -187,7 +185,6 @@ def test_it_predicts_drift_better_than_the_diagonal_does(tmp_path):
     assert far["kfac"] < far["ewc"], (predicted, true)
 
 
-@pytest.mark.slow
 def test_at_the_same_learning_it_keeps_more_than_the_diagonal(tmp_path):
     known, kept, learnt = sequence(tmp_path / "kfac", KFAC(), max_grad_norm=0.0)
     _, kept_by_ewc, learnt_by_ewc = sequence(tmp_path / "ewc", EWC(strength=100), max_grad_norm=0.0)

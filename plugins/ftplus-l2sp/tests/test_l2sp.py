@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from ftplus_l2sp import L2SP, l2sp_gradient
 
 from hf_ftplus.testing import check_strategy, law_acts, law_remembers
 
 
-@pytest.mark.laws
 def test_l2sp_keeps_every_law():
     check_strategy(L2SP(strength=0.1))
 

@@ -10,19 +10,18 @@ import torch
 from datasets import Dataset
 from ftplus_osf import OSF, clear, pin, top
 from peft import LoraConfig, OSFConfig
-from tiny import tiny_llama, tiny_tokenizer
-from training import LEARN, arguments, trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_ftplus import plugins, testing
 from hf_ftplus.errors import IncompatibleError
 from hf_ftplus.testing import check_strategy
+from hf_ftplus.testing.tiny import tiny_llama, tiny_tokenizer
+from hf_ftplus.testing.training import LEARN, arguments, trainer
 
 STEPS = {"max_steps": 30, "learning_rate": 5e-3, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
 TARGETS = ["q_proj", "up_proj", "down_proj"]  # square, tall and wide
 
 
-@pytest.mark.laws
 def test_it_keeps_every_law():
     check_strategy(OSF())
 

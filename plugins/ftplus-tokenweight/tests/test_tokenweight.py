@@ -7,22 +7,20 @@ import math
 import pytest
 import torch
 from ftplus_tokenweight import TokenWeight, eaft_weights, flow_weights, stm_weights
-from tiny import tiny_llama
-from training import LEARN, first_gradient, trainer
 
 from hf_ftplus import plugins, testing
 from hf_ftplus.errors import IncompatibleError
 from hf_ftplus.testing import check_strategy, law_acts, law_remembers, law_silent_at_zero
+from hf_ftplus.testing.tiny import tiny_llama
+from hf_ftplus.testing.training import LEARN, first_gradient, trainer
 
 
-@pytest.mark.laws
 def test_it_keeps_every_law():
     check_strategy(TokenWeight(rule="flow"))
 
 
-@pytest.mark.laws
 @pytest.mark.parametrize("settings", [{}, {"rule": "stm", "threshold": 66.0}], ids=str)
-def test_the_other_rules_keep_the_laws_that_could_suffer(settings):
+def test_the_other_rules_keep_every_law_that_could_suffer(settings):
     laws = [law_silent_at_zero, law_remembers, law_acts]
     check_strategy(TokenWeight(**settings), laws=laws, peft=False, processes=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,17 +13,16 @@ from ftplus_wise import Wise, repair
 from ftplus_wise.curve import Point, choose, learnt, table
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import tiny_llama, tiny_tokenizer
-from training import LEARN, PROTECT, Diary, far, sequence, trainer
 from transformers import LlamaForCausalLM
 
-from hf_ftplus import plugins, testing
+from hf_ftplus import Strategy, plugins, testing
 from hf_ftplus.cli import main
 from hf_ftplus.errors import DataError, IncompatibleError
 from hf_ftplus.testing import check_strategy
+from hf_ftplus.testing.tiny import tiny_llama, tiny_tokenizer
+from hf_ftplus.testing.training import LEARN, PROTECT, far, sequence, trainer
 
 
-@pytest.mark.laws
 def test_it_keeps_every_law():
     check_strategy(Wise(keep=0.8), processes=False)
 
@@ -36,11 +36,12 @@ def test_it_remembers_and_is_silent_at_zero():
 
 
 @dataclass
-class Noting(Diary):
+class Noting(Strategy):
     """Keeps the weights of every step."""
 
+    name: ClassVar[str] = "noting"
+
     def after_step(self, run):
-        self.note("after_step", run)
         self.kept = [*getattr(self, "kept", []), {name: weight.clone() for name, weight in run.weights.items()}]
 
 
