@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from commands import QUICKLY, make_place, typed
 from pages import settings_table
 
 from hf_ftplus import Strategy, contract, plugins
@@ -32,6 +34,35 @@ def test_every_setting_is_on_its_page(name):
     table = settings_table(name)
     page = ROOT / "plugins" / f"ftplus-{name}" / "README.md"
     assert table in page.read_text(encoding="utf-8"), f"Put this table into {page}:\n\n{table}\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_its_page_tells_to_type_works(tmp_path, monkeypatch, name):
+    """One after the other, on a tiny model, in two steps."""
+    monkeypatch.chdir(make_place(tmp_path))
+    (tmp_path / "old.jsonl").symlink_to("protect.jsonl")
+    (tmp_path / "chat.jsonl").symlink_to("protect.jsonl")
+    (tmp_path / "held_out.jsonl").symlink_to("learn.jsonl")
+    page = (ROOT / "plugins" / f"ftplus-{name}" / "README.md").read_text(encoding="utf-8")
+    found, outputs = typed(page), ["OUTPUT", "ADAPTER"]
+    whole = next(line for line in found if line[0] == "sft")
+    if any("ADAPTER" in line for line in found):
+        found.insert(1, ["sft", "--use_peft", *whole[3:]])
+    for line in found:
+        line = [*whole, *(word for word in line if word not in ("...", *whole))] if "..." in line else line
+        more = [*QUICKLY, "--output_dir", outputs.pop(0)] if line[0] == "sft" else []
+        assert main([*("model" if word == "demo" else word for word in line), *more]) == 0, line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_page_is_a_method_card_and_its_row_is_in_the_benchmark(name):
+    page = (ROOT / "plugins" / f"ftplus-{name}" / "README.md").read_text(encoding="utf-8")
+    for what in ("source", "formula", "helps when", "costs", "measured", "does not help when"):
+        assert f"\n| {what} | " in page, what
+    measured = json.loads((ROOT / "examples" / "benchmarks" / "strategies.json").read_text(encoding="utf-8"))
+    rows = (ROOT / "examples" / "benchmarks" / "strategies.py").read_text(encoding="utf-8")
+    named = re.findall(rf'^    "(.+?)": f?"--plugin {name} ', rows, re.M)
+    assert [row for row in named if measured.get(row)], f"a row of strategies.py with --plugin {name}, measured"
 
 
 ONE_SIDED = {"mix", "read_gradients"}

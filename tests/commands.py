@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 from training import LEARN, PROTECT
+
+QUICK = {
+    "max_steps": 2, "report_to": "none", "gradient_checkpointing": False, "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 16, "max_length": 64, "completions": 1, "measure_rows": 8,
+}  # fmt: skip
+QUICKLY = [f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in QUICK.items()]
+"""What makes a run of any `ftplus sft` short: in YAML, and as flags."""
 
 
 def make_place(folder: Path) -> Path:
@@ -67,3 +76,9 @@ def same_file(one: Path, other: Path) -> bool:
     """Whether two safetensors files hold the same weights, bit for bit."""
     these, those = load_file(one), load_file(other)
     return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
+
+
+def typed(text: str) -> list[list[str]]:
+    """Every `ftplus ...` of the blocks of a page, as words."""
+    blocks = "".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL))
+    return [shlex.split(line, comments=True) for line in re.findall(r"^\$ ftplus (.*)", blocks, re.M)]
