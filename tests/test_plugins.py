@@ -12,7 +12,7 @@ import pytest
 from commands import make_place, words
 from training import trainer
 
-from hf_ftplus import Strategy, plugins
+from hf_ftplus import Strategy, contract, plugins
 from hf_ftplus.cli import main
 from hf_ftplus.errors import IncompatibleError, PluginError, UsageError
 
@@ -423,6 +423,18 @@ def test_methods_of_its_own_are_welcome(idea):
 # ---- the API ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_new_hook_does_not_break_a_plugin_whose_own_methods_begin_with_an_underscore(idea, monkeypatch):
+    def after_epoch(self, run): ...
+
+    def teacher(self, run): ...
+
+    for hook in (after_epoch, teacher):
+        monkeypatch.setattr(Strategy, hook.__name__, hook, raising=False)
+    monkeypatch.setattr(contract, "HOOKS", (*contract.HOOKS, "after_epoch", "teacher"))
+    own = "".join(f"    def {name}(self): pass\n" for name in ("_after_epochs", "_teacher"))
+    assert plugins.load(idea(ONE, own)).name == "one"
+
+
 @pytest.mark.fault("C7")
 @pytest.mark.parametrize(
     ("line", "cure"),
@@ -465,18 +477,40 @@ FROZEN = {
     "Task": ("role", "rows", "tokens", "drawn", "drawn_tokens"),
     "Batch": ("inputs", "hidden", "labels", "logits"),
     "Memory": ("read", "write"),
+    "names": {
+        "hf_ftplus": "Batch Distill EWC Memory MultiTask Replay Run SFTTrainer SI SaveOnInterrupt Strategy StrategyCallback StrategyMixin attach hookimpl place sequence setting",
+        "hf_ftplus.testing": "LAWS VOCAB Verdict check_strategy judge law_acts law_gets_along law_introduces_itself law_leaves_no_trace law_remembers law_same_anywhere law_silent_at_zero law_travels_light tiny_batches tiny_model tiny_rows tiny_tokenizer",
+    },
+    "functions": {
+        "hf_ftplus:setting": ("default", "help", "unit", "low", "high", "above", "choices"),
+        "hf_ftplus:place": ("tensor", "like"),
+        "hf_ftplus:Memory.load": ("self", "name", "run"),
+        "hf_ftplus:Memory.save": ("self", "name", "tensors", "run"),
+        "hf_ftplus.testing:check_strategy": (
+            "strategy", "protect", "peft", "processes", "second_run", "from_start", "zero", "learn", "finish", "breaks", "laws",
+        ),
+    },
 }  # fmt: skip
 """What API 1 promised on its first day; it may grow, and nothing of it may go without a new number."""
 
 
 def test_nothing_that_the_api_promised_is_gone():
     import dataclasses
+    import importlib
     import inspect
+    import operator
 
     from hf_ftplus import Batch, Memory, Run, strategy
 
     for hook, arguments in FROZEN["Strategy"].items():
         assert tuple(inspect.signature(getattr(Strategy, hook)).parameters)[1:] == arguments, hook
+    for where, names in FROZEN["names"].items():
+        assert set(names.split()) <= set(importlib.import_module(where).__all__), where
+    for where, arguments in FROZEN["functions"].items():
+        home, name = where.split(":")
+        known = inspect.signature(operator.attrgetter(name)(importlib.import_module(home))).parameters
+        assert list(known)[: len(arguments)] == list(arguments), where
+        assert all(more.default is not more.empty for more in list(known.values())[len(arguments) :]), where
     for kind in (Run, strategy.Task, Batch, Memory):
         known = [item.name for item in dataclasses.fields(kind)]
         assert [name for name in FROZEN[kind.__name__] if name not in known] == [], kind

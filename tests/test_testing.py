@@ -369,7 +369,16 @@ def test_every_way_of_not_introducing_oneself_is_caught():
         name: ClassVar[str] = "silent"
         things: list = field(default_factory=list, init=False)
 
+    @dataclass
+    class Chatty(Idle):
+        """Has a method that a later hook could be called like."""
+
+        name: ClassVar[str] = "chatty"
+
+        def teacher(self): ...
+
     for strategy, words in (
+        (Chatty(), r"'chatty': \['teacher'\] is a public method of its own"),
         (Unitless(), "'unitless': setting strength is a number without a unit"),
         (Helpless(), "'helpless': setting strength has no help"),
         (Bare(), r"'bare': \['strength'\] is a field without setting"),
@@ -528,7 +537,7 @@ def test_pytest_takes_the_laws_as_tests(tmp_path):
     import lawful
 
     line = [
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "hf_ftplus.pytest_plugin", "--ftplus",
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--ftplus",  # found by its entry point
         f"{lawful.__file__}:Quarter:share=0.5", "--ftplus", "idle.py", "-k", "introduces_itself",
     ]  # fmt: skip
     (tmp_path / "idle.py").write_text(

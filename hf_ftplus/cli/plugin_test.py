@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def _judged(
 
     published = " ".join(origin(type(strategy))).strip()
     lora = expected(strategy, **asked).get("peft", True)
-    shown = None if silent else Shown(strategy, published)
+    shown, begin = None if silent else Shown(strategy, published), time.perf_counter()
     with _silence():
         refused = refused_lora(strategy, **asked) if lora else ""
         found: list[Verdict] = []
@@ -90,7 +91,7 @@ def _judged(
             if shown:
                 shown.verdict(verdict)
     if shown:
-        shown.end(found, refused)
+        shown.end(found, refused, time.perf_counter() - begin)
     return {
         "strategy": strategy.name,
         "settings": repr(strategy),
@@ -128,11 +129,10 @@ class Shown:
                 table.add_row("", "", self.plain(more, "italic"))
         self.console.print(table)
 
-    def end(self, found: list[Verdict], refused: str) -> None:
+    def end(self, found: list[Verdict], refused: str, seconds: float) -> None:
         kept = sum(verdict.kept for verdict in found)
         excused = sum(not verdict.kept and not verdict.counts for verdict in found)
         said = f", {excused} broken knowingly" if excused else ""
-        seconds = sum(verdict.seconds for verdict in found)
         self.console.print(f"{kept} of {len(found)} laws kept{said}, in {seconds:.0f} s.")
         if refused:
             text = f"Not judged on a LoRA adapter, which it refuses: {refused}"

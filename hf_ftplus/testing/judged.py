@@ -28,6 +28,7 @@ FIXES = (
         "On resume load_state_dict() is called instead of prepare(): take back there whatever prepare() makes.",
     ),
     (r"cannot be tried", "It raised where it should have trained: run it under --debug, or mend what it says."),
+    (r"is a public method", "Rename it: a hook of a later hf-ftplus may have its name, and would be called for one."),
     (r"no docstring", "Write one line below `class`: what it does to the user's result. `ftplus plugins` shows it."),
     (r"its name is", 'Write name: ClassVar[str] = "lower-case-words" in the class.'),
     (r"without setting\(\)", "Declare it: strength: float = setting(0.1, 'what it does', unit='nats', low=0)."),

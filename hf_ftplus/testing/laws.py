@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..callback import NEEDS_TRAINER
-from ..contract import NAME
+from ..contract import HOOKS, NAME
 from ..errors import UsageError
 from ..plugins import headline
 from ..strategy import Setting, Strategy, settings
@@ -126,11 +127,14 @@ def law_travels_light(bench: Bench) -> None:
 
 
 def law_introduces_itself(bench: Bench) -> None:
-    """`repr` pastes back; it, and each setting, has help; numbers have units; a bad value is refused by name."""
+    """`repr` pastes back; it, and each setting, has help; numbers have units; a bad value is refused by name; no method
+    of its own has a name that a later hook may take."""
     kind, strategy = type(bench.strategy), bench.strategy
     named = NAME.fullmatch(kind.name or "")
     bench.demand(bool(named), f"its name is {kind.name!r}, expected lower-case letters, digits, - and _")
     bench.demand(bool(headline(kind)), "its class has no docstring, expected a line of help")
+    own = _own_methods(kind)
+    bench.demand(not own, f"{own[:1]} is a public method of its own, expected a name that begins with _")
     pasted = _pasted(strategy)
     bench.demand(pasted == strategy, f"{strategy!r} pastes back as {pasted!r}, expected an equal strategy")
     known = {item.name: item for item in settings(kind)}
@@ -261,3 +265,9 @@ def _patches(module: nn.Module) -> dict[str, str]:
     """Methods put over the module's own, by who wrote them; the trainer itself puts some."""
     own = {key: value for key, value in vars(module).items() if callable(value) and not isinstance(value, type)}
     return {key: getattr(value, "__qualname__", type(value).__name__) for key, value in own.items()}
+
+
+def _own_methods(kind: type[Strategy]) -> list[str]:
+    """Public methods that are no hook."""
+    own = [item for parent in kind.__mro__[: kind.__mro__.index(Strategy)] for item in vars(parent).items()]
+    return [name for name, it in own if inspect.isfunction(it) and not name.startswith("_") and name not in HOOKS]
