@@ -223,7 +223,8 @@ class StrategyMixin(MixingMixin):
 
         The Trainer then divides by the accumulation steps what is not a part yet: the task loss decides for both.
         """
-        a_part = getattr(self, "loss_is_scaled_for_ga", None)  # where a subclass says it: transformers 5.19
+        # where a subclass says it: https://github.com/huggingface/transformers/releases/tag/v5.19.0
+        a_part = getattr(self, "loss_is_scaled_for_ga", None)
         steps = 1 if a_part is None else self.current_gradient_accumulation_steps
         if num_items is None:
             return 1 / max(tokens, 1) / (steps if a_part else 1)
