@@ -65,7 +65,8 @@ def compare(
         raise UsageError("There is no config. Type --config run.yaml: what `ftplus sft --config` takes.")
     if not plugins:
         raise UsageError("There are no candidates. Type --plugins none,ewc,replay; `ftplus plugins` lists all.")
-    given = take_environment(read_yaml(config_file))
+    given = read_yaml(config_file)
+    take_environment(given)  # before the libraries that read it are imported
     from ..compared.plan import seconds_of
 
     limit = None if budget is None else seconds_of(budget)

@@ -67,6 +67,7 @@ class Runner:
                     )
                     self.processes.add(process)
                 known = {"pid": process.pid, "created": created(process.pid), "resumed": checkpoint is not None}
+                known |= {} if device is None else {"device": device}
                 cell.keep(**known)
                 peak = watch(process)
             self.processes.discard(process)

@@ -38,7 +38,7 @@ class Asked:
     """What was typed, read."""
 
     given: dict[str, Any]
-    """The config as it stands in its file, less `env`."""
+    """The config as it stands in its file."""
     plugins: Sequence[str]
     out: Path
     seeds: int = 3
@@ -97,7 +97,7 @@ def configured(given: dict[str, Any]) -> tuple[RunConfig, bool]:
         raise UsageError("resume_from_checkpoint: a comparison goes on by itself. Leave it out of the config.")
     if not isinstance(given.get("seed", SEED), int):
         raise UsageError(f"seed: {given['seed']!r} in the config; expected a whole number, the first of the seeds.")
-    config, asked, _ = read({}, (), given)
+    config, asked, _ = read({}, (), {key: value for key, value in given.items() if key != "env"})
     if not config.measure_rows or all(name in config.unmeasured for name in config.learns):
         raise UsageError(
             "The config measures nothing of what is learnt (measure_rows: 0, or measure: false); a comparison needs it."

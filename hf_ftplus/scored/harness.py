@@ -117,6 +117,7 @@ def _outcome(name: str, found: dict[str, Any], of: int, asked: str | None) -> Ou
                 "prompt": str(row["arguments"][0][0]),
                 "expected": str(row["target"]),
                 "answer": str(row["filtered_resps"]),
+                "written": str(row["resps"]),
                 "score": float(row[metric]),
             }
             for row in sorted(kept, key=lambda row: row["doc_id"])

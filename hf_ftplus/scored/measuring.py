@@ -165,7 +165,7 @@ class Scored:
         if found := as_outcome(kept):
             return found
         it, size = model(), self.plan.batch_size
-        size = other_size(size, benchmark.rows) if layout else size
+        size = other_size(size, len(self.outcomes[0][benchmark.name].rows)) if layout else size
         found = benchmark.measure(it, size, self.plan.seed, metric)
         self.kept.put(key, vars(found))
         self.measured += 1

@@ -11,7 +11,16 @@ from scipy import stats
 
 from hf_ftplus.compared.candidates import Row
 from hf_ftplus.compared.cells import Cell
-from hf_ftplus.compared.judged import Judged, allowance, judge, mixed_versions, on_front, over_seeds, recommended
+from hf_ftplus.compared.judged import (
+    Judged,
+    allowance,
+    judge,
+    mixed_versions,
+    on_front,
+    over_seeds,
+    recommended,
+    reproduced,
+)
 from hf_ftplus.compared.saved import save, to_csv
 from hf_ftplus.compared.shown import table
 from hf_ftplus.evaluation.results import Level, TaskResult
@@ -63,6 +72,45 @@ def test_a_mean_over_seeds_has_students_interval():
     assert (found.value, found.low, found.high) == pytest.approx((np.mean(values), low, high))
     assert over_seeds([0.3]) == over_seeds([0.3, 0.3, 0.3]) == Estimate(0.3)  # that they agree makes nothing certain
     assert over_seeds([0.3, None]) == over_seeds([]) == NOT_MEASURED
+
+
+def test_rows_that_one_answer_tells_apart_are_alike(tmp_path):
+    """Four rows measured, half of them right at the start: an answer is worth half of the retention of that task."""
+
+    def asked(kept):
+        before, after = Level(metric=Estimate(0.5)), Level(loss=MEASURED, metric=Estimate(0.5 * kept))
+        quiz = TaskResult("quiz", "protect", 4, 8, "choice", before, after, drift=MEASURED, retention=Estimate(kept))
+        return [quiz]
+
+    dear, cheap = Row("dear", 1e-3), Row("cheap", 1e-3)
+    cells = [cell(tmp_path, dear, 0, seconds=90.0, more=asked(1.0)), cell(tmp_path, cheap, 0, more=asked(0.5))]
+    found = judge([dear, cheap], cells)
+    assert [row.answer for row in found.rows] == [0.25, 0.25]  # of the mean of two tasks
+    assert found.best.row is cheap
+    far = [cells[0], cell(tmp_path, Row("far", 1e-3), 0, more=asked(0.25))]
+    assert judge([dear, far[1].row], far).best.row is dear
+
+
+def test_a_comparison_says_that_it_chose_and_what_it_measured_on(tmp_path):
+    note = "measured on trained rows; for held-out ones give --measure learn=DATA."
+    rows = [Row("one", 1e-3), Row("two", 1e-3)]
+    cells = [cell(tmp_path, row, 0) for row in rows]
+    for it in cells:
+        report = it.report()
+        report.tasks[0].notes.append(note)
+        report.save(it.stage.report)
+    notes = judge(rows, cells).notes
+    assert notes.count(f"learn: {note}") == 1
+    assert any("looks better than it is" in said for said in notes)
+    assert not any("looks better than it is" in said for said in judge(rows[:1], cells[:1]).notes)
+
+
+def test_one_of_several_devices_is_named_in_the_command(tmp_path):
+    row = Row("one", 1e-3)
+    it = cell(tmp_path, row, 0)
+    assert reproduced(judge([row], [it]).rows[0]).startswith("ftplus sft --config ")
+    it.keep(**it.kept, device="3")
+    assert reproduced(judge([row], [it]).rows[0]).startswith("CUDA_VISIBLE_DEVICES=0 ftplus sft --config ")
 
 
 def test_the_front_is_what_nothing_beats():
