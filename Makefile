@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test plugins benchmark exact storm fuzz deepspeed page lint compat clean
+.PHONY: demo test plugins benchmark exact storm fuzz deepspeed page lm-eval lint compat clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo/run.py
@@ -46,6 +46,11 @@ page: .venv/test
 	mkdir -p demo_output/page && cd demo_output/page && npm pack --silent axe-core && tar xzf axe-core-*.tgz
 	FTPLUS_AXE=demo_output/page/package/axe.min.js FTPLUS_PICTURES=demo_output/page \
 		$(BIN)/python -m pytest -q -rs tests/report/test_page_browser.py $(ARGS)
+
+# lm-evaluation-harness with our models in memory, on tasks that lie here; `make test` skips it
+lm-eval: .venv/test
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[lm-eval]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_cli_eval_harness.py $(ARGS)
 
 lint: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
