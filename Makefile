@@ -34,12 +34,14 @@ deepspeed: .venv/test
 plugins: .venv/demo .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q plugins $(ARGS)
 
-# what examples/benchmarks/README.md shows of forgetting, three seeds of each row: a day on two cores, and resumable
+# what examples/benchmarks/README.md shows of forgetting, measured anew, three seeds of each row: a day on two cores, and
+# resumable
 benchmark: .venv/demo .venv/test
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e plugins/ftplus-osf scikit-learn
-	$(BIN)/python examples/benchmarks/forgetting/digits.py
-	$(BIN)/python examples/benchmarks/forgetting/tiny.py
-	$(BIN)/python examples/benchmarks/forgetting/real.py --seeds 3
+	mkdir -p demo_output/forgetting
+	$(BIN)/python examples/benchmarks/forgetting/digits.py --out demo_output/forgetting/digits.json
+	$(BIN)/python examples/benchmarks/forgetting/tiny.py --out demo_output/forgetting/tiny.json
+	$(BIN)/python examples/benchmarks/forgetting/real.py --seeds 3 --out demo_output/forgetting/real.json
 
 # the page in Chromium (apt install chromium) with axe-core (npm), and pictures of it in demo_output/page
 page: .venv/test

@@ -77,6 +77,7 @@ def test_scores_are_those_of_the_harness_alone_and_are_compared_as_others_are(pl
     assert found["results"][2][1]["after"]["metric"]["value"] == 0  # an empty answer is worth nothing
     worse = found["results"][1][1]
     rows = rows_of(tmp_path / "out", worse)
+    assert all(row["written"] for row in rows)
     assert [row["row"] for row in worse["right_only_first"]] == [row["row"] for row in rows if not row["score"]]
     assert scored(place, tmp_path / "out", ["base", "worse", "empty"], *flags)["results"] == found["results"]
     assert "0 of 8 cells" in capsys.readouterr().err

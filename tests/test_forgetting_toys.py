@@ -60,6 +60,15 @@ def test_the_rate_that_learns_best_is_chosen_on_a_seed_of_its_own(four_tasks):
     assert four_tasks.CHOOSING not in four_tasks.SEEDS
 
 
+def test_another_file_measures_anew(four_tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(four_tasks, "SEEDS", (0,))
+    monkeypatch.setattr(four_tasks, "LEARNING_RATES", (1e-3,))
+    before = four_tasks.KEPT.read_bytes()
+    four_tasks.main(["--only", "joint", "--out", str(tmp_path / "mine.json")], standalone_mode=False)
+    assert list(json.loads((tmp_path / "mine.json").read_text())["joint"]) == ["0.001 choosing", "0.001 0"]
+    assert four_tasks.KEPT.read_bytes() == before
+
+
 def test_what_is_kept_makes_the_tables(four_tasks, capsys):
     kept = json.loads(four_tasks.KEPT.read_text())
     four_tasks.print_table(kept)

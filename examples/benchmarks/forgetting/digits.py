@@ -159,10 +159,11 @@ def run(how: str, strength: float, seed: int, learn: list[Split], test: list[Spl
 
 
 @click.command()
+@click.option("--out", default=KEPT, type=click.Path(path_type=Path), help="What was measured; a new file: anew.")
 @click.option("--show", is_flag=True, help="Run nothing.")
-def main(show: bool) -> None:
+def main(out: Path, show: bool) -> None:
     """Run what is missing, then print the table."""
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    kept = json.loads(out.read_text()) if out.exists() else {}
     if not show:
         learn, test = digits()
         cells = [("none", 0.0), *((how, strength) for how in ESTIMATORS for strength in STRENGTHS)]
@@ -170,7 +171,7 @@ def main(show: bool) -> None:
             for seed in SEEDS:
                 key = f"{how} {strength:g} {seed}"
                 kept[key] = kept.get(key) or run(how, strength, seed, learn, test)
-            replace(KEPT, lambda file: file.write_text(json.dumps(kept, indent=1) + "\n"))
+            replace(out, lambda file: file.write_text(json.dumps(kept, indent=1) + "\n"))
     Console(width=160).print(table(kept))
 
 

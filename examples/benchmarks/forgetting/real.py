@@ -220,17 +220,19 @@ def write_chats() -> None:
 @click.command()
 @click.option("--seeds", default=1, help="Seeds per row; 0, 1, ...")
 @click.option("--only", multiple=True, type=click.Choice(list(CANDIDATES)), help="Only these rows.")
+@click.option("--out", default=KEPT, type=click.Path(path_type=Path), help="What was measured; a new file: anew.")
 @click.option("--show", is_flag=True, help="Run nothing.")
-def main(seeds: int, only: tuple[str, ...], show: bool) -> None:
+def main(seeds: int, only: tuple[str, ...], out: Path, show: bool) -> None:
     """Run what is missing, then print the table."""
+    out = out.absolute()
     os.chdir(ROOT)
     OUT.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    kept = json.loads(out.read_text()) if out.exists() else {}
     for seed in range(seeds):  # every row once before any twice
         for name in () if show else only or CANDIDATES:
             if str(seed) not in kept.setdefault(name, {}):
                 kept[name][str(seed)] = asdict(measure(name, seed))
-                replace(KEPT, lambda file: file.write_text(json.dumps(kept) + "\n"))
+                replace(out, lambda file: file.write_text(json.dumps(kept) + "\n"))
     click.echo(table({name: [Cell(**cell) for cell in kept[name].values()] for name in CANDIDATES if kept.get(name)}))
 
 

@@ -221,28 +221,29 @@ def figures(R: list[list[float]]) -> tuple[float, float | None, float | None]:
 
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(list(CANDIDATES)), help="Only these rows.")
+@click.option("--out", default=KEPT, type=click.Path(path_type=Path), help="What was measured; a new file: anew.")
 @click.option("--show", is_flag=True, help="Run nothing.")
-def main(only: tuple[str, ...], show: bool) -> None:
+def main(only: tuple[str, ...], out: Path, show: bool) -> None:
     """Run what is missing, then print the table."""
     logging.getLogger("hf_ftplus").setLevel(logging.ERROR)
     disable_progress_bars()
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    kept = json.loads(out.read_text()) if out.exists() else {}
     names = () if show else only or tuple(CANDIDATES)
     for name in names:
         for rate in LEARNING_RATES:
-            measure(kept, name, f"{rate:g} choosing", rate, CHOOSING, CHOOSING)
+            measure(kept, out, name, f"{rate:g} choosing", rate, CHOOSING, CHOOSING)
     for seed in SEEDS:  # every row once before any twice
         for name in names:
             best = chosen(kept[name])
-            measure(kept, name, f"{best:g} {seed}", best, seed, seed + 1000)
+            measure(kept, out, name, f"{best:g} {seed}", best, seed, seed + 1000)
     print_table(kept)
 
 
-def measure(kept: dict, name: str, key: str, rate: float, seed: int, scored_on: int) -> None:
+def measure(kept: dict, out: Path, name: str, key: str, rate: float, seed: int, scored_on: int) -> None:
     mine = kept.setdefault(name, {})
     if key not in mine:
         mine[key] = run(CANDIDATES[name], rate, seed, scored_on)
-        replace(KEPT, lambda file: file.write_text(json.dumps(kept, indent=1) + "\n"))
+        replace(out, lambda file: file.write_text(json.dumps(kept, indent=1) + "\n"))
         print(name, key, *(f"{value:.3f}" for value in figures(mine[key]) if value is not None), flush=True)
 
 
