@@ -144,7 +144,9 @@ def test_after_kill_9_the_same_command_goes_on_from_the_checkpoint_to_the_same_w
     assert "[2/2] nap, seed 42" in said
     assert RATE + ", seed" not in said
     folders = [out / "cells" / name / "seed-42" for name in ("none-learning_rate=0.005", "nap")]
-    assert json.loads((folders[1] / "ftplus" / "cell.json").read_text())["resumed"] is True
+    kept = json.loads((folders[1] / "ftplus" / "cell.json").read_text())
+    assert kept["resumed"] is True
+    assert kept["spent"] > kept["seconds"]  # of the start that was killed, too
     assert same_file(*(folder / "model.safetensors" for folder in folders))
     rows = {row["name"]: row for row in json.loads((out / "compare.json").read_text())["rows"]}
     assert rows[RATE]["seconds"] > 0

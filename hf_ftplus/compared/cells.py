@@ -59,7 +59,8 @@ class Cell:
 
     @property
     def kept(self) -> dict[str, Any]:
-        """How its last process ended: pid, created, resumed; then seconds, peak_bytes, code. Empty if never begun."""
+        """How its last process ended: pid, created, resumed, and what earlier ones spent; then seconds, peak_bytes, code.
+        Empty if never begun."""
         try:
             found = disk.read_json(self.stage.folder / "ftplus" / "cell.json")
         except (OSError, ValueError):
@@ -84,6 +85,13 @@ class Cell:
     def seconds(self) -> float:
         """That its last process took; as its report says where `compare` was killed and the process lived on."""
         return self.kept.get("seconds") or sum(self.report().facts["seconds"].values())
+
+    def spent(self) -> float:
+        """That all its processes took; where `compare` was killed beside the last, as its report says."""
+        kept = self.kept
+        if {"code", "spent"} <= kept.keys():
+            return kept["spent"]
+        return kept.get("spent", 0.0) + (self.seconds() if self.state == "finished" else 0.0)
 
     def peak_bytes(self) -> int | None:
         """The most that its run held of the device's memory; without a device, its process of the machine's."""

@@ -153,8 +153,8 @@ def total(cells: Sequence[Cell], probe: Probe | None, devices: int) -> float | N
 
 
 def spent(cells: Sequence[Cell], devices: int) -> float:
-    """Seconds that the finished cells took; of one that was resumed, since then."""
-    done = [item.seconds() for item in cells if item.state == "finished"]
+    """Seconds that cells took so far, whatever became of them, however often they were started."""
+    done = [item.spent() for item in cells if item.spent()]
     return sum(done) / max(1, min(devices, len(done)))
 
 

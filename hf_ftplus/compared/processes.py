@@ -67,11 +67,12 @@ class Runner:
                     )
                     self.processes.add(process)
                 known = {"pid": process.pid, "created": created(process.pid), "resumed": checkpoint is not None}
-                known |= {} if device is None else {"device": device}
+                known |= {"spent": cell.kept.get("spent", 0.0)} | ({} if device is None else {"device": device})
                 cell.keep(**known)
                 peak = watch(process)
             self.processes.discard(process)
             seconds = round(time.monotonic() - begin, 2)
+            known["spent"] += seconds
             cell.keep(**known, seconds=seconds, peak_bytes=peak, code=process.returncode)
             self._judge(cell, process.returncode)
 

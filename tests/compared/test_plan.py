@@ -81,6 +81,9 @@ def test_what_finished_cells_took_is_spent(tmp_path):
     outlived.finish()
     assert not (outlived.stage.folder / "checkpoint-2").exists()
     assert spent([outlived], 1) == 7
+    failed = Cell(row, 4, Stage(1, "", tmp_path / "failed", {}), "failed")
+    failed.keep(pid=1, created=1.0, resumed=True, spent=12.0, seconds=5.0, code=1)
+    assert spent([failed, outlived], 1) == 19
 
 
 def test_memory_is_that_of_the_device_where_there_is_one(tmp_path):
