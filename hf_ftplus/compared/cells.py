@@ -59,7 +59,7 @@ class Cell:
 
     @property
     def kept(self) -> dict[str, Any]:
-        """How its last process ended: pid, created, resumed, and what earlier ones spent; then seconds, peak_bytes, code.
+        """How its last process ended: pid, created, resumed, what earlier ones spent; then seconds, peak_bytes, code.
         Empty if never begun."""
         try:
             found = disk.read_json(self.stage.folder / "ftplus" / "cell.json")
