@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {
@@ -123,3 +126,15 @@ def test_the_wheel_holds_the_package_alone():
 def test_the_library_never_imports_an_example_plugin(folder):
     name = folder.replace("-", "_")
     assert not any(name in imported(path) for path in (ROOT / "hf_ftplus").rglob("*.py"))
+
+
+def test_the_table_of_versions_is_that_of_the_bounds_and_the_pins():
+    """Lowest: the bounds of pyproject.toml. Newest: what is pinned for the suite, or newer."""
+    table = re.search(r"\| \| transformers \|.*?\n\n", read("README.md"), re.DOTALL)[0]
+    head, _, lowest, newest = ([cell.strip() for cell in line.split("|")] for line in table.strip().splitlines())
+    required = map(Requirement, tomllib.loads(read("pyproject.toml"))["project"]["dependencies"])
+    bounds = {it.name: min(Version(part.version) for part in it.specifier) for it in required if it.specifier}
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", read(".ci/constraints.txt"), re.M))
+    for name, low, new in list(zip(head, lowest, newest, strict=True))[2:-2]:
+        assert name == "torch" or Version(low).release[:2] == bounds[name].release[:2], name  # a wheel of this machine
+        assert Version(new) >= Version(pins[name]), name

@@ -216,16 +216,17 @@ def _osf_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def _put_back(layer: nn.Module, key: str, factor: str) -> Tensor:
     """Project U_low [d, n] or V_low [n, k] of PEFT's OSF out of the frozen directions; the square of what was there.
 
-    PEFT keeps the frozen directions only of the factor that is not square; of the other, what it began with spans all
-    the rest.
+    From 0.21 on PEFT keeps the frozen directions only of the factor that is not square; of the other, what it began
+    with spans all the rest.
     """
     part = factor[0]
-    held, began = getattr(layer, f"_osf_{part}_high"), getattr(layer, f"_osf_{part}_low_init")
+    held = getattr(layer, f"_osf_{part}_high")
     weight = layer.osf_svd_params[key][factor]
     rows = weight.T if part == "U" else weight
     if key in held:
         return clear(rows, (held[key].T if part == "U" else held[key]).float())
-    basis = (began[key].T if part == "U" else began[key]).float()
+    began = getattr(layer, f"_osf_{part}_low_init")[key]
+    basis = (began.T if part == "U" else began).float()
     inside = rows.float() @ basis.T @ basis
     removed = (rows.float() - inside).square().sum()
     rows.copy_(inside)
