@@ -79,7 +79,9 @@ def tokenize(
     where: str,
     mode: str = "keep_start",
 ) -> Tokenized:
-    """Canonical rows as examples: for prompt/completion and text, exactly those that TRL's SFTTrainer makes.
+    """Canonical rows as examples: for prompt/completion and text, exactly those that TRL's SFTTrainer makes by default.
+    What is asked carries no loss, also where `completion_only_loss=False` gives it some in the learn rows: protected
+    and measured is what a model says.
 
     `messages` are the exception, on purpose: TRL trains on every token of a conversation unless the chat template marks
     the assistant's; here every assistant turn is supervised, with the end of turn that the template writes, and

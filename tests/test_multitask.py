@@ -169,6 +169,18 @@ def test_a_small_task_comes_at_most_max_epochs_times_in_the_whole_run(tmp_path, 
     assert max(times[row] for task in SIZES for row in it._mixture.members[task].tolist()) == 6
 
 
+@pytest.mark.parametrize(("mode", "sizes", "epochs", "most"), [
+    ("equal", {"a": 8, "b": 100}, 3, 4), ("equal", {"a": 2, "b": 30}, 10, 16), ("unimax", {"a": 7, "b": 90}, 3, 4),
+])  # fmt: skip
+def test_nor_does_it_where_an_epoch_has_no_such_number_of_rows(tmp_path, mode, sizes, epochs, most):
+    how = {"learn": labelled(sizes), "protect": None, "max_steps": -1, "num_train_epochs": epochs}
+    it = trainer(tmp_path, MultiTask(mode=mode, max_epochs=most), **how)
+    times = drawn_of(it, epochs=epochs)
+    assert max(times[row] for row in it._mixture.members["a"].tolist()) in (most, most - 1)
+    assert max(times.values()) <= most
+    assert sum(it._mixture.counts.values()) == sum(sizes.values())
+
+
 def test_steps_hold_their_shares_of_every_task(tmp_path):
     it = trainer(tmp_path, MultiTask(mode="equal"), protect=None, learn=labelled({"a": 8, "b": 56}))
     drawn = list(it._mixture)

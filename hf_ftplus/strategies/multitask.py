@@ -42,7 +42,7 @@ class MultiTask(Strategy):
     """Multi-task sampler: share training between several learn tasks."""
 
     name: ClassVar[str] = "multitask"
-    judged: ClassVar[dict[str, Any]] = {"tasks": 2, "zero": {"mode": "proportional"}, "peft": False}
+    judged: ClassVar[dict[str, Any]] = {"tasks": 2, "zero": {"mode": "proportional"}}
 
     mode: str | None = setting(
         None,
@@ -117,7 +117,9 @@ class MultiTask(Strategy):
                 "that or more, or train for fewer steps."
             )
         if self.mode == "unimax":
-            return unimax(sizes, budget, self.max_epochs or UNIMAX_EPOCHS)
+            times = self.max_epochs or UNIMAX_EPOCHS
+            found = unimax(sizes, budget, times)
+            return limited(found, most_of(sizes, budget, times)) if budget <= times * sum(sizes.values()) else found
         found = {
             "proportional": lambda: tempered(sizes, 1.0),
             "equal": lambda: normalised(dict.fromkeys(sizes, 1.0)),
@@ -127,7 +129,7 @@ class MultiTask(Strategy):
         }[self.mode]()
         if self.max_epochs is None:
             return found
-        return limited(found, {task: self.max_epochs * size / budget for task, size in sizes.items()})
+        return limited(found, most_of(sizes, budget, self.max_epochs))
 
     def metrics(self) -> dict[str, float]:
         """rows/TASK and tokens/TASK: what each task takes of an epoch (tokens: of the first)."""
@@ -160,6 +162,13 @@ def unimax(sizes: dict[str, int], budget: float, epochs: float) -> dict[str, flo
         alike = (budget - sum(given.values())) / (len(sizes) - len(given))
         given[task] = min(alike, epochs * sizes[task])
     return normalised({task: given[task] for task in sizes})
+
+
+def most_of(sizes: dict[str, int], budget: float, times: float) -> dict[str, float]:
+    """The largest share at which each row of a task comes at most so many times in the whole run: in whole rows an
+    epoch, for an epoch has no parts of a row, and all of a run are alike."""
+    rows = sum(sizes.values())
+    return {task: math.floor(times * size * rows / budget + 1e-9) / rows for task, size in sizes.items()}
 
 
 def limited(shares: dict[str, float], most: dict[str, float]) -> dict[str, float]:

@@ -15,7 +15,8 @@ The default is one row in eight. On a four-task toy replay kept .60, .86, .93 an
 plain .40; an eighth lies where the curve flattens, costs a seventh more steps, and divides the usual batch sizes, so
 that each step of 8, 16, 32 rows holds exactly 1, 2, 4. Shares are of rows by default, as in those figures. The trainer
 weighs every supervised token alike: where protect rows are much longer than learn rows, `unit=tokens` says what you
-mean. The logged table has both. Of `messages` the assistant's turns are rehearsed, and nothing else (`examples.py`).
+mean. The logged table has both. Of `messages` the assistant's turns are rehearsed, of prompt and completion the
+completion, and nothing else (`examples.py`).
 """
 
 from __future__ import annotations
