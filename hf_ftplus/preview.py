@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from .config import RunConfig
+from .data import STREAMED
 from .errors import DataError, escape, reason
 from .examples import Example, text_tokenizer, tokenize, window
 from .formats import IGNORED
@@ -36,6 +37,7 @@ from .weights import full_shape
 
 SHOWN = 3
 """Rows that a dry run shows in all, but one of every task."""
+UNSEEN = f"streamed: the first {STREAMED} rows were looked at, none counted; any other is when its turn comes"
 
 
 def dry_run(config: RunConfig) -> None:
@@ -155,7 +157,7 @@ def _learnt(name: str, rows: Any, config: RunConfig, tokenizer: Any, most: int) 
         refuse_foreign(name, rows, vocabulary(config, tokenizer))
     examples = as_trained(rows if whole else Dataset.from_list(first(rows, max(1, most))), name, tokenizer, args)
     part = slice(None) if args.packing else window(args.max_length, args.truncation_mode)
-    about = counted(examples, name, part) if whole else "streamed, not counted"
+    about = counted(examples, name, part) if whole else UNSEEN
     about += f"; packed to {args.max_length} ({args.packing_strategy})" if args.packing else ""
     return Seen(name, role, about, cut(examples, most, part))
 
