@@ -630,6 +630,26 @@ def test_training_adds_the_gradient_of_the_mean_kl_per_learn_token(tmp_path, lay
     close({name: found[name] - plain[name] for name in found}, expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("cache", [False, True], ids=["live", "cached"])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if "(" in kind])
+def test_training_does_so_with_heads_that_scale_or_cap(tmp_path, kind, cache):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = shaken(MODELS[kind]().eval(), 0.2, seed=1)
+    shaken(copy.deepcopy(model), 0.2).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    other = type(model).from_pretrained(tmp_path / "other", attn_implementation="eager").eval()
+    how = {"learn": LEARN[:8], "per_device_train_batch_size": 8}
+    distill = Distill(on="learn", strength=0.5, teacher=str(tmp_path / "other"), cache=cache, top_k=VOCAB - 1)
+    found, it = first_gradient(tmp_path / "one", distill, model=copy.deepcopy(model), **how)
+    plain, _ = first_gradient(tmp_path / "two", model=copy.deepcopy(model), **how)
+    examples = [example for row in it.train_dataset for example in examples_in(it.data_collator([row]))]
+    batches = padded([(torch.tensor(e["input_ids"]), torch.tensor(e["labels"])) for e in examples], 1)
+    tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    expected = gradients(0.5 * distillation(other, model, batches, 1.0) / tokens, model)
+    close({name: found[name] - plain[name] for name in found}, expected, rel=1e-2 if cache else 1e-3)
+
+
 def test_the_logged_kl_is_the_drift_and_the_penalty_its_price(tmp_path):
     it = trainer(tmp_path, Distill(on="learn", strength=3.0), max_steps=2, logging_steps=1, learn=LEARN[:8], per_device_train_batch_size=8, max_grad_norm=0.0)  # fmt: skip
     once = trainer(tmp_path / "once", max_steps=1, learn=LEARN[:8], per_device_train_batch_size=8, max_grad_norm=0.0, lr_scheduler_type="constant")  # fmt: skip
