@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections import Counter
@@ -13,11 +14,11 @@ from batches import padded, random_rows
 from commands import make_place, words
 from datasets import Dataset, IterableDataset
 from tiny import tiny_llama, tiny_tokenizer
-from training import LEARN, PROTECT, arguments, same, trainer, weights_of
+from training import LEARN, PROTECT, arguments, first_gradient, same, trainer, weights_of
 from transformers import DataCollatorForSeq2Seq, Trainer
 
 import hf_ftplus
-from hf_ftplus import SFTTrainer, testing
+from hf_ftplus import MultiTask, SFTTrainer, testing
 from hf_ftplus.batches import examples_of
 from hf_ftplus.cli import main
 from hf_ftplus.errors import DataError, IncompatibleError, UsageError
@@ -418,3 +419,14 @@ def test_two_tasks_of_text_of_the_model_itself_are_no_copies(tmp_path, monkeypat
     alone = trainer(tmp_path, "replay", protect="self:8").ftplus.run.protect["self"]
     assert one == examples_of(alone)
     assert one != two
+
+
+@pytest.mark.parametrize("strategy", [Replay(share=0.25), MultiTask(mode="equal")], ids=["replay", "multitask"])
+def test_rows_without_padding_teach_what_padded_ones_do(tmp_path, strategy):
+    learn = [{"text": row["prompt"] + row["completion"], "task": "ab"[i % 3 == 0]} for i, row in enumerate(LEARN)]
+    how = {"learn": learn, "protect": PROTECT if strategy.name == "replay" else None, "per_device_train_batch_size": 8}
+    one, _ = first_gradient(tmp_path / "padded", dataclasses.replace(strategy), **how)
+    two, _ = first_gradient(tmp_path / "free", dataclasses.replace(strategy), **how, padding_free=True, max_length=None)
+    assert max(gradient.abs().max() for gradient in one.values()) > 1e-3
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
