@@ -409,7 +409,8 @@ def load_file(path: Path) -> list[type[Strategy]]:
 
 def _import_file(path: Path) -> ModuleType:
     # Two files may share a stem, and an edited file is another one; the same file read twice is the same class.
-    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
+    source = path.read_bytes()
+    digest = hashlib.sha256(str(path).encode() + source).hexdigest()
     name = f"ftplus_file_{path.stem}_{digest[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -419,7 +420,8 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # a dataclass looks its module up here when it reads its own types
     try:
-        spec.loader.exec_module(module)
+        # not by its loader, which would take what it compiled of another text of the same second and size
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except BaseException:
         del sys.modules[name]
         raise

@@ -228,7 +228,7 @@ def test_a_budget_is_of_the_whole_comparison_and_what_finished_cells_took_is_spe
     _, out, _ = first
     file = out / "cells" / "none-learning_rate=0.005" / "seed-42" / "ftplus" / "cell.json"
     before = file.read_text()
-    file.write_text(json.dumps(json.loads(before) | {"seconds": 500.0}))
+    file.write_text(json.dumps(json.loads(before) | {"seconds": 500.0, "spent": 500.0}))
     try:
         assert main([*options(place, out, RATE, "ewc"), "--budget", "10m"]) == 0
     finally:

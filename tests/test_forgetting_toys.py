@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def test_the_rate_that_learns_best_is_chosen_on_a_seed_of_its_own(four_tasks):
 def test_another_file_measures_anew(four_tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(four_tasks, "SEEDS", (0,))
     monkeypatch.setattr(four_tasks, "LEARNING_RATES", (1e-3,))
+    monkeypatch.setattr(logging.getLogger("hf_ftplus"), "setLevel", lambda level: None)  # other tests listen
+    monkeypatch.setattr(four_tasks, "disable_progress_bars", lambda: None)
     before = four_tasks.KEPT.read_bytes()
     four_tasks.main(["--only", "joint", "--out", str(tmp_path / "mine.json")], standalone_mode=False)
     assert list(json.loads((tmp_path / "mine.json").read_text())["joint"]) == ["0.001 choosing", "0.001 0"]
