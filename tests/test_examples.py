@@ -246,7 +246,9 @@ def test_every_example_is_run_by_a_test():
     assert len(scripts) > 15
     known = {path.relative_to(EXAMPLES).as_posix() for path in scripts}
     assert UNTRIED.keys() <= known
-    named = {name for name in known if re.search(rf"\b{Path(name).stem}\b", tests)}
+    stems = {name: re.escape(Path(name).stem) for name in known}
+    how = r"[\"'/]{0}(\.py|\.yaml|\.ipynb)?[\"']|^ *(import .*\b{0}\b|from {0} import)"  # by its file, or as a module
+    named = {name for name in known if re.search(how.format(stems[name]), tests, re.M)}
     assert known - named - UNTRIED.keys() == set()
 
 

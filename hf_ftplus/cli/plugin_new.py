@@ -46,7 +46,7 @@ def new(name: str, out: Path | None, author: str | None) -> None:
 
 def check(name: str) -> None:
     """Refuse a name that nothing could be published under."""
-    from ..plugins import offers
+    from ..plugins import OURS, offers
 
     if not NAME.fullmatch(name) or name in VERBS:
         raise UsageError(
@@ -59,6 +59,8 @@ def check(name: str) -> None:
             f"{name!r} is a strategy of {taken[0].distribution} {taken[0].version}, and one name means one strategy. "
             "Choose another."
         )
+    if name in OURS:
+        raise UsageError(f"{name!r} is what ftplus-{name} of hf-ftplus offers, where it is installed. Choose another.")
 
 
 def write(folder: Path, name: str, author: str) -> list[Path]:
