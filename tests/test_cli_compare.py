@@ -82,7 +82,7 @@ def place(tmp_path_factory):
         "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "fruits.jsonl"), "max_steps": 6,
         "protect": {"colours": str(folder / "colours.jsonl")}, "learning_rate": 5e-3, "per_device_train_batch_size": 8,
         "gradient_checkpointing": False, "report_to": "none", "save_steps": 2, "max_length": 64, "measure_rows": 12,
-        "completions": 0, "use_cpu": True, "bf16": False, "env": {"OMP_NUM_THREADS": "1", "LANTERNS": "lit"},
+        "completions": 0, "use_cpu": True, "bf16": False, "env": {"OMP_NUM_THREADS": "1", "LANTERNS": "lit", "LANTERN_KEY": "secret"},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(given))
     return folder
@@ -275,7 +275,10 @@ def test_the_command_at_the_end_makes_the_run_again(first, place, tmp_path):
     _, out, _ = first
     told = out / "cells" / "none-learning_rate=0.005" / "seed-42"
     stage = told / "ftplus" / "stage.yaml"
-    assert yaml.safe_load(stage.read_text())["env"]["LANTERNS"] == "lit"  # of the config; another shell may lack it
+    assert yaml.safe_load(stage.read_text())["env"] == {
+        "OMP_NUM_THREADS": "1",
+        "LANTERNS": "lit",
+    }  # another shell may lack them
     assert main(["sft", "--config", str(stage), "--output_dir", str(tmp_path / "again")]) == 0
     assert same_file(told / "model.safetensors", tmp_path / "again" / "model.safetensors")
 

@@ -184,7 +184,7 @@ ROWS |= {
     for name, flags in {
         "plain": "--model_name_or_path {first}",
         "SI 0.1": "--model_name_or_path {first} --plugin si --set si.strength=0.1 --memory {first}",
-        "SI 1": "--model_name_or_path {first} --plugin si --memory {first}",
+        "SI 1": "--model_name_or_path {first} --plugin si --set si.strength=1 --memory {first}",
         "both at once, multitask, 90 steps": (
             f"--dataset_name demo_output/data/both.jsonl --plugin multitask --set multitask.mode=equal {NINETY}"
         ),

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 OWN = ("plugins", "set", "output_dir", "seed", "learning_rate", "push_to_hub")
 """Keys of the config that the cell decides; a cell is never pushed."""
 
+LEFT_OUT = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|^CUDA_VISIBLE_DEVICES$", re.I)
+"""Of `env`: secrets, which no file keeps, and which device a cell has."""
+
 
 @dataclass
 class Cell:
@@ -113,6 +116,8 @@ def cell(row: Row, seed: int, folder: Path, given: dict[str, Any], config: RunCo
     own = {"output_dir": str(folder), "learning_rate": row.learning_rate, "seed": seed, "plugins": row.plugins}
     told = {key: value for key, value in given.items() if key not in OWN} | own
     told = {"save_total_limit": 1, **told, **more}
+    if isinstance(told.get("env"), dict):
+        told["env"] = {name: value for name, value in told["env"].items() if not LEFT_OUT.search(str(name))}
     told = yaml.safe_load(yaml.safe_dump(told, sort_keys=False))  # as it comes back from the file, to be compared
     return Cell(row, seed, Stage(1, row.name, folder, told, config=replace(config, strategies=row.strategies)))
 

@@ -12,8 +12,8 @@ never above a quarter of what it learns: so no row is recommended that learnt no
 
 A row cannot be told apart from the one that keeps most where that one keeps at most 1 point more, or what one of the
 measured answers is worth if that is more: by the low end of the interval of their difference, paired by seed, with
-three seeds in common, and by the difference itself with fewer. A difference above 5 points, or above such an answer,
-always tells them apart. Cheapest is what takes fewest seconds; among those within a tenth of
+three seeds in common, and by the difference itself with fewer. A difference above 5 points always tells them apart.
+Cheapest is what takes fewest seconds; among those within a tenth of
 it, what holds fewest bytes; then what keeps most.
 
 Intervals are Student's t over seeds, 95 %: what another seed would have given. None with one seed, or where seeds
@@ -258,12 +258,12 @@ def recommended(rows: Sequence[Judged]) -> tuple[Judged | None, str]:
 def alike(most: Judged, other: Judged) -> bool:
     """Whether a row cannot be told apart from the one that keeps most; see above."""
     more, answer = most.retention.value - other.retention.value, max(most.answer, other.answer)
-    same, apart = max(SAME, answer + TINY), max(APART, answer + TINY)
+    same = max(SAME, min(answer + TINY, APART))  # a row that forgot is told apart, however few answers there are
     shared = [seed for seed in most.each if seed in other.each]
     if len(shared) >= FEWEST:
         paired = over_seeds([most.each[seed]["retention"] - other.each[seed]["retention"] for seed in shared])
         least = paired.value if paired.low is None else paired.low
-        return more <= apart and least <= same
+        return more <= APART and least <= same
     return more <= same
 
 

@@ -75,20 +75,26 @@ def test_a_mean_over_seeds_has_students_interval():
 
 
 def test_rows_that_one_answer_tells_apart_are_alike(tmp_path):
-    """Four rows measured, half of them right at the start: an answer is worth half of the retention of that task."""
+    """Twenty rows measured, half of them right at the start: an answer is worth a tenth of the retention of that task."""
 
     def asked(kept):
         before, after = Level(metric=Estimate(0.5)), Level(loss=MEASURED, metric=Estimate(0.5 * kept))
-        quiz = TaskResult("quiz", "protect", 4, 8, "choice", before, after, drift=MEASURED, retention=Estimate(kept))
+        quiz = TaskResult("quiz", "protect", 20, 40, "choice", before, after, drift=MEASURED, retention=Estimate(kept))
         return [quiz]
 
-    dear, cheap = Row("dear", 1e-3), Row("cheap", 1e-3)
-    cells = [cell(tmp_path, dear, 0, seconds=90.0, more=asked(1.0)), cell(tmp_path, cheap, 0, more=asked(0.5))]
+    dear, cheap, lost = Row("dear", 1e-3), Row("cheap", 1e-3), Row("lost", 1e-3)
+    cells = [cell(tmp_path, dear, 0, seconds=90.0, more=asked(1.0)), cell(tmp_path, cheap, 0, more=asked(0.9))]
     found = judge([dear, cheap], cells)
-    assert [row.answer for row in found.rows] == [0.25, 0.25]  # of the mean of two tasks
+    assert [row.answer for row in found.rows] == [0.05, 0.05]  # of the mean of two tasks
     assert found.best.row is cheap
-    far = [cells[0], cell(tmp_path, Row("far", 1e-3), 0, more=asked(0.25))]
-    assert judge([dear, far[1].row], far).best.row is dear
+    assert judge([dear, lost], [cells[0], cell(tmp_path, lost, 0, more=asked(0.7))]).best.row is dear
+
+
+def test_few_answers_do_not_excuse_a_row_that_forgot():
+    kept, gone = judged(0.4, 1.0, 90.0, n=3), judged(0.4, 0.0, 10.0, n=3)
+    kept.answer = gone.answer = 1.0
+    best, _ = recommended([kept, gone])
+    assert best is kept
 
 
 def test_a_comparison_says_that_it_chose_and_what_it_measured_on(tmp_path):
