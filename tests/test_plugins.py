@@ -412,7 +412,7 @@ def test_a_class_that_breaks_the_contract_is_refused_with_the_cure(idea, source,
         plugins.load(idea(source))
 
 
-def test_methods_of_its_own_are_welcome(idea):
+def test_a_plugin_with_methods_of_its_own_loads_though_a_law_objects(idea):
     own = "".join(
         f"    def {name}(self): pass\n"
         for name in ("penalty", "state", "teacher", "_before_stp", "predict", "override")

@@ -40,7 +40,7 @@ class Compare(click.Command):
 @click.option(
     "--budget",
     metavar="TIME",
-    help="Of the whole comparison, finished cells included: start none that would end after it. 2h, 90m.",
+    help="Of the whole comparison, failed and stopped cells included: start none that would end after it. 2h, 90m.",
 )
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), help="Cells and figures. [the config's output_dir-compare]"

@@ -55,8 +55,8 @@ QUICK = 1.1
 FEWEST = 3
 """Seeds from which their interval may widen the margin; that of two is nine times their distance."""
 CHOSEN = (
-    "The row was chosen by the figures that are shown: the best of several looks better than it is. Measure what it "
-    "made once more, on rows that chose nothing (ftplus eval)."
+    "The row was taken because of the figures shown, so it looks a little better than it is. Score its model on other "
+    "rows, too: ftplus eval OUTPUT --measure chat=OTHER.jsonl"
 )
 FIGURES = ("learning", "learn_loss", "retention", "drift")
 
@@ -113,13 +113,14 @@ def judge(rows: Sequence[Row], cells: Sequence[Cell]) -> Judgement:
             f"Rows took {taken[0]:g} to {taken[-1]:g} steps, which may be part of a difference: replay adds rows to an "
             "epoch, and stop_when ends early. max_steps gives all as many."
         )
-    if len(found) > 1 and any(item.n for item in found):
+    best, reason = recommended(found)
+    if best and sum(map(complete, found)) > 1:
         notes.append(CHOSEN)
     compared = [task for report in reports.values() for task in report.tasks if task.name in tasks]
     notes += sorted({f"{task.name}: {note}" for task in compared for note in task.notes})
     if mixed := mixed_versions([report.facts.get("versions", {}) for report in reports.values()]):
         notes.append(f"Cells were run with different versions, which may be part of a difference: {mixed}.")
-    return Judgement(found, *recommended(found), notes)
+    return Judgement(found, best, reason, notes)
 
 
 def mixed_versions(each: Sequence[dict[str, str]]) -> str:

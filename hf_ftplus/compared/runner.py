@@ -45,7 +45,7 @@ class Asked:
     strengths: str | None = None
     rates: str | None = None
     budget: float | None = None
-    """Seconds of the whole comparison, however often it was stopped: what finished cells took is part of it."""
+    """Seconds of the whole comparison, however often it was stopped: what any cell took is part of it."""
     yes: bool = False
     command: str = ""
     """The same with --yes, as it can be typed."""

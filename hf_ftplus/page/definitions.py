@@ -5,8 +5,8 @@ DEFINITIONS = {
         "n and [low, high]",
         "n is how many rows a figure was measured on. [low, high] is its 95 % interval: how far these rows stand for "
         "others like them, by a paired bootstrap over rows, or by Wilson's or Bonett and Price's interval where rows "
-        "can only be right or wrong. It says nothing about another seed of training. Over 16 rows, or where nearly all "
-        "are right, it holds less often than 95 times in 100.",
+        "can only be right or wrong. It says nothing about another seed of training. With few rows (16; 64 "
+        "where tokens are counted), or where nearly all are right, it is too narrow.",
     ),
     "seeds": (
         "n and [low, high] over seeds",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import re
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ def law_introduces_itself(bench: Bench) -> None:
     bench.demand(bool(named), f"its name is {kind.name!r}, expected lower-case letters, digits, - and _")
     bench.demand(bool(headline(kind)), "its class has no docstring, expected a line of help")
     own = _own_methods(kind)
-    bench.demand(not own, f"{own[:1]} is a public method of its own, expected a name that begins with _")
+    bench.demand(not own, f"{own and own[0]} is a public method of its own, expected a name that begins with _")
     pasted = _pasted(strategy)
     bench.demand(pasted == strategy, f"{strategy!r} pastes back as {pasted!r}, expected an equal strategy")
     known = {item.name: item for item in settings(kind)}
@@ -270,4 +270,5 @@ def _patches(module: nn.Module) -> dict[str, str]:
 def _own_methods(kind: type[Strategy]) -> list[str]:
     """Public methods that are no hook."""
     own = [item for parent in kind.__mro__[: kind.__mro__.index(Strategy)] for item in vars(parent).items()]
-    return [name for name, it in own if inspect.isfunction(it) and not name.startswith("_") and name not in HOOKS]
+    kinds = (FunctionType, classmethod, staticmethod, property)
+    return [name for name, it in own if isinstance(it, kinds) and not name.startswith("_") and name not in HOOKS]
