@@ -185,6 +185,8 @@ def test_settings_and_data_that_changed_are_refused_by_name(first, place, tmp_pa
     assert f"Cell {RATE}, seed 42" in error
     assert "max_steps was 6, is 7" in error
     assert "choose a new --out" in error
+    changed.write_text(yaml.safe_dump({**given, "env": {"LANTERNS": "out"}}))
+    assert main(options(place, out, RATE, config=changed)) == 0  # a variable of the shell is no setting
     file = place / "fruits.jsonl"
     before = file.read_text()
     file.write_text(before.replace("pear", "kiwi"))

@@ -63,7 +63,8 @@ def refuse_changed(stage: Stage, now: dict[str, Any]) -> None:
         for key in now.keys() - then.keys()
         if SETTING.fullmatch(key) and key.rpartition(".")[0] in known and now[key] == usual.get(key.partition("].")[2])
     }
-    differ = [key for key in {**then, **now} if key not in newer and then.get(key) != now.get(key)]
+    shown = [key for key in {**then, **now} if key.partition(".")[0] != "env"]  # of the shell: no setting of a run
+    differ = [key for key in shown if key not in newer and then.get(key) != now.get(key)]
     if differ:
         said = "; ".join(f"{key} was {_short(then.get(key))}, is {_short(now.get(key))}" for key in differ[:3])
         raise StorageError(
