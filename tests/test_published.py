@@ -75,7 +75,7 @@ def test_a_new_distribution_is_complete_and_names_nothing_but_itself(tmp_path, m
     ("line", "code", "said"),
     [
         (["ewc"], 2, "'ewc' is a strategy of hf-ftplus"),
-        (["kfac"], 2, "'kfac' is what ftplus-kfac of hf-ftplus offers"),
+        (["kfac"], 2, "'kfac' is the strategy of ftplus-kfac"),
         (["My Idea"], 2, "expected lower-case letters and digits"),
         (["../up"], 2, "expected lower-case letters and digits"),
         (["test"], 2, "neither new nor test"),

@@ -53,14 +53,14 @@ def check(name: str) -> None:
             f"A strategy cannot be called {name!r}; expected lower-case letters and digits, with - between words, such "
             f"as slow-start{', and neither ' + ' nor '.join(VERBS) if name in VERBS else ''}."
         )
+    if name in OURS:
+        raise UsageError(f"{name!r} is the strategy of ftplus-{name}, which comes with hf-ftplus. Choose another.")
     taken = [offer for offer in offers() if offer.name == name]
     if taken:
         raise UsageError(
             f"{name!r} is a strategy of {taken[0].distribution} {taken[0].version}, and one name means one strategy. "
             "Choose another."
         )
-    if name in OURS:
-        raise UsageError(f"{name!r} is what ftplus-{name} of hf-ftplus offers, where it is installed. Choose another.")
 
 
 def write(folder: Path, name: str, author: str) -> list[Path]:
