@@ -55,7 +55,7 @@ def check() -> Found:
     trial.see(accelerator, found)
     found.facts["wire"] = wire(device)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # its threads would abort a process that ends before them
+    torch.distributed.destroy_process_group()
     return found
 
 

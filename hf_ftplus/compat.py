@@ -5,9 +5,11 @@ Each with the version and a link, so that it can be deleted one day. What passes
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from .errors import IncompatibleError
 
@@ -57,3 +59,14 @@ def end(trainer: Any) -> None:
     """
     if hasattr(trainer, "end"):
         trainer.end()
+
+
+def leave(code: int) -> NoReturn:
+    """End a process of a launch without tearing its interpreter down, in which a thread of gloo may abort it, so that
+    what succeeded counts as failed: `destroy_process_group` leaves threads to every DeviceMesh (torch 2.13).
+    https://github.com/pytorch/pytorch/pull/179291
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it, or it is closed
+            stream.flush()
+    os._exit(code)

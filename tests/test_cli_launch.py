@@ -232,6 +232,30 @@ def two_processes_held(out) -> bool:
     return facts["processes"] == 2 and facts["strategies"]["ewc"]["penalty"] > 0
 
 
+ABORTS = """
+import atexit, os, sys
+class Thread:
+    def __del__(self):
+        os.abort()  # as gloo's threads may, when the interpreter is torn down
+gloo = Thread()
+from hf_ftplus.cli import main
+atexit.register(print, "tracker ended")
+code = main()
+atexit.register(print, "trainer ended")
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("word", "code"), [("--version", 0), ("tarin", 2)])
+def test_a_process_of_a_launch_ends_with_its_code_whatever_threads_it_leaves(word, code):
+    for rank, ends in ((None, -signal.SIGABRT), ("0", code)):
+        environment = {**os.environ, **({"LOCAL_RANK": rank} if rank else {})}
+        line = [sys.executable, "-c", ABORTS, word]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=60)
+        assert done.returncode == ends, done.stderr
+        assert "trainer ended" in done.stdout
+
+
 @pytest.mark.dist
 def test_flags_of_accelerate_launch_two_processes(whole):
     assert two_processes_held(whole)

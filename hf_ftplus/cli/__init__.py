@@ -5,6 +5,7 @@ Whatever goes wrong ends in one red line on stderr and the exit code of the erro
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
@@ -148,7 +149,15 @@ def cli(ctx: click.Context) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is 0, that of the error, 130 after Ctrl-C, or 143 after SIGTERM."""
-    words, debug = _take_debug(list(sys.argv[1:] if args is None else args))
+    code = 1
+    if args is None and "LOCAL_RANK" in os.environ:
+        atexit.register(lambda: compat.leave(code))  # the first one registered is the last one called
+    code = _run(list(sys.argv[1:] if args is None else args))
+    return code
+
+
+def _run(args: list[str]) -> int:
+    words, debug = _take_debug(args)
     compat.quiet()
     try:
         result = cli.main(words, prog_name="ftplus", standalone_mode=False, obj=debug)

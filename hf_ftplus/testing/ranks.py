@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..strategy import Strategy, settings
 from .bench import Bench, Weights, strategy_of, weights_of
 
@@ -105,6 +106,7 @@ def one_rank(folder: str, rank: int) -> None:
     save_file(found, Path(folder) / f"rank{rank}.safetensors")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    compat.leave(0)
 
 
 def _listed(batch: dict[str, Tensor]) -> dict[str, list]:

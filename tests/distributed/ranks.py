@@ -16,7 +16,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor
 from two import meet
 
-from hf_ftplus import EWC, divergence, logits, origin, state
+from hf_ftplus import EWC, compat, divergence, logits, origin, state
 from hf_ftplus.errors import PluginError
 from hf_ftplus.fisher import fisher
 from hf_ftplus.generate import self_generate
@@ -329,3 +329,4 @@ if __name__ == "__main__":
     )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    compat.leave(0)

@@ -50,4 +50,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ |= FSDP2
     PartialState.__init__, run.Start = as_on_gpus, Start
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -18,7 +18,7 @@ from torch import Tensor
 from training import LEARN, PROTECT, TASKS, trainer
 from two import meet
 
-from hf_ftplus import EWC, Run, state
+from hf_ftplus import EWC, Run, compat, state
 from hf_ftplus.strategies.distill import Distill
 from hf_ftplus.strategies.multitask import MultiTask
 from hf_ftplus.strategies.replay import Replay
@@ -168,3 +168,4 @@ if __name__ == "__main__":
     save_file({"ddp": ddp, "fsdp": fsdp}[what](folder), folder / f"rank{rank}.safetensors")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    compat.leave(0)

@@ -18,6 +18,7 @@ from training import PROTECT, trainer
 from transformers import TrainerCallback
 from two import meet
 
+from hf_ftplus import compat
 from hf_ftplus.strategies.distill import Distill
 from hf_ftplus.weights import local
 
@@ -93,3 +94,4 @@ if __name__ == "__main__":
     save_file({"ddp": ddp, "fsdp": fsdp}[what](folder), folder / f"rank{rank}.safetensors")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    compat.leave(0)
