@@ -266,15 +266,69 @@ def test_a_stage_may_learn_several_tasks_and_keeps_rows_of_all(place, tmp_path):
     ]  # of the fruits two are measured
     several["name"] = "both"
     del several["dataset_name"]
-    with pytest.raises(UsageError, match=r"Stage 'both': .*measure: \{both: DATA\}"):
-        hf_ftplus.sequence(given)
     given["measure"]["both"] = f"{place / 'fruits.jsonl'}:train[:2]"
     matrix = hf_ftplus.sequence(given)
     assert matrix.stages == ["colours", "both", "cities"]
+    assert matrix.others == ["fruits", "some fruits", "some cities"]
     assert None not in [value for row in matrix.loss for value in row]
     kept = [json.loads(line)["prompt"] for line in (tmp_path / "pools" / "both.jsonl").read_text().splitlines()]
     assert Counter(prompt.split()[0] for prompt in kept) == {"Fruit": 2, "City": 10}
     assert not matrix.notes or "are measured, too" not in " ".join(matrix.notes)
+
+
+def test_each_task_of_a_stage_is_measured_in_all_stages_through_its_templates(place, tmp_path):
+    held_out = tmp_path / "asked.jsonl"
+    held_out.write_text("".join(json.dumps({"word": f"Nr {i}", "answer": f"red {i % 2}"}) + "\n" for i in range(9)))
+    given = sequence_yaml(place, tmp_path / "out", stages=2, max_steps=2, save_strategy="no")
+    del given["measure"]["fruits"]
+    asked = {
+        "name": "asked it?", "dataset": f"{held_out}:train[:3]", "measure": f"{held_out}:train[3:]",
+        "templates": ["Which is {{ word }}?", "{{ word }}:"], "completion": "{{ answer }}", "metric": "exact_match",
+    }  # fmt: skip
+    given["stages"][1] = {"name": "both", "tasks": [asked, {"name": "cities", "dataset": str(place / "cities.jsonl")}]}
+    with pytest.raises(UsageError, match=r"kinds \(asked it\?: messages \(prompt, completion\); cities: strings"):
+        hf_ftplus.sequence(given)
+    asked["chat"] = False
+    matrix = hf_ftplus.sequence(given)
+    assert (matrix.stages, matrix.others) == (["colours", "both"], ["asked it?", "cities"])
+    assert matrix.metrics["asked it?"] == "exact_match"
+    assert any("cities is measured on trained rows" in note for note in matrix.notes)
+    first, second = ({task.name: task for task in report.tasks} for report in reports(tmp_path / "out"))
+    for name, rows in (("asked it?", 6), ("cities", 12), ("both", 12)):
+        assert first[name].rows == second[name].rows == rows
+        assert first[name].after.loss.value == pytest.approx(second[name].before.loss.value, abs=1e-6), name
+    together = (second["asked it?"].after.loss.value, second["cities"].after.loss.value)
+    assert min(together) < second["both"].after.loss.value < max(together)
+    hf_ftplus.sequence(given)
+    held_out.write_text(held_out.read_text().replace("red", "sea"))
+    shutil.rmtree(tmp_path / "out" / "02-both")
+    with pytest.raises(StorageError, match=r"asked.jsonl changed since earlier stages measured it"):
+        hf_ftplus.sequence(given)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"name": "colours"}, "'colours' has the name of a stage"),
+        ({"name": "cities", "template": "{{ prompt }}?", "completion": "{{ completion }}"}, "not measured as that of"),
+        ({"name": "chat"}, "'chat' stands under measure:, too"),
+        ({"measure": False}, r"measure: \{again: DATA\}, or measure: DATA to each"),
+        ({"role": "protect"}, "protects, and is learnt in 'both'"),
+        ({"rolle": "learn"}, "rolle"),
+    ],
+)
+def test_tasks_of_stages_that_cannot_be_measured_as_one_are_refused(place, tmp_path, change, says):
+    given = sequence_yaml(place, tmp_path, stages=1)
+    given["measure"]["chat"] = given["measure"]["colours"]
+    cities = {"name": "cities", "dataset": str(place / "cities.jsonl")}
+    given["stages"] += [
+        {"name": "both", "tasks": [cities]},
+        {"name": "again", "tasks": [cities | change, {"name": "more", "dataset": cities["dataset"]}]},
+    ]
+    with pytest.raises(UsageError, match=f"Stage 'again': .*{says}"):
+        read(given)
+    given["stages"][2]["tasks"] = [cities]
+    assert [*read(given).gathered] == ["cities", "both", "again"]
 
 
 def test_an_adapter_is_merged_before_the_next_stage_makes_its_own(place, tmp_path):

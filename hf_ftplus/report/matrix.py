@@ -40,7 +40,7 @@ class Matrix:
 
     stages: list[str]
     others: list[str]
-    """Measured in every stage, learnt in none: no part of the metrics."""
+    """Measured in every stage, and no part of the metrics: what none learns, and each task of one that has several."""
     score: Figures
     """[T + 1, T]: 1 is best."""
     loss: Figures

@@ -58,7 +58,7 @@ def look_back(plan: Plan, stage: Stage) -> None:
             f"{', '.join(lost)} remembers of {before.name} is not used."
         )
     _note_forgotten(plan, stage, found)
-    protect = bool(ours.get("protect")) or _protects(stage.yaml.get("tasks"))
+    protect = bool(ours.get("protect")) or any(task.role == "protect" for task in stage.tasks)
     behind = protect or bool(before and plan.keep)
     memory = [*stage.remembers, *(["ewc"] if stage.number == 1 and "memory" in stage.yaml else [])]
     if not behind:
@@ -132,12 +132,6 @@ def _remembering(found: list[Strategy], before: Stage) -> list[str]:
     return kept
 
 
-def _protects(tasks: Any) -> bool:
-    """Whether any of `tasks:` has the role protect."""
-    tasks = tasks.values() if isinstance(tasks, dict) else tasks if isinstance(tasks, list) else ()
-    return any(isinstance(task, dict) and task.get("role") == "protect" for task in tasks)
-
-
 def stage_yaml(plan: Plan, stage: Stage, model: str | None = None, memory: Path | None = None) -> dict[str, Any]:
     """All keys of one stage, for `ftplus sft --config`.
 
@@ -151,6 +145,7 @@ def stage_yaml(plan: Plan, stage: Stage, model: str | None = None, memory: Path 
     found |= {"model_name_or_path": model} if model else {}
     found |= {"memory": str(memory)} if memory else {}
     own = {stage.name: stage.measured_as}
+    declared = {task.name for task in stage.tasks} & plan.gathered.keys()
     protect = {spec.name: str(spec).partition("=")[2] for spec in parse_all(ours.get("protect", ()))}
     pools = {other.name: str(plan.pool(other)) for other in plan.stages[: stage.number - 1] if plan.keep}
     distinct_names([*protect, *pools])
@@ -159,7 +154,7 @@ def stage_yaml(plan: Plan, stage: Stage, model: str | None = None, memory: Path 
     parts = {
         "plugins": [{name: _settings(s, stage)} for name, s in zip(ours["plugin"], strategies, strict=True)],
         "protect": protect | pools,
-        "measure": {own.get(name, name): data for name, data in plan.measure.items()},
+        "measure": {own.get(name, name): data for name, data in plan.measure.items() if name not in declared},
         "metric": {own.get(name, name): metric for name, metric in metrics.items()},
     }
     found |= {key: value for key, value in parts.items() if value}
@@ -220,7 +215,7 @@ def hand_on(plan: Plan, stage: Stage) -> None:
         seed = [stage.config.training.seed, zlib.crc32(stage.name.encode())]
         taken = rows_taken(stage.config, Report.load(stage.report).facts)
         learn = learn_rows(stage.config)[0]
-        rows = pool(learn, stage.config, plan.keep, seed, stage.name, taken, measured(stage))
+        rows = pool(learn, stage.config, plan.keep, seed, stage.name, taken, measured(plan, stage))
         with storing(file):
             write(rows, file)
         note_measured(plan, stage)
@@ -232,11 +227,13 @@ def hand_on(plan: Plan, stage: Stage) -> None:
             os.replace(Path(scratch) / "model", merged)
 
 
-def measured(stage: Stage) -> set[int]:
+def measured(plan: Plan, stage: Stage) -> set[int]:
     """What the rows say that its task is measured on."""
     from ..row_checks import said, spread
     from ..rows import of_training
 
+    if stage.name in plan.gathered:
+        return {said(row) for row in plan.gathered[stage.name].rows()}
     config = stage.config
     (spec,) = (spec for spec in config.measure if spec.name == stage.measured_as)
     spec = replace(spec, through=of_training(config)) if spec.name == "learn" else spec
@@ -249,7 +246,7 @@ def note_measured(plan: Plan, stage: Stage) -> None:
 
     if not plan.keep or not plan.pool(stage).is_file():
         return
-    kept, known = load(str(plan.pool(stage))), measured(stage)
+    kept, known = load(str(plan.pool(stage))), measured(plan, stage)
     if same := sum(said(row) in known for row in kept):
         plan.notes.append(
             f"{same} of {len(kept)} rows kept of {stage.name} are measured, too, for fewer than keep: {plan.keep} are "

@@ -15,6 +15,9 @@ from ..config import RunConfig, merge, read_yaml
 from ..errors import FTPlusError, UsageError, nearest
 from ..files import is_local
 from ..specs import distinct_names, parse_all
+from ..tasks import TaskConfig
+from ..tasks import read as read_tasks
+from .gathered import Gathered, gather, refuse_namesakes
 
 OWN = ("stages", "keep")
 """Keys above those of `ftplus sft`."""
@@ -39,6 +42,7 @@ class Stage:
     """The shared keys, overlaid by those of the stage."""
     own: set[str] = field(default_factory=set)
     """The keys that stand in the stage itself."""
+    tasks: list[TaskConfig] = field(default_factory=list)
     remembers: list[str] = field(default_factory=list)
     """Strategies that are given their memory of the stage before."""
     rests: list[str] = field(default_factory=list)
@@ -60,7 +64,7 @@ class Stage:
     @property
     def measured_as(self) -> str:
         """The name of its task in its own report; of several learn tasks none is `learn`."""
-        return self.name if self.yaml.get("tasks") else "learn"
+        return self.name if self.tasks else "learn"
 
 
 @dataclass
@@ -75,6 +79,8 @@ class Plan:
     """Every task that is measured in all stages, with its data: those of the stages first, in their order."""
     metrics: dict[str, str] = field(default_factory=dict)
     """Of those that have one of their own."""
+    gathered: dict[str, Gathered] = field(default_factory=dict)
+    """Of these what comes from the `tasks:` of a stage."""
     incomparable: set[str] = field(default_factory=set)
     """Measured against what each stage's starting model says: nothing for the matrix."""
     notes: list[str] = field(default_factory=list)
@@ -126,6 +132,7 @@ def read(source: str | Path | Mapping[str, Any]) -> Plan:
     for number, item in enumerate(stages, 1):
         name = item.pop("name")
         plan.stages.append(Stage(number, name, plan.out / f"{number:02}-{name}", {**shared, **item}, set(item)))
+        plan.stages[-1].tasks = _tasks(plan.stages[-1])
         shared.pop("memory", None)  # of an earlier run: it is of the first stage's model
         shared |= {key: item[key] for key in ("model_name_or_path",) if key in item}  # ... until a stage has left one
     _gather_measured(plan, shared)
@@ -138,6 +145,14 @@ def read(source: str | Path | Mapping[str, Any]) -> Plan:
             for other in plan.stages:  # what this machine lacks is said once
                 other.yaml.setdefault("bf16", False)
     return plan
+
+
+def _tasks(stage: Stage) -> list[TaskConfig]:
+    tasks, faults = read_tasks(stage.yaml.get("tasks"))
+    if faults:
+        with within(stage):
+            raise UsageError("\n".join(faults))
+    return tasks
 
 
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,19 +236,20 @@ def _gather_measured(plan: Plan, shared: dict[str, Any]) -> None:
     for stage in plan.stages:
         with within(stage):
             _refuse_own_name(stage)
-            plan.measure[stage.name] = given.pop(stage.name, "") or _trained_rows(plan, stage)
-    plan.measure |= given
+            for name, found in gather(plan, stage, given):
+                plan.gathered[name], given[name] = found, str(found.file)
+                plan.metrics |= {name: found.metric} if found.metric and name not in plan.metrics else {}
+            plan.measure[stage.name] = given.get(stage.name) or _trained_rows(plan, stage)
+    for stage in plan.stages:
+        with within(stage):
+            refuse_namesakes(plan, stage)
+    plan.measure |= {name: data for name, data in given.items() if name not in plan.measure}
     plan.metrics = {task: metric for task, metric in plan.metrics.items() if task in plan.measure}
 
 
 def _refuse_own_name(stage: Stage) -> None:
-    """A stage with `tasks:` is measured under its name, and each of them under its own, as it says there."""
-    tasks = stage.yaml.get("tasks")
-    entries = tasks if isinstance(tasks, list) else ()
-    if stage.name in [
-        *(tasks if isinstance(tasks, dict) else ()),
-        *(e.get("name") for e in entries if isinstance(e, dict)),
-    ]:
+    """A stage with `tasks:` is measured under its name, and each of them under its own."""
+    if stage.name in [task.name for task in stage.tasks]:
         raise UsageError(
             f"One of its tasks has the name of the stage, which is that of all of them together. Give the stage "
             f"another. Type - name: {stage.name}-stage"
@@ -244,7 +260,8 @@ def _trained_rows(plan: Plan, stage: Stage) -> str:
     """Where there is no held-out data, a task is measured on what it was learnt from."""
     source, split = stage.yaml.get("dataset_name"), stage.yaml.get("dataset_train_split", "train")
     if not source or any(stage.yaml.get(key) for key in ("tasks", "datasets", "dataset_config", "dataset_streaming")):
-        raise UsageError(f"There is nothing to measure it on. Add held-out rows: measure: {{{stage.name}: DATA}}")
+        each = ", or measure: DATA to each of its tasks" if stage.tasks else ""
+        raise UsageError(f"There is nothing to measure it on. Add held-out rows: measure: {{{stage.name}: DATA}}{each}")
     plan.notes.append(f"{stage.name} is measured on trained rows; for held-out ones: measure: {{{stage.name}: DATA}}.")
     return str(source) if split == "train" and is_local(str(source)) else f"{source}:{split}"
 

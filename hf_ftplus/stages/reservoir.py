@@ -101,13 +101,13 @@ def rows_taken(config: RunConfig, facts: dict[str, Any]) -> int:
     return facts["steps"] * rows * facts["processes"]
 
 
-def write(rows: Dataset, path: Path) -> None:
+def write(rows: Iterable[Any], path: Path) -> None:
     """JSON lines, without what Arrow filled in."""
-    store(path, [_there(row) for row in rows])
+    store(path, [there(row) for row in rows])
 
 
-def _there(value: Any) -> Any:
+def there(value: Any) -> Any:
     """Without what is None: Arrow gives every message the fields of all of them."""
     if isinstance(value, dict):
-        return {key: _there(item) for key, item in value.items() if item is not None}
-    return [_there(item) for item in value] if isinstance(value, list) else value
+        return {key: there(item) for key, item in value.items() if item is not None}
+    return [there(item) for item in value] if isinstance(value, list) else value

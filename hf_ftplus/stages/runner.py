@@ -16,9 +16,11 @@ from ..config import without_secrets
 from ..errors import RetentionError, UsageError
 from ..strategy import Strategy, settings
 from .digests import note_data, refuse_other_data, see_data
+from .gathered import refuse_kinds
 from .handover import hand_on, handed_on, left_by, memory_to_come, note_measured, stage_yaml, storing
 from .plan import Plan, Stage, read, within
 from .resuming import (
+    begun,
     clear,
     last_checkpoint,
     refuse_changed,
@@ -71,6 +73,9 @@ def _run_all(plan: Plan) -> Matrix:
 
     for note in plan.notes:
         click.echo(note, err=True)
+    for gathered in plan.gathered.values():
+        with storing(gathered.file):
+            gathered.keep()
     reports: list[Report] = []
     try:
         for stage in plan.stages:
@@ -107,6 +112,7 @@ def check(plan: Plan) -> dict[str, str]:
     from .reservoir import pool
 
     counts, pools = {}, {str(plan.pool(stage)) for stage in plan.stages}
+    to_come = pools | {str(gathered.file) for gathered in plan.gathered.values()}
     if (model := plan.stages[0].config.model.model_name_or_path) != DEMO:  # which may yet have to be made
         to_train(model)
     for stage in plan.stages:
@@ -116,7 +122,7 @@ def check(plan: Plan) -> dict[str, str]:
             refuse_orphan(plan, stage)
             refuse_changed(stage, stage_yaml(plan, stage, *handed_on(plan, stage)))
             refuse_other_data(stage)
-            see_data(stage, pools)
+            see_data(stage, to_come)
             if not stage.report.is_file():  # what taught a finished one may be gone
                 known = [it for it in config.strategies if not _waits(plan, stage, it)]
                 refuse(known, config.training)
@@ -132,11 +138,15 @@ def check(plan: Plan) -> dict[str, str]:
                     "Which rows of a streamed task were trained on is not known, so none can be kept of it. Type keep: "
                     "0, or leave streaming out of its tasks."
                 )
+            refuse_kinds(plan, stage, rows.learn)
             if plan.keep and isinstance(learn[0], Dataset):
                 pool(learn[0].select([0]), config, 1, 0, stage.name)
             refuse_other_pool(plan, stage, row_count(rows.learn))
             note_measured(plan, stage)
             counts[stage.name] = " + ".join(map(len_of, learn))
+    if any(map(begun, plan.stages)):
+        for gathered in plan.gathered.values():
+            gathered.refuse_other()
     return counts
 
 
@@ -163,16 +173,19 @@ def _waits(plan: Plan, stage: Stage, strategy: Strategy) -> bool:
 
 def _new(plan: Plan, stage: Stage) -> list[Any]:
     """What no stage before has measured: its own task, those under `tasks:`, and in the first what all measure."""
-    elsewhere = plan.names if stage.number == 1 else plan.measure
-    found = [spec for spec in stage.config.measure if spec.name == stage.measured_as or spec.name not in elsewhere]
+    own = {stage.measured_as, *(task.name for task in stage.tasks)}
+    elsewhere = {*(plan.names if stage.number == 1 else plan.measure)} - own
+    to_come = {str(gathered.file) for gathered in plan.gathered.values()}
+    found = [spec for spec in stage.config.measure if spec.name not in elsewhere and spec.source not in to_come]
     plan.incomparable |= {spec.name for spec in found if spec.generate}
     return found
 
 
 def _only_questions(plan: Plan, stage: Stage, name: str) -> None:
-    if name == stage.measured_as:
+    if name in (stage.measured_as, *(task.name for task in stage.tasks)):
+        name = stage.name if name == "learn" else name
         raise UsageError(
-            f"measure: {stage.name} has questions without completions. What each stage's starting model answers cannot "
+            f"measure: {name} has questions without completions. What each stage's starting model answers cannot "
             "tell how well it was learnt; expected rows with completions."
         )
     plan.incomparable.add(name)
