@@ -398,3 +398,33 @@ def test_one_task_trains_as_the_same_rows_without_a_name(place, tmp_path):
     plain = trainer(tmp_path, cls=trl.SFTTrainer)
     ours.train(), plain.train()
     assert same(weights_of(ours), weights_of(plain))
+
+
+HUB_CARD = """---
+configs:
+- config_name: en
+  data_files: [{split: train, path: en.jsonl}]
+- config_name: de
+  data_files: [{split: train, path: de.jsonl}, {split: held, path: de_held.jsonl}]
+---
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_of_several_configurations_and_a_split_of_it_are_read_as_from_the_hub(tmp_path, streaming):
+    folder = tmp_path / "words"  # `datasets` reads a folder as it reads a repository
+    folder.mkdir()
+    (folder / "README.md").write_text(HUB_CARD)
+    for name in ("en", "de", "de_held"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(3)))
+    german = {"name": "german", "dataset": str(folder), "config": "de", "streaming": streaming}
+    (task,), faults = read([german | {"measure": f"{folder}:held"}])
+    assert not faults
+    assert [row["text"] for row in task.load()] == ["de 0", "de 1", "de 2"]
+    assert [row["text"] for row in task.measure.load()] == ["de_held 0", "de_held 1", "de_held 2"]
+    (task,), _ = read([german | {"split": "held"}])
+    assert next(iter(task.load()))["text"] == "de_held 0"
+    for change, names in (({"split": "test"}, "held"), ({"config": "fr"}, "'?de'?"), ({"config": None}, "'?de'?")):
+        (task,), _ = read([german | change])
+        with pytest.raises(DataError, match=names):
+            task.load()
