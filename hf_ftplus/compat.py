@@ -63,8 +63,8 @@ def end(trainer: Any) -> None:
 
 def leave(code: int) -> NoReturn:
     """End a process of a launch without tearing its interpreter down, in which a thread of gloo may abort it, so that
-    what succeeded counts as failed: `destroy_process_group` leaves threads to every DeviceMesh (torch 2.13).
-    https://github.com/pytorch/pytorch/pull/179291
+    what succeeded counts as failed: `destroy_process_group` leaves threads to every DeviceMesh (torch 2.13). Files that
+    are still open lose what they hold back. https://github.com/pytorch/pytorch/pull/179291
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # nobody reads it, or it is closed

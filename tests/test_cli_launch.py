@@ -239,7 +239,6 @@ class Thread:
         os.abort()  # as gloo's threads may, when the interpreter is torn down
 gloo = Thread()
 from hf_ftplus.cli import main
-atexit.register(print, "tracker ended")
 code = main()
 atexit.register(print, "trainer ended")
 sys.exit(code)

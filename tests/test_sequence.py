@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_ftplus
 from hf_ftplus import run
-from hf_ftplus.errors import RetentionError, StorageError, UsageError
+from hf_ftplus.errors import DataError, RetentionError, StorageError, UsageError
 from hf_ftplus.report import Report
 from hf_ftplus.report.matrix import Matrix
 from hf_ftplus.stages.plan import read
@@ -261,7 +261,7 @@ def test_a_stage_may_learn_several_tasks_and_keeps_rows_of_all(place, tmp_path):
     given = sequence_yaml(place, tmp_path, stages=3, max_steps=2, save_strategy="no", keep=12, plugins=["replay"])
     several = given["stages"][1]
     several["tasks"] = [
-        {"name": f"some {name}", "dataset": f"{place / name}.jsonl:train[:{count}]"}
+        {"name": f"some {name}", "dataset": f"{place / name}.jsonl:train[:{count}]", "measure": False}
         for name, count in (("fruits", 4), ("cities", 20))
     ]  # of the fruits two are measured
     several["name"] = "both"
@@ -269,7 +269,7 @@ def test_a_stage_may_learn_several_tasks_and_keeps_rows_of_all(place, tmp_path):
     given["measure"]["both"] = f"{place / 'fruits.jsonl'}:train[:2]"
     matrix = hf_ftplus.sequence(given)
     assert matrix.stages == ["colours", "both", "cities"]
-    assert matrix.others == ["fruits", "some fruits", "some cities"]
+    assert matrix.others == ["fruits"]
     assert None not in [value for row in matrix.loss for value in row]
     kept = [json.loads(line)["prompt"] for line in (tmp_path / "pools" / "both.jsonl").read_text().splitlines()]
     assert Counter(prompt.split()[0] for prompt in kept) == {"Fruit": 2, "City": 10}
@@ -302,33 +302,82 @@ def test_each_task_of_a_stage_is_measured_in_all_stages_through_its_templates(pl
     hf_ftplus.sequence(given)
     held_out.write_text(held_out.read_text().replace("red", "sea"))
     shutil.rmtree(tmp_path / "out" / "02-both")
-    with pytest.raises(StorageError, match=r"asked.jsonl changed since earlier stages measured it"):
+    with pytest.raises(
+        StorageError, match=r"asked.jsonl, its templates or the seed changed since earlier stages measured it"
+    ):
         hf_ftplus.sequence(given)
+
+
+def test_what_is_kept_of_tasks_is_not_what_any_column_measures(place, tmp_path):
+    given = sequence_yaml(place, tmp_path, stages=1, max_steps=1, save_strategy="no", measure_rows=6, keep=8)
+    tasks = [{"name": name, "dataset": str(place / f"{name}.jsonl")} for name in ("fruits", "cities")]
+    given["stages"].insert(0, {"name": "both", "tasks": tasks})
+    given["metric"] = {"both": "choice"}
+    with pytest.raises(DataError, match=r"Stage 'both': .*no 'choices'"):
+        hf_ftplus.sequence(given, dry_run=True)
+    del given["metric"]
+    hf_ftplus.sequence(given)
+    kept = lines_of(tmp_path / "pools" / "both.jsonl")
+    files = sorted((tmp_path / "measured").iterdir())
+    assert [file.stem for file in files] == ["01-fruits", "02-cities", "03-both"]
+    assert [len(lines_of(file)) for file in files] == [6, 6, 6]
+    assert len(kept) == 8
+    assert not [row for file in files for row in lines_of(file) if row in kept]
+
+
+def test_what_all_measure_is_made_again_and_is_still_the_same(place, tmp_path):
+    data = tmp_path / "fruits.jsonl"
+    shutil.copy(place / "fruits.jsonl", data)
+    given = sequence_yaml(place, tmp_path / "out", stages=1, max_steps=1, save_strategy="no", keep=0)
+    tasks = [{"name": "fruits", "dataset": str(data)}, {"name": "cities", "dataset": str(place / "cities.jsonl")}]
+    given["stages"].append({"name": "both", "tasks": tasks})
+    hf_ftplus.sequence(given)
+    measured = tmp_path / "out" / "measured"
+    before = [file.read_bytes() for file in sorted(measured.iterdir())]
+    shutil.rmtree(measured)
+    hf_ftplus.sequence(given)
+    assert [file.read_bytes() for file in sorted(measured.iterdir())] == before
+    (measured / "01-fruits.jsonl").write_text("{")
+    shutil.rmtree(tmp_path / "out" / "02-both")
+    with pytest.raises(StorageError, match=r"01-fruits.jsonl"):
+        hf_ftplus.sequence(given)
+    shutil.rmtree(measured)
+    data.write_text(data.read_text().replace("Fruit", "Berry"))
+    with pytest.raises(StorageError, match=r"Stage 'colours': .*01-fruits.jsonl.* changed since"):
+        hf_ftplus.sequence(given)
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"name": "colours"}, "'colours' has the name of a stage"),
-        ({"name": "cities", "template": "{{ prompt }}?", "completion": "{{ completion }}"}, "not measured as that of"),
-        ({"name": "chat"}, "'chat' stands under measure:, too"),
+        ({"name": "colours"}, "'colours' has the name of a stage, or"),
+        (
+            {"template": "{{ prompt }}?", "completion": "{{ completion }}"},
+            "differs in completion, template: ",
+        ),
+        ({"name": "chat"}, "'chat' stands under measure: and tasks:. Write measure: .*colours.jsonl in"),
+        ({"name": "learn"}, "has the name of a stage, or of its data"),
         ({"measure": False}, r"measure: \{again: DATA\}, or measure: DATA to each"),
-        ({"role": "protect"}, "protects, and is learnt in 'both'"),
+        ({"role": "protect"}, "learnt in 'both', too, and protects here"),
         ({"rolle": "learn"}, "rolle"),
     ],
 )
 def test_tasks_of_stages_that_cannot_be_measured_as_one_are_refused(place, tmp_path, change, says):
     given = sequence_yaml(place, tmp_path, stages=1)
     given["measure"]["chat"] = given["measure"]["colours"]
-    cities = {"name": "cities", "dataset": str(place / "cities.jsonl")}
+    cities, fruits = ({"name": name, "dataset": str(place / f"{name}.jsonl")} for name in ("cities", "fruits"))
     given["stages"] += [
-        {"name": "both", "tasks": [cities]},
-        {"name": "again", "tasks": [cities | change, {"name": "more", "dataset": cities["dataset"]}]},
+        {"name": "both", "tasks": [cities, fruits]},
+        {"name": "again", "tasks": [cities | change, fruits]},
     ]
     with pytest.raises(UsageError, match=f"Stage 'again': .*{says}"):
         read(given)
-    given["stages"][2]["tasks"] = [cities]
-    assert [*read(given).gathered] == ["cities", "both", "again"]
+    given["stages"][2]["tasks"] = [{**cities, "share": 0.5, "role": "learn"}, fruits]
+    assert [*read(given).gathered] == ["cities", "fruits", "both", "again"]
 
 
 def test_an_adapter_is_merged_before_the_next_stage_makes_its_own(place, tmp_path):

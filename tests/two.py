@@ -11,7 +11,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from hf_ftplus import compat
+
 SECONDS = 120
+
+
+def part() -> None:
+    """The end of a rank's script."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    compat.leave(0)
 
 
 def launch(script: Path, what: str, folder: Path, seconds: float = SECONDS) -> list[dict[str, torch.Tensor]]:

@@ -152,7 +152,11 @@ def main(args: Sequence[str] | None = None) -> int:
     code = 1
     if args is None and "LOCAL_RANK" in os.environ:
         atexit.register(lambda: compat.leave(code))  # the first one registered is the last one called
-    code = _run(list(sys.argv[1:] if args is None else args))
+    try:
+        code = _run(list(sys.argv[1:] if args is None else args))
+    except SystemExit as error:  # of what a command calls
+        code = error.code if isinstance(error.code, int) else 1
+        raise
     return code
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +24,21 @@ from .reservoir import divided, there, write
 if TYPE_CHECKING:
     from .plan import Plan, Stage
 
+TEMPLATES = ("columns", "template", "templates", "completion", "choices", "chat", "metric", "config")
+"""Keys of a task that decide how its rows are measured, beside which they are."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Gathered:
     """Rows of one task, or of all tasks of a stage together, which then has as many of each."""
 
     stage: Stage
     specs: list[TaskSpec]
     file: Path
-    metric: str | None
-    given: Any
-    """What its YAML says, to tell two tasks of one name apart."""
+    decides: dict[str, Any] = field(default_factory=dict)
+    """What its rows and their score depend on, to tell two tasks of one name apart."""
 
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """Those that the stage itself measures; of several tasks in turns."""
         config = self.stage.config
@@ -43,73 +47,108 @@ class Gathered:
         turns = zip_longest(*(map(there, spread(found[place], shares[place])) for place in found if shares[place]))
         return [row for row in chain.from_iterable(turns) if row]
 
-    def keep(self) -> None:
-        write(self.rows(), self.file)
+    def keep(self, anew: bool) -> None:
+        if anew or not self.file.is_file():
+            write(self.rows, self.file)
 
     def refuse_other(self) -> None:
-        """Refuse to go on with other rows than finished stages measured.
+        """Refuse to go on with other rows than stages before measured.
 
         Raises:
-            StorageError: names the data.
+            StorageError: names the data, or the file that cannot be read.
         """
         if not self.file.is_file():
             return
-        with self.file.open(encoding="utf-8", newline="\n") as lines:
-            if [json.loads(line) for line in lines] == self.rows():
-                return
-        sources = ", ".join(spec.source for spec in self.specs)
-        raise StorageError(
-            f"{sources} changed since earlier stages measured it ({self.file}). Put back what it held to go on, or "
-            "choose a new output_dir."
-        )
+        try:
+            with self.file.open(encoding="utf-8", newline="\n") as lines:
+                same = [json.loads(line) for line in lines] == self.rows
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{self.file} cannot be read ({error}). Remove it: it is made again.") from None
+        if not same:
+            sources = ", ".join(spec.source for spec in self.specs)
+            raise StorageError(
+                f"{sources}, its templates or the seed changed since earlier stages measured it ({self.file}). Put "
+                "back what was there to go on, or choose a new output_dir."
+            )
 
 
-def gather(plan: Plan, stage: Stage, given: dict[str, str]) -> Iterator[tuple[str, Gathered]]:
-    """What a stage with `tasks:` adds to what all measure, by its name.
+def gather(plan: Plan, stage: Stage, given: dict[str, str]) -> None:
+    """Add to what all measure what a stage with `tasks:` does: each of them, and under its own name all together.
 
     Args:
         given: what is measured anyway, by name.
 
     Raises:
-        UsageError: a task whose name is that of a stage, of what is measured anyway, or of another task elsewhere.
+        UsageError: a task that has the name of a stage, of what is measured anyway, or of a stage's own data.
     """
     learn = [task for task in stage.tasks if task.role == "learn"]
-    specs = {task.name: _measured(task) for task in learn}
     for task in learn:
-        if task.name in plan.names:
-            raise UsageError(f"Its task {task.name!r} has the name of a stage. Give it another.")
-        if task.name in given and task.name not in plan.gathered:
-            raise UsageError(f"Its task {task.name!r} stands under measure:, too. Leave it out there; all measure it.")
-        if specs[task.name] is None:
-            continue
-        found = Gathered(stage, [specs[task.name]], _file(plan, task.name), task.metric, _looks(task))
-        other = plan.gathered.get(task.name, found)
-        if other.given != found.given:
+        if task.name in (*plan.names, "learn"):
+            raise UsageError(f"Its task {task.name!r} has the name of a stage, or of its data. Give it another.")
+        if task.name in given:
             raise UsageError(
-                f"Its task {task.name!r} is not measured as that of {other.stage.name!r} is. Give one of them another "
-                "name, or both the same measure: and templates."
+                f"{task.name!r} stands under measure: and tasks:. Write measure: {given[task.name]} in the task alone."
             )
-        if other is found:
-            yield task.name, found
-        if task.measure is True:
-            plan.notes.append(f"{task.name} is measured on trained rows; for others, in its entry: measure: DATA.")
-    if learn and stage.name not in given and None not in specs.values():
-        metric = learn[0].metric if len({task.metric for task in learn}) == 1 else None
-        yield stage.name, Gathered(stage, [*specs.values()], _file(plan, stage.name), metric, None)
+        if len(learn) > 1 and task.name not in plan.gathered and (spec := _measured(task)):
+            plan.gathered[task.name] = Gathered(stage, [spec], _file(plan, task.name), _decides(task, stage))
+            plan.metrics |= {task.name: task.metric} if task.metric else {}
+            if task.measure is True:
+                name = escape(task.name)
+                plan.notes.append(f"{name} is measured on trained rows; for others, in its entry: measure: DATA.")
+    specs = [_measured(task) for task in learn]
+    if specs and None not in specs and stage.name not in given:
+        plan.gathered[stage.name] = Gathered(stage, specs, _file(plan, stage.name))
+        if (metric := learn[0].metric) and {task.metric for task in learn} == {metric}:
+            plan.metrics.setdefault(stage.name, metric)
 
 
 def refuse_namesakes(plan: Plan, stage: Stage) -> None:
-    """Refuse a task that protects under the name of one that is learnt: it would be measured on other rows.
+    """Refuse a task that has the name of one in another stage, and is not measured as that one is.
 
     Raises:
-        UsageError: names both stages.
+        UsageError: names both stages, and what differs.
     """
     for task in stage.tasks:
-        if task.role != "learn" and task.name in plan.gathered:
+        other = plan.gathered.get(task.name)
+        if other is None or other.stage is stage:
+            continue
+        here = _decides(task, stage)
+        differs = [key for key in here.keys() | other.decides.keys() if here.get(key) != other.decides.get(key)]
+        if task.role != "learn" or differs:
+            said = "protects here" if task.role != "learn" else f"differs in {', '.join(sorted(differs))}"
             raise UsageError(
-                f"Its task {task.name!r} protects, and is learnt in {plan.gathered[task.name].stage.name!r}. Give it "
-                "another name, or leave it out and type keep: N, which protects rows of finished stages."
+                f"Its task {task.name!r} is learnt in {other.stage.name!r}, too, and {said}: there can be one column "
+                "of a name. Give it another."
             )
+
+
+def refuse_kinds(plan: Plan, stage: Stage, learn: Any, measured: dict[str, Any]) -> None:
+    """Refuse tasks whose rows no one file can hold, where they are to be kept or measured together.
+
+    Args:
+        learn: rows of each task, by its name, if there are several.
+        measured: rows of each task that are held out, by its name.
+
+    Raises:
+        UsageError: names the kind of each.
+    """
+    if not isinstance(learn, dict):
+        return
+    together = [{**learn, **{name: measured[name] for name in learn.keys() & measured.keys()}}]
+    for rows in together * (stage.name in plan.gathered) + [learn] * bool(plan.keep and not plan.is_last(stage)):
+        kinds = {task: _kind(next(iter(found))) for task, found in rows.items()}
+        if len(set(kinds.values())) > 1:
+            said = "; ".join(f"{escape(task)}: {kind}" for task, kind in kinds.items())
+            raise UsageError(
+                f"Rows of its tasks are of different kinds ({said}), which cannot be kept or measured in one file. A "
+                "task with a template gives messages, or strings if it says chat: false. Or type keep: 0, and measure: "
+                f"{{{stage.name}: DATA}}"
+            )
+
+
+def told(plan: Plan, stage: Stage) -> Iterator[Gathered]:
+    """What was gathered of a stage."""
+    yield from (it for it in plan.gathered.values() if it.stage is stage)
 
 
 def _measured(task: TaskConfig) -> TaskSpec | None:
@@ -118,37 +157,17 @@ def _measured(task: TaskConfig) -> TaskSpec | None:
     return None if spec is None or spec.generate or (spec is task.spec and task.streaming) else spec
 
 
-def refuse_kinds(plan: Plan, stage: Stage, learn: Any) -> None:
-    """Refuse tasks whose rows no one file can hold, where they are to be kept or measured together.
-
-    Args:
-        learn: rows of each task, by its name, if there are several.
-
-    Raises:
-        UsageError: names the kind of each.
-    """
-    kept = plan.keep and not plan.is_last(stage)
-    if not isinstance(learn, dict) or not (kept or stage.name in plan.gathered):
-        return
-    kinds = {task: _kind(next(iter(rows))) for task, rows in learn.items()}
-    if len(set(kinds.values())) > 1:
-        said = "; ".join(f"{escape(task)}: {kind}" for task, kind in kinds.items())
-        raise UsageError(
-            f"Rows of its tasks are of different kinds ({said}), which cannot be kept or measured in one file. A task "
-            f"with a template gives messages, or strings if it says chat: false. Or type keep: 0, and measure: "
-            f"{{{stage.name}: DATA}}"
-        )
-
-
 def _kind(row: dict[str, Any]) -> str:
     found = {key: row[key] for key in ("messages", "prompt", "completion", "text") if row.get(key) is not None}
     form = "strings" if all(isinstance(value, str) for value in found.values()) else "messages"
     return f"{form} ({', '.join(found)})"
 
 
-def _looks(task: TaskConfig) -> dict[str, Any]:
-    """All that decides what is measured of it, and how."""
-    return {key: value for key, value in task.given.items() if key not in ("share", "streaming")}
+def _decides(task: TaskConfig, stage: Stage) -> dict[str, Any]:
+    spec = _measured(task)
+    found = {key: task.given[key] for key in TEMPLATES if key in task.given}
+    drawn = {"seed": stage.yaml.get("seed")} if len(found.get("templates", ())) > 1 else {}
+    return {**found, **drawn, "measure": spec and (spec.source, spec.split)}
 
 
 def _file(plan: Plan, name: str) -> Path:

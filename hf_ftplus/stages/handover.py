@@ -29,6 +29,7 @@ from ..data import load
 from ..errors import StorageError, UsageError
 from ..specs import distinct_names, parse_all
 from ..strategy import Strategy, settings
+from .gathered import told
 from .plan import KEEP, MERGED, Plan, Stage
 
 RESTS: dict[str, dict[str, Any]] = {"ewc": {"first": True}, "replay": {"share": 0.0}}
@@ -232,12 +233,13 @@ def measured(plan: Plan, stage: Stage) -> set[int]:
     from ..row_checks import said, spread
     from ..rows import of_training
 
+    found = {said(row) for gathered in told(plan, stage) for row in gathered.rows}
     if stage.name in plan.gathered:
-        return {said(row) for row in plan.gathered[stage.name].rows()}
+        return found
     config = stage.config
     (spec,) = (spec for spec in config.measure if spec.name == stage.measured_as)
     spec = replace(spec, through=of_training(config)) if spec.name == "learn" else spec
-    return {said(row) for row in spread(spec.load(config.training.seed), config.measure_rows)}
+    return found | {said(row) for row in spread(spec.load(config.training.seed), config.measure_rows)}
 
 
 def note_measured(plan: Plan, stage: Stage) -> None:

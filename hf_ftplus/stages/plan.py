@@ -86,6 +86,11 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def files(self) -> set[str]:
+        """What is written while it runs: rows kept of stages, and rows that all measure."""
+        return {str(self.pool(stage)) for stage in self.stages} | {str(it.file) for it in self.gathered.values()}
+
+    @property
     def names(self) -> list[str]:
         return [stage.name for stage in self.stages]
 
@@ -236,14 +241,14 @@ def _gather_measured(plan: Plan, shared: dict[str, Any]) -> None:
     for stage in plan.stages:
         with within(stage):
             _refuse_own_name(stage)
-            for name, found in gather(plan, stage, given):
-                plan.gathered[name], given[name] = found, str(found.file)
-                plan.metrics |= {name: found.metric} if found.metric and name not in plan.metrics else {}
-            plan.measure[stage.name] = given.get(stage.name) or _trained_rows(plan, stage)
+            gather(plan, stage, given)
+            own = plan.gathered.get(stage.name)
+            data = given.pop(stage.name, "") or (str(own.file) if own else "")
+            plan.measure[stage.name] = data or _trained_rows(plan, stage)
     for stage in plan.stages:
         with within(stage):
             refuse_namesakes(plan, stage)
-    plan.measure |= {name: data for name, data in given.items() if name not in plan.measure}
+    plan.measure |= given | {name: str(it.file) for name, it in plan.gathered.items()}
     plan.metrics = {task: metric for task, metric in plan.metrics.items() if task in plan.measure}
 
 

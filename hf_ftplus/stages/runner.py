@@ -75,7 +75,10 @@ def _run_all(plan: Plan) -> Matrix:
         click.echo(note, err=True)
     for gathered in plan.gathered.values():
         with storing(gathered.file):
-            gathered.keep()
+            gathered.keep(anew=not any(map(begun, plan.stages)))
+    for stage in plan.stages:
+        with within(stage):
+            refuse_other_data(stage)  # rows of it that were made again, too
     reports: list[Report] = []
     try:
         for stage in plan.stages:
@@ -107,12 +110,11 @@ def check(plan: Plan) -> dict[str, str]:
     from ..foreseen import refuse_foreseen
     from ..model import DEMO, to_train
     from ..refusals import refuse
-    from ..row_checks import len_of, parts, row_count
+    from ..row_checks import check_metric, len_of, parts, row_count
     from ..rows import find
     from .reservoir import pool
 
-    counts, pools = {}, {str(plan.pool(stage)) for stage in plan.stages}
-    to_come = pools | {str(gathered.file) for gathered in plan.gathered.values()}
+    counts = {}
     if (model := plan.stages[0].config.model.model_name_or_path) != DEMO:  # which may yet have to be made
         to_train(model)
     for stage in plan.stages:
@@ -122,12 +124,12 @@ def check(plan: Plan) -> dict[str, str]:
             refuse_orphan(plan, stage)
             refuse_changed(stage, stage_yaml(plan, stage, *handed_on(plan, stage)))
             refuse_other_data(stage)
-            see_data(stage, to_come)
+            see_data(stage, plan.files)
             if not stage.report.is_file():  # what taught a finished one may be gone
                 known = [it for it in config.strategies if not _waits(plan, stage, it)]
                 refuse(known, config.training)
                 refuse_foreseen(replace(config, memory=config.memory or memory_to_come(plan, stage)), known)
-            protect = [spec for spec in config.protect if spec.source not in pools]
+            protect = [spec for spec in config.protect if spec.source not in plan.files]
             rows = find(replace(config, protect=protect, measure=_new(plan, stage)))
             for name, found in rows.measured.items():
                 if found.column_names == ["prompt"] and name in (stage.measured_as, *plan.measure):
@@ -138,15 +140,16 @@ def check(plan: Plan) -> dict[str, str]:
                     "Which rows of a streamed task were trained on is not known, so none can be kept of it. Type keep: "
                     "0, or leave streaming out of its tasks."
                 )
-            refuse_kinds(plan, stage, rows.learn)
+            refuse_kinds(plan, stage, rows.learn, rows.measured)
+            for name in [it for it, gathered in plan.gathered.items() if gathered.stage is stage]:
+                check_metric(name, Dataset.from_list(plan.gathered[name].rows), plan.metrics.get(name))
             if plan.keep and isinstance(learn[0], Dataset):
                 pool(learn[0].select([0]), config, 1, 0, stage.name)
             refuse_other_pool(plan, stage, row_count(rows.learn))
             note_measured(plan, stage)
             counts[stage.name] = " + ".join(map(len_of, learn))
-    if any(map(begun, plan.stages)):
-        for gathered in plan.gathered.values():
-            gathered.refuse_other()
+    for gathered in plan.gathered.values() if any(map(begun, plan.stages)) else ():
+        gathered.refuse_other()
     return counts
 
 
@@ -175,8 +178,7 @@ def _new(plan: Plan, stage: Stage) -> list[Any]:
     """What no stage before has measured: its own task, those under `tasks:`, and in the first what all measure."""
     own = {stage.measured_as, *(task.name for task in stage.tasks)}
     elsewhere = {*(plan.names if stage.number == 1 else plan.measure)} - own
-    to_come = {str(gathered.file) for gathered in plan.gathered.values()}
-    found = [spec for spec in stage.config.measure if spec.name not in elsewhere and spec.source not in to_come]
+    found = [spec for spec in stage.config.measure if spec.name not in elsewhere and spec.source not in plan.files]
     plan.incomparable |= {spec.name for spec in found if spec.generate}
     return found
 

@@ -14,9 +14,9 @@ from lawful import Deaf, SmallLogits, Sorry
 from safetensors.torch import save_file
 from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor
-from two import meet
+from two import meet, part
 
-from hf_ftplus import EWC, compat, divergence, logits, origin, state
+from hf_ftplus import EWC, divergence, logits, origin, state
 from hf_ftplus.errors import PluginError
 from hf_ftplus.fisher import fisher
 from hf_ftplus.generate import self_generate
@@ -327,6 +327,4 @@ if __name__ == "__main__":
     save_file(
         {"ddp": ddp, "fsdp": fsdp, "outputs": outputs, "si": si}[what](folder, rank), folder / f"rank{rank}.safetensors"
     )
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    compat.leave(0)
+    part()

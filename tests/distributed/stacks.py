@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 from torch import Tensor
 from training import LEARN, PROTECT, TASKS, trainer
-from two import meet
+from two import meet, part
 
-from hf_ftplus import EWC, Run, compat, state
+from hf_ftplus import EWC, Run, state
 from hf_ftplus.strategies.distill import Distill
 from hf_ftplus.strategies.multitask import MultiTask
 from hf_ftplus.strategies.replay import Replay
@@ -166,6 +166,4 @@ if __name__ == "__main__":
     os.environ["FTPLUS_CACHE"] = str(folder / "cache")
     meet(folder, rank)
     save_file({"ddp": ddp, "fsdp": fsdp}[what](folder), folder / f"rank{rank}.safetensors")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    compat.leave(0)
+    part()

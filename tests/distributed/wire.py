@@ -16,9 +16,8 @@ from tiny import tiny_llama
 from torch import Tensor
 from training import PROTECT, trainer
 from transformers import TrainerCallback
-from two import meet
+from two import meet, part
 
-from hf_ftplus import compat
 from hf_ftplus.strategies.distill import Distill
 from hf_ftplus.weights import local
 
@@ -92,6 +91,4 @@ if __name__ == "__main__":
     os.environ["FTPLUS_CACHE"] = str(folder / "cache")
     meet(folder, rank)
     save_file({"ddp": ddp, "fsdp": fsdp}[what](folder), folder / f"rank{rank}.safetensors")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    compat.leave(0)
+    part()
